@@ -1,0 +1,275 @@
+"""Step 2: a timm network turns pixels into a feature map and says which of its cells show image, not padding."""
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.utils.model import freeze_batch_norm_2d
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Networks made for one image size have to be told to take any; which of these they know differs by family.
+ANY_SIZE_KWARGS = {"dynamic_img_size": True, "dynamic_img_pad": True, "strict_img_size": False}
+
+
+def _create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except RuntimeError as error:
+        if "Unknown model" not in str(error):
+            raise
+        similar = ", ".join(timm.list_models(f"*{name[:6]}*")[:8])
+        raise ValueError(f'timm has no model "{name}". Names that look alike: {similar or "none"}.') from error
+
+
+def _plan(name: str, feature_stride: int | None, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The arguments that build the network up to the wanted level, and its levels up to there. Builds on `meta`."""
+    with torch.device("meta"):
+        parameters = inspect.signature(type(_create(name, **kwargs)).__init__).parameters
+        kwargs = {k: v for k, v in ANY_SIZE_KWARGS.items() if k in parameters} | kwargs
+        try:
+            levels = _create(name, features_only=True, **kwargs).feature_info.info  # type: ignore[union-attr]
+        except (RuntimeError, AssertionError, NotImplementedError, TypeError, AttributeError) as error:
+            raise ValueError(f'timm\'s "{name}" does not support features_only=True: {error}') from error
+    strides = [int(level["reduction"]) for level in levels]
+    wanted = strides[-1] if feature_stride is None else feature_stride
+    if wanted not in strides:
+        raise ValueError(f'"{name}" has no feature level of stride {wanted}; it has {sorted(set(strides))}.')
+    index = max(i for i, stride in enumerate(strides) if stride == wanted)
+    return kwargs | {"features_only": True, "out_indices": (index,)}, [dict(level) for level in levels[: index + 1]]
+
+
+class Backbone(nn.Module):
+    """Features of one level of any timm network that supports `features_only=True`.
+
+    **Padding.** An image gives the same features alone and beside larger ones: the network sees each image without
+    its padding, images of equal size together, and the *feature maps* are padded. The mask comes from their real
+    sizes, and no FLOPs are spent on padding. Convolving the padded batch instead would let padding leak into the
+    image, since after the first bias or norm it is no longer zero. Three cases have to take the padded batch as it
+    is, with the mask downsampled to the stride: batch norm that gathers statistics in training (it must see the whole
+    batch at once), tracing by `torch.compile`, `torch.export` or `torch.jit` (sizes are data there), and a mask that
+    is not one rectangle at the top left.
+
+    Args:
+        name: timm model name.
+        in_channels: channels of the images.
+        output_stride: dilate the last stages down to this stride (16 is the paper's DC5), or None.
+        feature_stride: take the deepest level of this stride; None takes the deepest of all.
+        freeze_batch_norm: fix statistics and affine parameters of every batch norm, keeping its eps.
+        frozen_stages: -1 nothing, 0 the stem, n the stem and the first n stages. A stage is a level of stride 4 or
+            more in timm's `feature_info`; whatever comes before the first of them is the stem.
+        kwargs: more arguments for `timm.create_model`.
+
+    Attributes:
+        channels, stride: of the feature map.
+
+    Raises:
+        ValueError: timm does not know the name, the network cannot give features, or has no level of that stride.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        in_channels: int = 3,
+        output_stride: int | None = None,
+        feature_stride: int | None = None,
+        freeze_batch_norm: bool = True,
+        frozen_stages: int = 1,
+        kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        kwargs = dict(kwargs or {}, in_chans=in_channels)
+        if output_stride is not None:
+            kwargs["output_stride"] = output_stride
+        self.name = name
+        self._built_empty = torch.empty(0).is_meta  # by `from_pretrained`; timm's own initialisation had no effect
+        self._create_kwargs, levels = _plan(name, feature_stride, kwargs)
+        self.channels = int(levels[-1]["num_chs"])
+        self.stride = int(levels[-1]["reduction"])
+        self.model = _create(name, **self._create_kwargs)
+        if freeze_batch_norm:
+            self.model = freeze_batch_norm_2d(self.model)
+        self._frozen = self._freeze_norms_up_to(frozen_stages, levels)
+        self.freeze()
+
+    # -- which parts train ---------------------------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        """Stop the training of the frozen stages. Also called after `from_pretrained`, which replaces the parameters
+        and forgets that they were frozen."""
+        for name in self._frozen:
+            self.model.get_parameter(name).requires_grad_(False)
+
+    def _freeze_norms_up_to(self, frozen_stages: int, levels: list[dict[str, Any]]) -> list[str]:
+        """Fix the batch norms of the frozen stages; returns the names of all parameters up to there."""
+        if frozen_stages < 0:
+            return []
+        first_stage = next((i for i, level in enumerate(levels) if level["reduction"] >= 4), len(levels))
+        num_stages = len(levels) - first_stage
+        if frozen_stages > num_stages:
+            raise ValueError(
+                f'frozen_stages={frozen_stages}, but "{self.name}" has {num_stages} stages up to stride {self.stride}.'
+            )
+        last = first_stage + frozen_stages - 1  # the level that ends the frozen part; -1: what comes before level 0
+        end = str(levels[last]["module"]) if last >= 0 else None
+        frozen = []
+        for name, module in list(self._in_order(end=end, before=None if end else str(levels[0]["module"]))):
+            prefix = f"{name}." if name else ""
+            frozen += [prefix + parameter for parameter, _ in module.named_parameters(recurse=False)]
+            if isinstance(module, _BatchNorm):
+                owner, _, attribute = name.rpartition(".")
+                setattr(self.model.get_submodule(owner), attribute, freeze_batch_norm_2d(module))
+                frozen = [parameter for parameter in frozen if not parameter.startswith(prefix)]  # now buffers
+        return frozen
+
+    def _in_order(self, end: str | None, before: str | None) -> Iterator[tuple[str, nn.Module]]:
+        """Modules in timm's order of execution, up to and including the module called `end`, or up to `before`.
+
+        timm flattens containers ("stages.0" becomes "stages_0") or wraps the network ("model.blocks.0"), so names
+        are compared with dots as underscores and without the wrapper.
+        """
+
+        def plain(name: str) -> str:
+            return name.removeprefix("model.").replace(".", "_") + "_"
+
+        target = plain(str(end or before))
+        reached = False
+        for name, module in self.model.named_modules():
+            inside = plain(name).startswith(target)
+            if (reached and not inside) or (inside and before):
+                return
+            reached = reached or inside
+            yield name, module
+        if not reached:
+            raise ValueError(
+                f'Cannot tell where the stages of "{self.name}" end: timm reports {end or before}, which is no module '
+                "of it. Set frozen_stages=-1 and freeze what you want by hand."
+            )
+
+    def sees_whole_batches(self) -> bool:
+        """True while some batch norm computes statistics of the batch, so that images must not be run apart."""
+        return self.training and any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules())
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def load_pretrained(self, checkpoint: str | Path | None = None) -> None:
+        """Load timm's pretrained weights in place.
+
+        Args:
+            checkpoint: a local file of weights for the whole timm network, `.safetensors` or a pickle, which is
+                opened with `weights_only=True`. None downloads the weights that timm names, from the Hub.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            ValueError: the file does not hold the weights of this network.
+        """
+        overlay: dict[str, Any] = {}
+        if checkpoint is not None:
+            checkpoint = Path(checkpoint)
+            if not checkpoint.is_file():
+                raise FileNotFoundError(f"No backbone weights at {checkpoint}.")
+            overlay["pretrained_cfg_overlay"] = {"file": str(checkpoint)}
+        # The same seed twice: a weight that equals its random twin is one the file did not set.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            random = _create(self.name, **self._create_kwargs).state_dict()
+            torch.manual_seed(0)
+            try:
+                loaded = _create(self.name, pretrained=True, **self._create_kwargs, **overlay).state_dict()
+            except (RuntimeError, KeyError) as error:
+                if checkpoint is None:
+                    raise
+                raise ValueError(f'{checkpoint} does not hold weights of timm\'s "{self.name}": {error}') from error
+        untouched = [k for k, v in loaded.items() if v.ndim > 1 and v.count_nonzero() and torch.equal(v, random[k])]
+        if untouched:
+            raise ValueError(
+                f"{checkpoint or 'The pretrained checkpoint'} has no weights for {len(untouched)} tensors of "
+                f'"{self.name}", the first is {untouched[0]}. Is it a checkpoint of another network?'
+            )
+        self.model.load_state_dict(loaded)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fill what `from_pretrained` left open: timm's initial weights where a checkpoint had none, and the buffers
+        that are never saved (such as Swin's relative positions), which come back empty from the `meta` device."""
+        if not self._built_empty:
+            return
+        state = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        empty = {name for name, tensor in state.items() if not getattr(tensor, "_is_hf_initialized", False)}
+        if not empty:
+            return
+        fresh_model = _create(self.name, **self._create_kwargs)
+        fresh = dict(fresh_model.named_parameters()) | dict(fresh_model.named_buffers())
+        for name in empty:
+            state[name].copy_(fresh[name])
+
+    # -- forward -------------------------------------------------------------------------------------------------
+
+    def _features(self, pixel_values: Tensor) -> Tensor:
+        features: Tensor = self.model(pixel_values)[0]
+        if getattr(self.model, "output_fmt", None) == "NHWC":
+            features = features.permute(0, 3, 1, 2)
+        return features
+
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Args:
+            pixel_values: (B, 3, H, W), normalised, padded at the bottom and the right.
+            pixel_mask: (B, H, W), 1 = image, 0 = padding; None if nothing is padded.
+
+        Returns:
+            feature_map (B, channels, h, w) and its mask (B, h, w), bool, True = image; None if nothing is padded.
+        """
+        if pixel_mask is None:
+            return self._features(pixel_values), None
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or self.sees_whole_batches():
+            return self._padded_batch(pixel_values, pixel_mask)
+        sizes = _image_sizes(pixel_mask)
+        if sizes is None:
+            return self._padded_batch(pixel_values, pixel_mask)
+        return self._by_size(pixel_values, sizes)
+
+    def _padded_batch(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
+        feature_map = self._features(pixel_values)
+        mask = nn.functional.interpolate(pixel_mask[:, None].float(), size=feature_map.shape[-2:])[:, 0] > 0.5
+        return feature_map, mask
+
+    def _by_size(self, pixel_values: Tensor, sizes: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, size in enumerate(sizes):
+            groups.setdefault(size, []).append(index)
+        if len(groups) == 1:
+            height, width = sizes[0]
+            return self._features(pixel_values[:, :, :height, :width]), None
+        maps = {
+            (height, width): self._features(pixel_values[indices, :, :height, :width])
+            for (height, width), indices in groups.items()
+        }
+        rows = max(features.shape[2] for features in maps.values())
+        columns = max(features.shape[3] for features in maps.values())
+        some = next(iter(maps.values()))
+        feature_map = some.new_zeros(len(sizes), self.channels, rows, columns)
+        mask = torch.zeros(len(sizes), rows, columns, dtype=torch.bool, device=some.device)
+        for size, indices in groups.items():
+            _, _, height, width = maps[size].shape
+            feature_map[indices, :, :height, :width] = maps[size]
+            mask[indices, :height, :width] = True
+        return feature_map, None if len({features.shape[2:] for features in maps.values()}) == 1 else mask
+
+
+def _image_sizes(pixel_mask: Tensor) -> list[tuple[int, int]] | None:
+    """(height, width) of each image, or None if some mask is not one rectangle at the top left. One transfer from
+    the device."""
+    mask = pixel_mask.bool()
+    heights, widths = mask[:, :, 0].sum(1), mask[:, 0, :].sum(1)
+    in_rows = torch.arange(mask.shape[1], device=mask.device) < heights[:, None]
+    in_columns = torch.arange(mask.shape[2], device=mask.device) < widths[:, None]
+    is_rectangle = (mask == (in_rows[:, :, None] & in_columns[:, None, :])).flatten(1).all(1) & (heights > 0)
+    table = torch.stack((heights, widths, is_rectangle), dim=1).tolist()
+    return [(height, width) for height, width, _ in table] if all(row[2] for row in table) else None

@@ -1,0 +1,98 @@
+"""Step 3: where each cell of the feature map lies, as a vector to add to queries and keys.
+
+Both kinds read a cell's place from its own image: with a mask, padding neither counts as a row nor as a column, so
+an image gets the same embedding alone and beside larger ones.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class SinePositionEmbedding(nn.Module):
+    """Fixed sines and cosines of the normalised row and column (paper, section A.4).
+
+    With `p = 2π · row / rows` (rows counted from 1) the vector is `sin(p / 10000^(2i/n)), cos(p / 10000^(2i/n))` for
+    `i < n/2`, `n = d_model / 2`: first for the row, then the same for the column. Nothing is learned or stored.
+
+    Args:
+        d_model: length of the vector, a multiple of 4.
+    """
+
+    def __init__(self, d_model: int, temperature: float = 10000.0, scale: float = 2 * math.pi) -> None:
+        super().__init__()
+        self.features = d_model // 2
+        self.temperature = temperature
+        self.scale = scale
+
+    def forward(self, height: int, width: int, mask: Tensor | None, device: torch.device) -> Tensor:
+        """Embedding of a (height, width) grid.
+
+        Args:
+            mask: (B, height, width) bool, True where there is image, or None if all images fill the grid.
+
+        Returns:
+            (B, height*width, d_model) float32; B is 1 without a mask.
+        """
+        if mask is None:
+            mask = torch.ones(1, height, width, dtype=torch.bool, device=device)
+        rows = mask.cumsum(1, dtype=torch.float32)
+        columns = mask.cumsum(2, dtype=torch.float32)
+        rows = rows / (rows[:, -1:, :] + 1e-6) * self.scale
+        columns = columns / (columns[:, :, -1:] + 1e-6) * self.scale
+        # exponents 0, 0, 2, 2, 4, 4, ...: neighbours share a frequency, one takes its sine, the other its cosine
+        exponent = 2 * torch.arange(self.features // 2, dtype=torch.float32, device=device) / self.features
+        frequency = self.temperature**exponent
+
+        def waves(position: Tensor) -> Tensor:
+            angle = position[..., None] / frequency  # (B, height, width, features/2)
+            return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
+
+        return torch.cat((waves(rows), waves(columns)), dim=-1).flatten(1, 2)
+
+
+class LearnedPositionEmbedding(nn.Module):
+    """A learned vector per row and per column, as in the paper's code, for a grid of any size.
+
+    Up to `table_size` rows, row `i` reads entry `i`. An image with more rows spreads them evenly over the whole table
+    and interpolates linearly between the two nearest entries, so that no grid is out of range. Columns alike.
+
+    Args:
+        d_model: length of the vector; half comes from the column, half from the row.
+        table_size: learned entries per axis, 50 in the paper's code.
+    """
+
+    def __init__(self, d_model: int, table_size: int = 50) -> None:
+        super().__init__()
+        self.row_embeddings = nn.Embedding(table_size, d_model // 2)
+        self.column_embeddings = nn.Embedding(table_size, d_model // 2)
+
+    @staticmethod
+    def _look_up(table: Tensor, cells: int, sizes: Tensor) -> Tensor:
+        """(table_size, d/2) and the images' own sizes (B,) to the entries of cells 0 ... cells-1, (B, cells, d/2)."""
+        last = table.shape[0] - 1
+        step = torch.where(sizes > last + 1, last / (sizes - 1).clamp(min=1), torch.ones_like(sizes))
+        place = (torch.arange(cells, device=table.device) * step[:, None]).clamp(max=last)  # (B, cells)
+        lower = place.floor().long()
+        share = (place - lower)[..., None].to(table.dtype)
+        return table[lower] * (1 - share) + table[(lower + 1).clamp(max=last)] * share
+
+    def forward(self, height: int, width: int, mask: Tensor | None, device: torch.device) -> Tensor:
+        """Embedding of a (height, width) grid, (B, height*width, d_model); arguments as for the sine embedding."""
+        if mask is None:
+            rows = torch.full((1,), float(height), device=device)
+            columns = torch.full((1,), float(width), device=device)
+        else:
+            rows = mask.any(2).sum(1, dtype=torch.float32)
+            columns = mask.any(1).sum(1, dtype=torch.float32)
+        y = self._look_up(self.row_embeddings.weight, height, rows)
+        x = self._look_up(self.column_embeddings.weight, width, columns)
+        x = x[:, None].expand(-1, height, -1, -1)
+        y = y[:, :, None].expand(-1, -1, width, -1)
+        return torch.cat((x, y), dim=-1).flatten(1, 2)
+
+
+def build_position_embedding(kind: str, d_model: int) -> SinePositionEmbedding | LearnedPositionEmbedding:
+    """`"sine"` or `"learned"` to the module."""
+    return SinePositionEmbedding(d_model) if kind == "sine" else LearnedPositionEmbedding(d_model)
