@@ -1,0 +1,60 @@
+"""hf_detr: DETR as a Hugging Face model package. The journey of an image, file by file:
+
+    step 1  image_processing_hf_detr   images + annotations -> pixel_values, pixel_mask, labels
+    step 2  backbone                   timm features -> feature_map and its mask
+    step 3  position_embedding         where each cell of the feature map lies
+    step 4  transformer                encoder and decoder
+    step 5  heads                      class logits and boxes
+    step 6  matcher                    which query answers for which object
+    step 7  loss                       the set loss
+    step 8  post_processing            boxes in pixels
+
+`modeling_hf_detr` wires steps 2 to 7, `pipeline_hf_detr` all of them for prediction. Importing this package registers
+the classes with transformers' Auto classes and `pipeline("object-detection")`.
+"""
+
+from typing import Any
+
+from transformers import AutoConfig, AutoModel, AutoModelForObjectDetection, ObjectDetectionPipeline
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.pipelines import PIPELINE_REGISTRY, _resolve_impl
+
+from .configuration_hf_detr import DetrConfig
+from .image_processing_hf_detr import DetrImageProcessor
+from .modeling_hf_detr import DetrDetectionOutput, DetrForDetection, DetrModel, DetrModelOutput
+from .pipeline_hf_detr import DetrDetectionPipeline
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DetrConfig",
+    "DetrDetectionOutput",
+    "DetrDetectionPipeline",
+    "DetrForDetection",
+    "DetrImageProcessor",
+    "DetrModel",
+    "DetrModelOutput",
+]
+
+# transformers keys these by class, but refuses a config class that shares its *name* with one of its own (`DetrConfig`)
+# unless told that this is meant; its own DetrConfig keeps its entries.
+AutoConfig.register(DetrConfig.model_type, DetrConfig)
+AutoModel.register(DetrConfig, DetrModel, exist_ok=True)
+AutoModelForObjectDetection.register(DetrConfig, DetrForDetection, exist_ok=True)
+IMAGE_PROCESSOR_MAPPING.register(DetrConfig, {"torchvision": DetrImageProcessor}, exist_ok=True)
+
+
+_task = PIPELINE_REGISTRY.supported_tasks["object-detection"]
+_impl_of_others = _task["impl"]  # a class, or the dotted path of one that transformers imports when it is needed
+
+
+class _ObjectDetection(ObjectDetectionPipeline):
+    """What `pipeline("object-detection")` calls: ours for our models, for all others the class it was before."""
+
+    def __new__(cls, *args: Any, model: Any, **kwargs: Any) -> Any:
+        if model.config.model_type == DetrConfig.model_type:
+            return DetrDetectionPipeline(*args, model=model, **kwargs)
+        return _resolve_impl(_impl_of_others)(*args, model=model, **kwargs)
+
+
+_task["impl"] = _ObjectDetection

@@ -1,0 +1,45 @@
+"""`pipeline("object-detection")` for our models: any image, and batches of images of different sizes."""
+
+from typing import Any
+
+import torch
+from transformers import ObjectDetectionPipeline
+from transformers.utils import ModelOutput
+
+from .image_processing_hf_detr import DetrImageProcessor, to_rgb_tensor
+
+
+class DetrDetectionPipeline(ObjectDetectionPipeline):
+    """transformers' pipeline, called and answering the same way, with three differences: images may also be numpy
+    arrays, tensors and `Path`s, of any mode; `batch_size` > 1 takes images of different sizes and gives what one by
+    one gives; boxes end at the image's edge.
+
+    An image travels through the pipeline's loader on its own, in a list so that nothing tries to stack it, and is
+    padded together with its batch in `_forward`.
+    """
+
+    image_processor: DetrImageProcessor
+
+    def check_model_type(self, supported_models: Any) -> None:
+        """Our models are supported; transformers only knows its own names."""
+
+    def preprocess(self, image: Any, timeout: float | None = None) -> dict[str, Any]:
+        pixels = to_rgb_tensor(image)
+        inputs = self.image_processor(pixels, do_pad=False, return_tensors="pt")
+        return {"pixel_values": [inputs["pixel_values"][0]], "target_size": [tuple(pixels.shape[-2:])]}
+
+    def _forward(self, model_inputs: dict[str, Any]) -> ModelOutput:
+        images, sizes = (_flatten(model_inputs[key]) for key in ("pixel_values", "target_size"))
+        height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+        pixel_values = images[0].new_zeros(len(images), images[0].shape[0], height, width, dtype=self.model.dtype)
+        pixel_mask = torch.zeros(len(images), height, width, dtype=torch.int64, device=pixel_values.device)
+        for image, values, mask in zip(images, pixel_values, pixel_mask, strict=True):
+            values[:, : image.shape[1], : image.shape[2]] = image
+            mask[: image.shape[1], : image.shape[2]] = 1
+        outputs = self.model(pixel_values=pixel_values, pixel_mask=pixel_mask)
+        return ModelOutput(target_size=torch.tensor(sizes), logits=outputs.logits, pred_boxes=outputs.pred_boxes)
+
+
+def _flatten(entries: list[Any]) -> list[Any]:
+    """The pipeline's loader gives [x] for a batch of one and [[x], [x], ...] for larger ones."""
+    return [entry[0] if isinstance(entry, list) else entry for entry in entries]
