@@ -1,0 +1,157 @@
+"""A data set drawn on the spot: coloured shapes on textured backgrounds, as ordinary COCO files."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm.auto import tqdm
+
+CLASSES = ("rectangle", "ellipse", "triangle")
+MIN_SIDE, MAX_SIDE = 96, 160
+MAX_OBJECTS = 4
+MIN_VISIBLE = 0.7  # of each shape, where others lie over it
+OVERSAMPLING = 3  # shapes are drawn larger and scaled down, which smooths their edges
+
+
+def draw_shapes_dataset(
+    folder: str | Path, *, num_train: int = 2000, num_val: int = 200, seed: int = 0, progress: bool = True
+) -> Path:
+    """Draw `train/` and `val/` images with `annotations/instances_train.json` and `instances_val.json` into `folder`.
+
+    Images are 96 to 160 pixels a side, each side drawn on its own, with 0 to 4 rectangles, ellipses and triangles of
+    any colour, size and tilt over noise, stripes, checks, blobs or a gradient. Shapes may overlap, but most of each
+    stays visible; a box surrounds the whole shape, covered parts included. Image `i` depends on `seed`, the
+    split and `i` only, so a larger set starts with the smaller one. About 5 ms an image.
+
+    An annotation file is written when all its images are there; a split that has one of the same size and seed is
+    left as it is.
+
+    Raises:
+        FileExistsError: `folder` holds annotations that were not drawn with these arguments.
+    """
+    folder = Path(folder)
+    for split, count in (("train", num_train), ("val", num_val)):
+        target = folder / "annotations" / f"instances_{split}.json"
+        info = {"description": "hf_detr shapes", "seed": seed, "split": split, "images": count}
+        if target.exists():
+            if json.loads(target.read_text()).get("info") != info:
+                raise FileExistsError(
+                    f"{target} was not drawn with seed={seed} and {count} images. Name another folder."
+                )
+            continue
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        coco: dict[str, Any] = {
+            "info": info,
+            "categories": [{"id": index + 1, "name": name} for index, name in enumerate(CLASSES)],
+            "images": [],
+            "annotations": [],
+        }
+        for index in tqdm(range(count), desc=f"Drawing {split}", disable=not progress, leave=False):
+            image, objects = draw_shapes_image(np.random.default_rng([seed, split == "val", index]))
+            name = f"{index:06d}.jpg"
+            image.save(folder / split / name, quality=92)
+            coco["images"].append({"id": index + 1, "file_name": name, "width": image.width, "height": image.height})
+            for class_id, (x, y, width, height) in objects:
+                coco["annotations"].append(
+                    {
+                        "id": len(coco["annotations"]) + 1,
+                        "image_id": index + 1,
+                        "category_id": class_id + 1,
+                        "bbox": [round(value, 2) for value in (x, y, width, height)],
+                        "area": round(width * height, 2),
+                        "iscrowd": 0,
+                    }
+                )
+        partial = target.with_suffix(".partial")
+        partial.write_text(json.dumps(coco))
+        partial.rename(target)
+    return folder
+
+
+def draw_shapes_image(rng: np.random.Generator) -> tuple[Image.Image, list[tuple[int, tuple[float, ...]]]]:
+    """One image, and its objects as (class, (x_min, y_min, width, height) in pixels)."""
+    width, height = (int(side) for side in rng.integers(MIN_SIDE, MAX_SIDE + 1, size=2))
+    canvas = Image.fromarray(_background(rng, width, height)).resize((width * OVERSAMPLING, height * OVERSAMPLING))
+    draw = ImageDraw.Draw(canvas)
+    background = np.asarray(canvas.resize((1, 1), Image.Resampling.BOX))[0, 0].astype(float)
+    owner = np.zeros((height, width), dtype=np.uint8)  # which shape shows at each pixel, 0 = background
+    visible_from: list[float] = []
+    objects: list[tuple[int, tuple[float, ...]]] = []
+    for _ in range(int(rng.integers(0, MAX_OBJECTS + 1))):
+        for _attempt in range(20):
+            class_id, outline = _outline(rng, width, height)
+            mask = Image.new("L", (width, height))
+            ImageDraw.Draw(mask).polygon(outline, fill=1)
+            covered = np.asarray(mask, dtype=bool)
+            after = np.where(covered, len(objects) + 1, owner)
+            shown = [np.count_nonzero(after == i + 1) for i in range(len(objects))]
+            if covered.any() and all(now >= MIN_VISIBLE * full for now, full in zip(shown, visible_from, strict=True)):
+                break
+        else:
+            continue
+        owner = after.astype(np.uint8)
+        visible_from.append(float(np.count_nonzero(covered)))
+        draw.polygon([(x * OVERSAMPLING, y * OVERSAMPLING) for x, y in outline], fill=_colour(rng, background))
+        xs, ys = zip(*outline, strict=True)
+        objects.append((class_id, (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))))
+    pixels = np.asarray(canvas.resize((width, height), Image.Resampling.BOX)).astype(np.float32)
+    pixels += rng.normal(0, rng.uniform(2, 12), size=pixels.shape)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), objects
+
+
+def _outline(rng: np.random.Generator, width: int, height: int) -> tuple[int, list[tuple[float, float]]]:
+    """A class and the corners of a shape of it that lies within the image."""
+    class_id = int(rng.integers(len(CLASSES)))
+    size = math.exp(rng.uniform(math.log(0.2), math.log(0.65))) * min(width, height)
+    stretch = math.exp(rng.uniform(-0.5, 0.5))
+    half = np.array([size * stretch**0.5, size * stretch**-0.5]) / 2
+    if CLASSES[class_id] == "rectangle":
+        corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * half
+        tilt = rng.uniform(-0.35, 0.35)
+    elif CLASSES[class_id] == "ellipse":
+        angle = np.linspace(0, 2 * math.pi, 48, endpoint=False)
+        corners = np.stack((np.cos(angle), np.sin(angle)), axis=1) * half
+        tilt = rng.uniform(0, math.pi)
+    else:
+        corners = np.array([[-1, 0.8], [1, 0.8], [rng.uniform(-0.6, 0.6), -1]]) * half
+        tilt = rng.uniform(0, 2 * math.pi)
+    turn = np.array([[math.cos(tilt), -math.sin(tilt)], [math.sin(tilt), math.cos(tilt)]])
+    corners = corners @ turn.T
+    low, high = corners.min(0), corners.max(0)
+    center = rng.uniform(-low + 1, np.maximum(np.array([width, height]) - high - 1, -low + 1.01))
+    return class_id, [(float(x), float(y)) for x, y in corners + center]
+
+
+def _colour(rng: np.random.Generator, background: np.ndarray) -> tuple[int, ...]:
+    """A colour that differs visibly from the background's mean."""
+    colour = rng.integers(0, 256, size=3)
+    while np.abs(colour - background).max() < 70:
+        colour = rng.integers(0, 256, size=3)
+    return tuple(int(value) for value in colour)
+
+
+def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """(height, width, 3) uint8 of two related colours, mixed by a random texture."""
+    first = rng.uniform(0, 255, size=3)
+    second = np.clip(first + rng.uniform(-50, 50, size=3), 0, 255)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    angle = rng.uniform(0, math.pi)
+    along = x * math.cos(angle) + y * math.sin(angle)
+    across = y * math.cos(angle) - x * math.sin(angle)
+    period = rng.uniform(6, 30)
+    textures: Sequence[Any] = (
+        lambda: rng.random((height, width)),
+        lambda: 0.5 + 0.5 * np.sin(2 * math.pi * along / period),
+        lambda: (np.floor(along / period) + np.floor(across / period)) % 2,
+        lambda: (along - along.min()) / (np.ptp(along) + 1),
+        lambda: np.asarray(
+            Image.fromarray(rng.random((6, 6), dtype=np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+        ),
+    )
+    mix = textures[int(rng.integers(len(textures)))]()[..., None]
+    return (first + (second - first) * mix).clip(0, 255).astype(np.uint8)

@@ -1,0 +1,68 @@
+"""What the training loop needs besides the model: parameter groups, a schedule, and the machine's cores."""
+
+import ctypes
+import math
+import os
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # numbers of glibc's malloc.h
+
+
+def parameter_groups(
+    model: nn.Module, learning_rate: float, backbone_learning_rate: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Two groups for AdamW, as in the paper (section A.4): the transformer with its heads, and the backbone, which gets
+    a rate of its own. Frozen parameters are in neither."""
+    backbone, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (backbone if ".backbone." in f".{name}" else others).append(parameter)
+    return [
+        {"params": others, "lr": learning_rate, "weight_decay": weight_decay},
+        {"params": backbone, "lr": backbone_learning_rate, "weight_decay": weight_decay},
+    ]
+
+
+def warmup_cosine(step: int, total_steps: int, warmup_steps: int) -> float:
+    """Factor of the learning rate: linear from 0 to 1 over `warmup_steps`, then half a cosine down to 0."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def use_all_cores(processes_on_this_machine: int = 1) -> int:
+    """Give this process its share of the machine's cores, and return how many that is.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1 unless told otherwise, which leaves all cores but one idle when training
+    on a CPU. A larger number there was chosen by someone, and stays.
+    """
+    threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
+    if threads <= 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = max(1, cores // processes_on_this_machine)
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    return threads
+
+
+def keep_freed_memory() -> None:
+    """Ask the C library (glibc) to reuse freed blocks instead of giving them back to the kernel at once. A training
+    step frees and allocates the same tensors again; clearing fresh pages can take as long as computing on them."""
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 256 << 20)):
+            mallopt(option, value)
+
+
+def preferred_precision() -> str:
+    """`"bf16"` where the hardware multiplies bfloat16 matrices natively, else `"no"`, in Accelerate's words."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "no"
