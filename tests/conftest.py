@@ -1,0 +1,101 @@
+"""Shared by all tests: tiny models, transformers' model with equal weights, images and labels from a seed."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import transformers
+
+import hf_detr
+
+TINY = {
+    "num_queries": 12,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 40,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "num_labels": 5,
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+
+
+def tiny_config(**changes) -> hf_detr.DetrConfig:
+    values = {"backbone": "test_resnet"} | TINY | changes
+    if "id2label" in changes:
+        del values["num_labels"]
+    return hf_detr.DetrConfig(**values)
+
+
+def tiny_model(**changes) -> hf_detr.DetrForDetection:
+    return hf_detr.DetrForDetection(tiny_config(**changes)).eval()
+
+
+@torch.no_grad()
+def randomise_norms(model: torch.nn.Module) -> None:
+    """Statistics and weights of every norm, so that none is an identity by chance of its initial values."""
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    norms = [name for name, module in model.named_modules() if "Norm" in type(module).__name__]
+    for norm in norms:
+        for name in ("weight", "running_var"):
+            if f"{norm}.{name}" in state:
+                state[f"{norm}.{name}"].uniform_(0.7, 1.3)
+        for name in ("bias", "running_mean"):
+            if f"{norm}.{name}" in state:
+                state[f"{norm}.{name}"].normal_(0, 0.2)
+
+
+def transformers_twin(model: hf_detr.DetrForDetection, **changes) -> transformers.DetrForObjectDetection:
+    """transformers' own DETR with the same weights; post-norm only, which is all it has."""
+    names = [name for name in TINY if name != "num_labels"]
+    config = transformers.DetrConfig(
+        backbone=model.config.backbone,
+        num_labels=model.config.num_labels,
+        **({name: getattr(model.config, name) for name in (*names, "dropout", "position_embedding_type")} | changes),
+    )
+    twin = transformers.DetrForObjectDetection(config)
+    twin.load_state_dict(model.state_dict())
+    return twin.eval()
+
+
+def random_labels(counts: list[int], num_labels: int = 5, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Labels with this many objects an image, boxes well inside the image."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = []
+    for index, count in enumerate(counts):
+        size = torch.rand(count, 2, generator=generator) * 0.4 + 0.05
+        center = size / 2 + torch.rand(count, 2, generator=generator) * (1 - size)
+        labels.append(
+            {
+                "class_labels": torch.randint(num_labels, (count,), generator=generator),
+                "boxes": torch.cat((center, size), dim=1),
+                "image_id": torch.tensor([100 + index]),
+            }
+        )
+    return labels
+
+
+def padded_batch(sizes: list[tuple[int, int]], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random images of these (height, width), padded with zeros at the bottom and the right."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+    pixel_values = torch.zeros(len(sizes), 3, height, width)
+    pixel_mask = torch.zeros(len(sizes), height, width, dtype=torch.long)
+    for index, (h, w) in enumerate(sizes):
+        pixel_values[index, :, :h, :w] = torch.randn(3, h, w, generator=generator)
+        pixel_mask[index, :h, :w] = 1
+    return pixel_values, pixel_mask
+
+
+def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest difference over the largest value, or over 1 for small tensors of values near 0."""
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)).item()

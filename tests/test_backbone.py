@@ -1,0 +1,231 @@
+"""One tester for every timm family: features, padding, freezing, loading. A new network is a line in FAMILIES."""
+
+import pytest
+import timm
+import torch
+from conftest import padded_batch, tiny_config, tiny_model
+from safetensors.torch import save_file
+
+from hf_detr import DetrForDetection
+from hf_detr.backbone import Backbone
+
+# name: (sizes the padded batch is made of, expected stride)
+FAMILIES = {
+    "resnet18": 32,
+    "test_resnet": 32,
+    "convnext_atto": 32,
+    "swin_tiny_patch4_window7_224": 32,
+    "test_efficientnet": 32,
+    "mobilenetv3_small_050": 32,
+    "mobilenetv4_conv_small_050": 32,
+    "regnetx_002": 32,
+    "test_vit": 16,
+    "vit_tiny_patch16_224": 16,
+    "test_mambaout": 32,
+}
+SIZES = [(96, 128), (64, 100), (77, 51)]
+
+
+@pytest.fixture(params=FAMILIES)
+def name(request):
+    return request.param
+
+
+class TestEveryFamily:
+    def test_channels_and_stride_are_what_comes_out(self, name):
+        backbone = Backbone(name).eval()
+        assert backbone.stride == FAMILIES[name]
+        features, mask = backbone(torch.randn(1, 3, 128, 192))
+        assert features.shape == (1, backbone.channels, 128 // backbone.stride, 192 // backbone.stride)
+        assert mask is None
+
+    def test_an_image_gives_the_same_features_alone_and_beside_larger_ones(self, name):
+        backbone = Backbone(name).eval()
+        images, pixel_mask = padded_batch(SIZES)
+        with torch.no_grad():
+            features, mask = backbone(images, pixel_mask)
+            for index, (height, width) in enumerate(SIZES):
+                alone, _ = backbone(images[index : index + 1, :, :height, :width])
+                rows, columns = alone.shape[2:]
+                torch.testing.assert_close(features[index, :, :rows, :columns], alone[0], atol=1e-4, rtol=1e-4)
+                assert mask[index].sum() == rows * columns
+                assert mask[index, :rows, :columns].all()
+
+    def test_frozen_stages_are_exactly_what_leads_to_the_first_stage(self, name):
+        """Which parameters a feature level depends on is asked of autograd."""
+        backbone = Backbone(name, freeze_batch_norm=False, frozen_stages=1).train()
+        frozen = {n for n, p in backbone.model.named_parameters() if not p.requires_grad}
+        arguments = backbone._create_kwargs | {"out_indices": None}
+        levels = timm.create_model(name, **(arguments | {"out_indices": (0,)})).feature_info.info
+        first = next(i for i, level in enumerate(levels) if level["reduction"] >= 4)
+        upto = timm.create_model(name, **(arguments | {"out_indices": (first,)})).eval()
+        features = upto(torch.randn(1, 3, 96, 96))[0]
+        grads = torch.autograd.grad(features.sum(), list(upto.parameters()), allow_unused=True)
+        norms = {n.rpartition(".")[0] for n, _ in upto.named_buffers() if n.endswith("running_mean")}
+        expected = {
+            n
+            for (n, _), grad in zip(upto.named_parameters(), grads, strict=True)
+            if grad is not None and n.rpartition(".")[0] not in norms  # frozen batch norms have buffers instead
+        }
+        assert expected
+        assert expected <= frozen
+        # what autograd does not see on this path yet is frozen too lies in the same modules, such as unused tokens
+        modules = {n.rpartition(".")[0] for n in expected}
+        assert {n.rpartition(".")[0] for n in frozen} <= modules | {"model"}
+        assert any(p.requires_grad for p in backbone.parameters())
+
+    def test_frozen_parts_hold_still_in_training(self, name):
+        backbone = Backbone(name, freeze_batch_norm=True, frozen_stages=1).train()
+        before = {n: t.clone() for n, t in backbone.state_dict().items()}
+        optimizer = torch.optim.SGD([p for p in backbone.parameters() if p.requires_grad], lr=0.1)
+        backbone(torch.randn(2, 3, 96, 96))[0].square().sum().backward()
+        optimizer.step()
+        trained = {n for n, p in backbone.named_parameters() if p.requires_grad}
+        after = backbone.state_dict()
+        assert all(torch.equal(before[n], after[n]) for n in before if n not in trained)
+        assert any(not torch.equal(before[n], after[n]) for n in trained)
+        assert not [m for m in backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+
+    def test_a_checkpoint_brings_everything_back(self, name, tmp_path):
+        model = DetrForDetection(tiny_config(backbone=name)).eval()
+        model.save_pretrained(tmp_path)
+        loaded = DetrForDetection.from_pretrained(tmp_path)
+        images, mask = padded_batch(SIZES[:2])
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(images, mask).logits, model(images, mask).logits)
+        assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
+            n for n, p in model.named_parameters() if p.requires_grad
+        }
+
+
+def test_padding_does_not_change_predictions():
+    model = tiny_model(backbone="resnet18")
+    images, mask = padded_batch([(96, 96), (40, 90), (96, 33)])
+    with torch.no_grad():
+        together = model(images, mask)
+        more = torch.nn.functional.pad(images, (0, 50, 0, 70)), torch.nn.functional.pad(mask, (0, 50, 0, 70))
+        for index, (height, width) in enumerate([(96, 96), (40, 90), (96, 33)]):
+            alone = model(images[index : index + 1, :, :height, :width])
+            padded_more = model(more[0][index : index + 1], more[1][index : index + 1])
+            for other in (alone, padded_more):
+                torch.testing.assert_close(other.logits[0], together.logits[index], atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(other.pred_boxes[0], together.pred_boxes[index], atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_of_equal_sizes_goes_through_in_one_piece_without_a_mask():
+    backbone = Backbone("test_resnet").eval()
+    calls = []
+    backbone.model.register_forward_pre_hook(lambda _, args: calls.append(tuple(args[0].shape)))
+    images, mask = padded_batch([(64, 96), (64, 96)])
+    assert backbone(images, mask)[1] is None
+    assert backbone(torch.nn.functional.pad(images, (0, 9)), torch.nn.functional.pad(mask, (0, 9)))[1] is None
+    assert calls == [(2, 3, 64, 96)] * 2
+
+
+def test_images_of_one_size_share_a_forward_pass():
+    backbone = Backbone("test_resnet").eval()
+    calls = []
+    backbone.model.register_forward_pre_hook(lambda _, args: calls.append(tuple(args[0].shape)))
+    backbone(*padded_batch([(64, 96), (96, 64), (64, 96)]))
+    assert sorted(calls) == [(1, 3, 96, 64), (2, 3, 64, 96)]
+
+
+@pytest.mark.parametrize("why", ["batch norm in training", "mask is no rectangle"])
+def test_where_images_cannot_run_apart_the_padded_batch_goes_through(why):
+    backbone = Backbone("test_resnet", freeze_batch_norm=False, frozen_stages=-1).eval()
+    images, mask = padded_batch([(64, 96), (96, 64)])
+    if why == "batch norm in training":
+        backbone.train()
+    else:
+        mask[0, 10:20, 10:20] = 0
+    calls = []
+    backbone.model.register_forward_pre_hook(lambda _, args: calls.append(tuple(args[0].shape)))
+    features, small_mask = backbone(images, mask)
+    assert calls == [(2, 3, 96, 96)]
+    assert small_mask.shape == (2, *features.shape[2:])
+
+
+def test_the_feature_level_is_chosen_by_stride():
+    for stride, channels in ((8, 128), (16, 256), (32, 512)):
+        backbone = Backbone("resnet18", feature_stride=stride).eval()
+        assert (backbone.stride, backbone.channels) == (stride, channels)
+        assert backbone(torch.randn(1, 3, 64, 64))[0].shape == (1, channels, 64 // stride, 64 // stride)
+    dc5 = Backbone("resnet50", output_stride=16).eval()
+    assert (dc5.stride, dc5.channels) == (16, 2048)
+    with pytest.raises(ValueError, match=r"no feature level of stride 64; it has \[2, 4, 8, 16, 32\]"):
+        Backbone("resnet18", feature_stride=64)
+
+
+@pytest.mark.parametrize(("stages", "first_trained"), [(-1, "conv1"), (0, "layer1"), (1, "layer2"), (3, "layer4")])
+def test_the_number_of_frozen_stages(stages, first_trained):
+    backbone = Backbone("resnet18", frozen_stages=stages)
+    trained = [name for name, parameter in backbone.model.named_parameters() if parameter.requires_grad]
+    assert trained[0].startswith(first_trained)
+    frozen = [name for name, parameter in backbone.model.named_parameters() if not parameter.requires_grad]
+    assert not [name for name in frozen if name.startswith(first_trained)]
+
+
+def test_frozen_batch_norm_keeps_the_networks_own_eps():
+    backbone = Backbone("mobilenetv3_small_050", freeze_batch_norm=True)
+    original = timm.create_model("mobilenetv3_small_050", features_only=True)
+    expected = [m.eps for m in original.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    actual = [m.eps for m in backbone.modules() if "FrozenBatchNorm" in type(m).__name__]
+    assert actual == expected[: len(actual)]
+    assert actual
+
+
+def test_unknown_and_unfit_networks_are_named():
+    with pytest.raises(ValueError, match='timm has no model "resnet5"'):
+        Backbone("resnet5")
+    with pytest.raises(ValueError, match="frozen_stages=9"):
+        Backbone("resnet18", frozen_stages=9)
+    with pytest.raises(ValueError, match="does not support features_only=True"):
+        Backbone("mixer_s16_224")
+
+
+class TestPretrainedWeights:
+    @pytest.fixture
+    def network(self):
+        network = timm.create_model("test_resnet", num_classes=10)
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.weight.data.uniform_(0.5, 1.5)
+        return network.eval()
+
+    @pytest.mark.parametrize("ending", ["safetensors", "pth"])
+    def test_from_a_local_file(self, network, ending, tmp_path):
+        path = tmp_path / f"weights.{ending}"
+        save_file(network.state_dict(), path) if ending == "safetensors" else torch.save(network.state_dict(), path)
+        model = DetrForDetection.from_pretrained_backbone(tiny_config(), path).eval()
+        image = torch.randn(1, 3, 64, 64)
+        torch.testing.assert_close(model.model.backbone(image)[0], network.forward_features(image))
+
+    def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(self, tmp_path):
+        class Malicious:
+            def __reduce__(self):
+                return (open, (str(tmp_path / "ran"), "w"))
+
+        path = tmp_path / "weights.pth"
+        torch.save({"conv1.weight": Malicious()}, path)
+        with pytest.raises(ValueError, match="does not hold weights"):
+            DetrForDetection.from_pretrained_backbone(tiny_config(), path)
+        assert not (tmp_path / "ran").exists()
+
+    def test_weights_of_another_network_are_refused(self, tmp_path):
+        path = tmp_path / "weights.safetensors"
+        save_file({"some.weight": torch.randn(3, 3)}, path)
+        with pytest.raises(ValueError, match=r"no weights for .* tensors"):
+            DetrForDetection.from_pretrained_backbone(tiny_config(), path)
+        with pytest.raises(FileNotFoundError, match="No backbone weights at"):
+            DetrForDetection.from_pretrained_backbone(tiny_config(), tmp_path / "missing.pth")
+
+    def test_a_full_checkpoint_never_asks_for_backbone_weights(self, tmp_path, monkeypatch):
+        tiny_model().save_pretrained(tmp_path)
+
+        def refuse(*args, **kwargs):
+            raise AssertionError("asked for weights")
+
+        monkeypatch.setattr("timm.models._builder.load_pretrained", refuse)
+        monkeypatch.setattr("socket.socket.connect", refuse)
+        DetrForDetection.from_pretrained(tmp_path)

@@ -1,0 +1,161 @@
+"""The scripts as their users call them, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hf_detr.data import draw_shapes_dataset
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+def run(*arguments, cwd, ok=True):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [str(a) for a in arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    output = done.stdout + done.stderr
+    assert (done.returncode == 0) == ok, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which the main job ran in its quick form."""
+    cwd = tmp_path_factory.mktemp("work")
+    return cwd, run(*LAUNCH, EXAMPLES / "finetune.py", "--quick", cwd=cwd)
+
+
+def test_the_main_job_leaves_what_it_promises(trained):
+    cwd, output = trained
+    run_dir = cwd / "runs" / "shapes-1"
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "metrics.json",
+        "log.jsonl",
+        "validation.png",
+    ):
+        assert (run_dir / name).is_file(), name
+    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert {"loss", "loss_ce", "loss_bbox", "loss_giou", "AP", "AP50", "learning_rate", "seconds"} <= set(lines[-1])
+    assert {"AP", "AP50", "AR100", "per_class", "epoch"} <= set(json.loads((run_dir / "metrics.json").read_text()))
+    assert Image.open(run_dir / "validation.png").size == (1280, 1280)
+    assert "with 2 threads" in output or os.cpu_count() != 2
+
+
+def test_every_core_is_busy(trained):
+    assert f"with {len(os.sched_getaffinity(0))} threads" in trained[1]
+
+
+def test_predict_writes_pictures_and_a_json_and_names_what_it_could_not_read(trained, tmp_path):
+    cwd, _ = trained
+    folder = tmp_path / "images"
+    (folder / "deeper").mkdir(parents=True)
+    Image.new("RGB", (120, 90), "red").save(folder / "one.jpg")
+    Image.new("L", (60, 140), 90).save(folder / "deeper" / "two.png")
+    (folder / "broken.jpg").write_bytes(b"no image")
+    arguments = [
+        sys.executable,
+        EXAMPLES / "predict.py",
+        folder,
+        "--model",
+        cwd / "runs" / "shapes-1",
+        "--threshold",
+        "0.0",
+    ]
+    output = run(*arguments, "--batch_size", "2", "--output_dir", tmp_path / "out", cwd=tmp_path)
+    detections = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert sorted(detections) == [str(folder / "deeper" / "two.png"), str(folder / "one.jpg")]
+    assert all({"score", "label", "box"} == set(found) for objects in detections.values() for found in objects)
+    assert detections[str(folder / "one.jpg")]
+    assert Image.open(tmp_path / "out" / "one.jpg.png").size == (120, 90)
+    assert Image.open(tmp_path / "out" / "deeper" / "two.png.png").size == (60, 140)
+    assert "not read: " in output
+    assert "broken.jpg" in output
+    again = run(*arguments, "--output_dir", tmp_path / "out", cwd=tmp_path, ok=False)
+    assert "exists. Name another --output_dir" in again
+
+
+def test_evaluate_agrees_with_the_number_at_training_time_and_across_processes(trained):
+    cwd, _ = trained
+    common = [EXAMPLES / "evaluate.py", "--model", "runs/shapes-1", "--dataset", "data/shapes-quick"]
+    table = run(*LAUNCH, *common, "--output", "one.json", cwd=cwd)
+    assert "AP50" in table
+    assert "rectangle" in table
+    run(
+        *LAUNCH,
+        "--cpu",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        *common,
+        "--batch_size",
+        "3",
+        "--output",
+        "two.json",
+        cwd=cwd,
+    )
+    one, two = (json.loads((cwd / name).read_text()) for name in ("one.json", "two.json"))
+    trained_metrics = json.loads((cwd / "runs" / "shapes-1" / "metrics.json").read_text())
+    for name in ("AP", "AP50", "AR100"):
+        assert one[name] == pytest.approx(two[name], abs=1e-6)
+        assert one[name] == pytest.approx(trained_metrics[name], abs=0.02)  # trained and measured in bfloat16 there
+
+
+def test_resuming_continues_after_the_last_epoch_and_a_full_folder_is_left_alone(trained):
+    cwd, _ = trained
+    base = [*LAUNCH, EXAMPLES / "finetune.py", "--quick"]
+    refused = run(*base, "--output_dir", "runs/shapes-1", cwd=cwd, ok=False)
+    assert "is not empty" in refused
+    run(*base, "--output_dir", "runs/stopped", cwd=cwd)
+    log = cwd / "runs" / "stopped" / "log.jsonl"
+    assert len(log.read_text().splitlines()) == 2
+    output = run(*base, "--output_dir", "runs/stopped", "--resume", cwd=cwd)
+    assert "Resumed after epoch 2" in output
+    assert len(log.read_text().splitlines()) == 2
+    assert "holds no run to resume" in run(*base, "--output_dir", "runs/nothing", "--resume", cwd=cwd, ok=False)
+
+
+def test_starting_from_a_checkpoint_on_another_data_set(trained, tmp_path):
+    cwd, _ = trained
+    folder = draw_shapes_dataset(tmp_path / "mine", num_train=8, num_val=4, progress=False)
+    for path in (folder / "annotations").iterdir():
+        content = json.loads(path.read_text())
+        content["categories"][0] = {"id": 99, "name": "box"}
+        for record in content["annotations"]:
+            record["category_id"] = 99 if record["category_id"] == 1 else record["category_id"]
+        path.write_text(json.dumps(content))
+    output = run(
+        *LAUNCH, EXAMPLES / "finetune.py", "--dataset", folder, "--model", cwd / "runs" / "shapes-1", "--quick",
+        "--num_workers", "0", "--image_size", "96", cwd=tmp_path,
+    )  # fmt: skip
+    assert "2 of 3 classes keep their weights, 1 start at random (box), 1 dropped" in output
+    config = json.loads((tmp_path / "runs" / "mine-1" / "config.json").read_text())
+    assert config["id2label"] == {"0": "ellipse", "1": "triangle", "2": "box"}
+
+
+def test_faults_of_the_data_stop_the_run_before_it_starts(trained, tmp_path):
+    cwd, _ = trained
+    folder = draw_shapes_dataset(tmp_path / "mine", num_train=4, num_val=2, progress=False)
+    path = folder / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["bbox"][2] = 0
+    path.write_text(json.dumps(content))
+    arguments = ["--dataset", folder, "--model", cwd / "runs" / "shapes-1"]
+    output = run(*LAUNCH, EXAMPLES / "finetune.py", *arguments, cwd=tmp_path, ok=False)
+    assert "instances_train.json: 1 problems. annotation 1 of image" in output
+    assert "has no area" in output
+
+
+def test_help_is_short():
+    text = run(sys.executable, EXAMPLES / "finetune.py", "--help", cwd=EXAMPLES)
+    assert len(text.splitlines()) < 70

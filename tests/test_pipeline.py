@@ -1,0 +1,108 @@
+"""`pipeline("object-detection")` with our models, and with everyone else's as before. PEERS.md defect 7."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import tiny_model, transformers_twin
+from test_image_processing import photo
+from transformers import pipeline
+
+from hf_detr import DetrDetectionPipeline, DetrImageProcessor
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint with its processor on disk. Its box head is spread, so that boxes reach over the image's edge."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("checkpoint")
+    model = tiny_model(id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1})
+    with torch.no_grad():
+        model.bbox_predictor.layers[-1].weight.mul_(20)
+        model.class_labels_classifier.weight.mul_(3)
+    model.save_pretrained(path)
+    DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 120}).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def detector(folder):
+    return pipeline("object-detection", model=str(folder))
+
+
+IMAGES = [photo(90, 60, 1), photo(60, 100, 2).convert("L"), photo(64, 64, 3).convert("CMYK"), photo(120, 50, 4)]
+
+
+def close(one, other):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a["label"] == b["label"]
+        assert a["score"] == pytest.approx(b["score"], abs=1e-4)
+        assert all(abs(a["box"][key] - b["box"][key]) <= 1 for key in b["box"])  # rounded to whole pixels
+
+
+def test_batches_of_different_sizes_and_modes_give_what_one_by_one_gives(detector):
+    one_by_one = [detector(image, threshold=0.3) for image in IMAGES]
+    assert sum(len(result) for result in one_by_one) > 4
+    for batch_size in (1, 2, 3, 4):
+        batched = detector(IMAGES, threshold=0.3, batch_size=batch_size)
+        assert len(batched) == len(IMAGES)
+        for a, b in zip(batched, one_by_one, strict=True):
+            close(a, b)
+    generated = list(detector((image for image in IMAGES), threshold=0.3, batch_size=3))
+    for a, b in zip(generated, one_by_one, strict=True):
+        close(a, b)
+
+
+def test_boxes_end_at_the_image(detector):
+    for image in IMAGES:
+        for found in detector(image, threshold=0.0):
+            box = found["box"]
+            assert 0 <= box["xmin"] <= box["xmax"] <= image.width
+            assert 0 <= box["ymin"] <= box["ymax"] <= image.height
+
+
+def test_arrays_tensors_and_paths_are_images_too(detector, tmp_path):
+    image = photo(90, 60, 1)
+    image.save(tmp_path / "a.png")
+    expected = detector(image, threshold=0.3)
+    array = np.asarray(image)
+    for same in (
+        array,
+        array.transpose(2, 0, 1).copy(),
+        torch.from_numpy(array.copy()),
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+    ):
+        close(detector(same, threshold=0.3), expected)
+    for a in detector([array, array], threshold=0.3, batch_size=2):
+        close(a, expected)
+
+
+def test_model_and_processor_as_objects_and_no_complaint(folder, capfd):
+    transformers.utils.logging.set_verbosity_info()
+    try:
+        model = transformers.AutoModelForObjectDetection.from_pretrained(folder)
+        processor = transformers.AutoImageProcessor.from_pretrained(folder)
+        detector = pipeline("object-detection", model=model, image_processor=processor)
+        detector(photo())
+    finally:
+        transformers.utils.logging.set_verbosity_warning()
+    output = capfd.readouterr()
+    assert "not supported" not in output.out + output.err
+    assert type(detector) is DetrDetectionPipeline
+
+
+def test_names_of_classes_are_the_models(detector):
+    assert {found["label"] for found in detector(photo(), threshold=0.0)} <= {"cat", "dog"}
+
+
+def test_other_models_get_the_pipeline_they_had():
+    theirs = transformers_twin(tiny_model(auxiliary_loss=False))
+    detector = pipeline(
+        "object-detection",
+        model=theirs,
+        image_processor=transformers.DetrImageProcessor(size={"height": 64, "width": 64}),
+    )
+    assert type(detector) is transformers.ObjectDetectionPipeline
+    assert isinstance(detector(photo(), threshold=0.0), list)

@@ -1,0 +1,121 @@
+"""Parts of the training loop: groups, schedule, another label set, processes, and learning at all."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import random_labels, tiny_model
+
+from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
+from hf_detr.data import CocoDetection, DetectionCollator, draw_shapes_dataset
+from hf_detr.evaluation import evaluate_detection
+from hf_detr.loss import set_loss
+from hf_detr.training import parameter_groups, replace_class_head, use_all_cores, warmup_cosine
+
+
+def test_the_backbone_has_its_own_rate_and_frozen_parameters_are_in_no_group():
+    model = tiny_model(backbone="resnet18")
+    transformer, backbone = parameter_groups(model, 1e-4, 1e-5, 1e-4)
+    assert (transformer["lr"], backbone["lr"]) == (1e-4, 1e-5)
+    ids = {id(p) for p in model.model.backbone.parameters() if p.requires_grad}
+    assert {id(p) for p in backbone["params"]} == ids
+    together = len(transformer["params"]) + len(backbone["params"])
+    assert together == sum(p.requires_grad for p in model.parameters())
+
+
+def test_the_schedule_rises_then_falls_to_zero():
+    factors = [warmup_cosine(step, 100, 10) for step in range(101)]
+    assert factors[0] == pytest.approx(1 / 11)
+    assert factors[10] == 1
+    assert factors[55] == pytest.approx(0.5)
+    assert factors[100] == pytest.approx(0, abs=1e-9)
+    assert factors[:11] == sorted(factors[:11])
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+
+
+def test_another_label_set_keeps_rows_of_equal_names_and_says_so():
+    model = tiny_model(id2label={0: "cat", 1: "dog", 2: "bird"}, label2id={"cat": 0, "dog": 1, "bird": 2})
+    before = model.class_labels_classifier
+    said = replace_class_head(model, {0: "fish", 1: "bird", 2: "cat", 3: "cow"})
+    assert said.startswith(
+        "Class head replaced: 2 of 4 classes keep their weights, 2 start at random (fish, cow), 1 dropped"
+    )
+    after = model.class_labels_classifier
+    for new, old in ((1, 2), (2, 0), (4, 3)):
+        assert torch.equal(after.weight[new], before.weight[old])
+        assert torch.equal(after.bias[new], before.bias[old])
+    assert model.config.num_labels == 4
+    assert model.config.label2id == {"fish": 0, "bird": 1, "cat": 2, "cow": 3}
+    assert model(torch.randn(1, 3, 64, 64)).logits.shape[-1] == 5
+    assert "already predicts" in replace_class_head(model, dict(model.config.id2label))
+
+
+def test_all_cores_are_used_unless_told_otherwise(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # what accelerate launch sets
+    assert use_all_cores() == cores
+    assert torch.get_num_threads() == cores
+    assert use_all_cores(processes_on_this_machine=cores) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert use_all_cores() == 3
+
+
+def _loss_of_one_process(rank, counts, port, results):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=len(counts))
+    torch.manual_seed(0)
+    logits, boxes = torch.randn(2, len(counts), 6, 6), torch.rand(2, len(counts), 6, 4) * 0.5 + 0.2
+    labels = random_labels(counts)
+    _, terms = set_loss(logits[:, rank : rank + 1], boxes[:, rank : rank + 1], labels[rank : rank + 1])
+    results[rank] = {name: value.item() for name, value in terms.items()}
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("counts", [[3, 1], [4, 0]])
+def test_box_losses_do_not_grow_with_the_number_of_processes(counts):
+    """PEERS.md defect 3: averaged over processes, the terms are those of one process with the whole batch."""
+    with mp.Manager() as manager:
+        results = manager.dict()
+        port = 20000 + os.getpid() % 20000
+        mp.spawn(_loss_of_one_process, (counts, port, results), nprocs=2)
+        results = dict(results)
+    torch.manual_seed(0)
+    logits, boxes = torch.randn(2, 2, 6, 6), torch.rand(2, 2, 6, 4) * 0.5 + 0.2
+    _, whole = set_loss(logits, boxes, random_labels(counts))
+    for name in ("loss_bbox", "loss_giou", "loss_bbox_0", "loss_giou_0"):
+        mean = (results[0][name] + results[1][name]) / 2
+        assert mean == pytest.approx(whole[name].item(), rel=1e-5), name
+
+
+def test_eight_images_are_learned_by_heart(tmp_path):
+    """A model that cannot do this has a fault somewhere between labels and loss."""
+    started = time.monotonic()
+    folder = draw_shapes_dataset(tmp_path, num_train=8, num_val=1, progress=False)
+    data = CocoDetection(folder, "train", keep_in_memory=True, progress=False)
+    config = DetrConfig(
+        backbone="test_resnet", feature_stride=16, freeze_batch_norm=False, frozen_stages=-1, num_queries=10,
+        d_model=64, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=128, decoder_ffn_dim=128,
+        encoder_attention_heads=4, decoder_attention_heads=4, dropout=0.0, pre_norm=True, id2label=data.id2label,
+        label2id={name: index for index, name in data.id2label.items()},
+    )  # fmt: skip
+    model = DetrForDetection(config).train()
+    processor = DetrImageProcessor(size={"height": 128, "width": 128})
+    batch = DetectionCollator(processor)([data[index] for index in range(8)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    metrics = {"AP50": 0.0}
+    for step in range(1, 1201):
+        loss = model(pixel_values=batch["pixel_values"], labels=batch["labels"]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            metrics = evaluate_detection(model, [batch], data, processor, progress=False).compute()
+            if metrics["AP50"] > 0.95:
+                break
+    assert metrics["AP50"] > 0.95
+    assert time.monotonic() - started < 180
