@@ -10,12 +10,14 @@ The output folder holds the best checkpoint with its processor (`pipeline("objec
 import argparse
 import json
 import math
+import os
+import shutil
 import time
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
@@ -77,7 +79,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--backbone", help="without --model: timm network to start from, default resnet50")
     parser.add_argument("--backbone_weights", help='a local file, or "none" for random; default: from the Hub')
     parser.add_argument("--output_dir", help="default: the next free runs/NAME-N")
-    parser.add_argument("--resume", action="store_true", help="continue in --output_dir after its last whole epoch")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in --output_dir, with its settings, after its last epoch",
+    )
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch_size", type=int, help="images per process and step")
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
@@ -92,22 +98,28 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="2 epochs on 64 images, to see that all works")
     args = parser.parse_args()
+    if args.resume:
+        if not args.output_dir or not (Path(args.output_dir) / "args.json").is_file():
+            parser.error("--resume needs the --output_dir of a run that was begun")
+        begun = json.loads((Path(args.output_dir) / "args.json").read_text())
+        parser.set_defaults(**begun | {"resume": True, "output_dir": args.output_dir})
+        return parser.parse_args()
     rates = PAPER_RATES if args.dataset or args.model or args.backbone else SHAPES_RATES
     for name, value in rates.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.quick:
         args.epochs, args.eval_every = 2, 1
-    if args.resume and not args.output_dir:
-        parser.error("--resume needs --output_dir")
     return args
 
 
 def main() -> None:
     args = parse_args()
+    launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # "no" also when nobody chose
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision or preferred_precision(),
+        mixed_precision=args.mixed_precision or (preferred_precision() if launched_with == "no" else None),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
     threads = use_all_cores(accelerator.num_processes) if accelerator.device.type == "cpu" else None
     set_seed(args.seed)
@@ -135,7 +147,7 @@ def main() -> None:
         train_images,
         batch_size=args.batch_size,
         shuffle=True,
-        drop_last=len(train_images) >= args.batch_size,
+        drop_last=len(train_images) >= args.batch_size * accelerator.num_processes,
         collate_fn=DetectionCollator(processor, flip_probability=0.5),
         num_workers=args.num_workers,
         persistent_workers=args.num_workers > 0,
@@ -158,10 +170,14 @@ def main() -> None:
     history = Progress()
     accelerator.register_for_checkpointing(scheduler, history)
     if args.resume:
-        accelerator.load_state(str(output_dir / "state"))
+        accelerator.load_state(str(newest_state(output_dir)))
         accelerator.print(f"Resumed after epoch {history.epoch}; best AP so far {history.best_ap:.4f}")
 
+    else:
+        save_state(accelerator, output_dir)  # from here on the run can be resumed
+
     for epoch in range(history.epoch + 1, args.epochs + 1):
+        train_loader.set_epoch(epoch)
         started = time.perf_counter()
         losses = train_one_epoch(accelerator, model, train_loader, optimizer, scheduler, epoch)
         seconds = time.perf_counter() - started
@@ -176,7 +192,7 @@ def main() -> None:
                     save(accelerator.unwrap_model(model), processor, output_dir, metrics | {"epoch": epoch})
                     compare_with_truth(val_set, evaluator.detections()).save(output_dir / "validation.png")
         history.epoch = epoch
-        accelerator.save_state(str(output_dir / "state"))
+        save_state(accelerator, output_dir)
         if accelerator.is_main_process:
             report(line, args.epochs, output_dir)
     accelerator.wait_for_everyone()
@@ -211,8 +227,6 @@ def claim_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> Path
     """The folder of this run. One that holds another run is never written to."""
     if args.output_dir:
         output_dir = Path(args.output_dir)
-        if args.resume and not (output_dir / "state").is_dir():
-            raise SystemExit(f"{output_dir} holds no run to resume.")
         if not args.resume and output_dir.exists() and any(output_dir.iterdir()):
             raise SystemExit(f"{output_dir} is not empty. Name another --output_dir, or --resume the run in it.")
     else:
@@ -224,7 +238,32 @@ def claim_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> Path
     accelerator.wait_for_everyone()  # everyone has looked before one creates it
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
     return output_dir
+
+
+def save_state(accelerator: Accelerator, output_dir: Path) -> None:
+    """What --resume needs, in `state/`. The last one is there until the new one is complete."""
+    new, current, old = (output_dir / name for name in ("state-new", "state", "state-old"))
+    if accelerator.is_main_process:
+        shutil.rmtree(new, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(new))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(old, ignore_errors=True)
+        if current.exists():
+            current.rename(old)
+        new.rename(current)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def newest_state(output_dir: Path) -> Path:
+    for name in ("state", "state-old"):
+        if (output_dir / name).is_dir():
+            return output_dir / name
+    raise SystemExit(f"{output_dir} holds no state to resume from.")
 
 
 def build(args: argparse.Namespace, id2label: dict[int, str]) -> tuple[DetrForDetection, DetrImageProcessor, str]:

@@ -179,8 +179,21 @@ def test_unknown_and_unfit_networks_are_named():
         Backbone("resnet5")
     with pytest.raises(ValueError, match="frozen_stages=9"):
         Backbone("resnet18", frozen_stages=9)
-    with pytest.raises(ValueError, match="does not support features_only=True"):
-        Backbone("mixer_s16_224")
+    with pytest.raises(ValueError, match="does not take these arguments"):
+        Backbone("swin_tiny_patch4_window7_224", output_stride=16)
+
+
+def test_parts_behind_the_chosen_level_do_not_wait_for_gradients():
+    """timm builds EfficientNet whole; DistributedDataParallel would wait for gradients that never come."""
+    for name in ("test_efficientnet", "mobilenetv3_small_050", "resnet18", "test_vit"):
+        backbone = Backbone(name, feature_stride=16, frozen_stages=-1, freeze_batch_norm=False).train()
+        backbone(torch.randn(2, 3, 64, 64))[0].sum().backward()
+        assert all(p.grad is not None for p in backbone.parameters() if p.requires_grad), name
+
+
+def test_equal_sizes_need_no_mask_while_batch_norm_trains():
+    backbone = Backbone("test_resnet", freeze_batch_norm=False, frozen_stages=-1).train()
+    assert backbone(*padded_batch([(64, 96), (64, 96)]))[1] is None
 
 
 class TestPretrainedWeights:

@@ -127,6 +127,8 @@ class TestCocoFolders:
 
     def test_roboflows_unused_parent_category_is_no_class(self, coco):
         content, write = coco
+        for category in content["categories"]:
+            category["supercategory"] = "animals"
         content["categories"] += [{"id": 0, "name": "animals", "supercategory": "none"}]
         assert CocoDetection(write(), "train", progress=False).id2label == {0: "cat", 1: "dog"}
 

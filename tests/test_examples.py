@@ -13,10 +13,11 @@ from hf_detr.data import draw_shapes_dataset
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def run(*arguments, cwd, ok=True):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [str(a) for a in arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
@@ -91,19 +92,7 @@ def test_evaluate_agrees_with_the_number_at_training_time_and_across_processes(t
     table = run(*LAUNCH, *common, "--output", "one.json", cwd=cwd)
     assert "AP50" in table
     assert "rectangle" in table
-    run(
-        *LAUNCH,
-        "--cpu",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        *common,
-        "--batch_size",
-        "3",
-        "--output",
-        "two.json",
-        cwd=cwd,
-    )
+    run(*TWO_PROCESSES, *common, "--batch_size", "3", "--output", "two.json", cwd=cwd)
     one, two = (json.loads((cwd / name).read_text()) for name in ("one.json", "two.json"))
     trained_metrics = json.loads((cwd / "runs" / "shapes-1" / "metrics.json").read_text())
     for name in ("AP", "AP50", "AR100"):
@@ -119,10 +108,12 @@ def test_resuming_continues_after_the_last_epoch_and_a_full_folder_is_left_alone
     run(*base, "--output_dir", "runs/stopped", cwd=cwd)
     log = cwd / "runs" / "stopped" / "log.jsonl"
     assert len(log.read_text().splitlines()) == 2
-    output = run(*base, "--output_dir", "runs/stopped", "--resume", cwd=cwd)
+    output = run(*LAUNCH, EXAMPLES / "finetune.py", "--output_dir", "runs/stopped", "--resume", cwd=cwd)
     assert "Resumed after epoch 2" in output
     assert len(log.read_text().splitlines()) == 2
-    assert "holds no run to resume" in run(*base, "--output_dir", "runs/nothing", "--resume", cwd=cwd, ok=False)
+    assert "needs the --output_dir of a run" in run(
+        *base, "--output_dir", "runs/nothing", "--resume", cwd=cwd, ok=False
+    )
 
 
 def test_starting_from_a_checkpoint_on_another_data_set(trained, tmp_path):
@@ -154,6 +145,14 @@ def test_faults_of_the_data_stop_the_run_before_it_starts(trained, tmp_path):
     output = run(*LAUNCH, EXAMPLES / "finetune.py", *arguments, cwd=tmp_path, ok=False)
     assert "instances_train.json: 1 problems. annotation 1 of image" in output
     assert "has no area" in output
+
+
+def test_two_processes_train_to_one_result(trained):
+    cwd, _ = trained
+    output = run(*TWO_PROCESSES, EXAMPLES / "finetune.py", "--quick", "--output_dir", "runs/two", cwd=cwd)
+    assert "on 2 x cpu" in output
+    assert output.count("Best checkpoint") == 1
+    assert len((cwd / "runs" / "two" / "log.jsonl").read_text().splitlines()) == 2
 
 
 def test_help_is_short():

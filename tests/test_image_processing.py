@@ -236,6 +236,23 @@ class TestAnnotations:
             processor([photo()], annotations=[annotation([1, 1, 9, 9], category_id="cat")])
 
 
+def test_floats_without_rescaling_are_normalised_as_they_are():
+    image = torch.rand(3, 20, 30)
+    ours = DetrImageProcessor(do_resize=False, do_rescale=False)(image, return_tensors="pt")["pixel_values"]
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    torch.testing.assert_close(ours[0], (image - mean) / std)
+    again = DetrImageProcessor(do_resize=False)(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(again, ours)
+
+
+def test_target_sizes_may_be_a_list_of_tensors(processor):
+    outputs = transformers.utils.ModelOutput(logits=torch.randn(2, 5, 4), pred_boxes=torch.rand(2, 5, 4))
+    sizes = [torch.tensor([100, 200]), torch.tensor([50, 60])]
+    as_list = processor.post_process_object_detection(outputs, 0.0, target_sizes=sizes)
+    as_tensor = processor.post_process_object_detection(outputs, 0.0, target_sizes=torch.stack(sizes))
+    assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(as_list, as_tensor, strict=True))
+
+
 def test_options_of_resizing_and_padding():
     images = [photo(90, 60), photo(60, 90)]
     fixed = DetrImageProcessor(size={"height": 64, "width": 80})(images, return_tensors="pt")

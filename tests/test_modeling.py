@@ -158,6 +158,7 @@ def test_bfloat16_autocast_trains_and_predicts():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = model(torch.randn(2, 3, 64, 64), labels=random_labels([1, 2]))
     assert outputs.loss.dtype == torch.float32
+    assert outputs.pred_boxes.dtype == torch.float32  # bfloat16 would round boxes to 1/256 of the image
     outputs.loss.backward()
     half = tiny_model().to(torch.bfloat16)
     assert half(torch.randn(1, 3, 64, 64, dtype=torch.bfloat16)).logits.dtype == torch.bfloat16

@@ -58,9 +58,12 @@ def test_all_cores_are_used_unless_told_otherwise(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # what accelerate launch sets
     assert use_all_cores() == cores
     assert torch.get_num_threads() == cores
-    assert use_all_cores(processes_on_this_machine=cores) == 1
+    assert use_all_cores(processes=cores) == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert use_all_cores(processes=cores) == cores
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert use_all_cores() == 3
+    torch.set_num_threads(1)  # as PyTorch would have read the variable
+    assert use_all_cores() == 1
 
 
 def _loss_of_one_process(rank, counts, port, results):

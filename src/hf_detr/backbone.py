@@ -7,12 +7,10 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
 
 # Networks made for one image size have to be told to take any; which of these they know differs by family.
 ANY_SIZE_KWARGS = {"dynamic_img_size": True, "dynamic_img_pad": True, "strict_img_size": False}
@@ -20,7 +18,11 @@ ANY_SIZE_KWARGS = {"dynamic_img_size": True, "dynamic_img_pad": True, "strict_im
 
 def _create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+        network = timm.create_model(name, pretrained=pretrained, **kwargs)
+        for module in network.modules():
+            if hasattr(module, "dynamic_img_pad"):  # patches that do not divide the image: Swin has no argument for it
+                module.dynamic_img_pad = True
+        return network
     except RuntimeError as error:
         if "Unknown model" not in str(error):
             raise
@@ -31,10 +33,16 @@ def _create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def _plan(name: str, feature_stride: int | None, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The arguments that build the network up to the wanted level, and its levels up to there. Builds on `meta`."""
     with torch.device("meta"):
-        parameters = inspect.signature(type(_create(name, **kwargs)).__init__).parameters
+        try:
+            parameters = inspect.signature(type(_create(name, **kwargs)).__init__).parameters
+        except TypeError as error:
+            raise ValueError(
+                f'timm\'s "{name}" does not take these arguments (output_stride is dilation): {error}'
+            ) from error
         kwargs = {k: v for k, v in ANY_SIZE_KWARGS.items() if k in parameters} | kwargs
         try:
-            levels = _create(name, features_only=True, **kwargs).feature_info.info  # type: ignore[union-attr]
+            feature_info: Any = _create(name, features_only=True, **kwargs).feature_info
+            levels = feature_info.info
         except (RuntimeError, AssertionError, NotImplementedError, TypeError, AttributeError) as error:
             raise ValueError(f'timm\'s "{name}" does not support features_only=True: {error}') from error
     strides = [int(level["reduction"]) for level in levels]
@@ -96,7 +104,7 @@ class Backbone(nn.Module):
         self.model = _create(name, **self._create_kwargs)
         if freeze_batch_norm:
             self.model = freeze_batch_norm_2d(self.model)
-        self._frozen = self._freeze_norms_up_to(frozen_stages, levels)
+        self._frozen = self._freeze_norms_up_to(frozen_stages, levels) + self._unused()
         self.freeze()
 
     # -- which parts train ---------------------------------------------------------------------------------------
@@ -128,6 +136,17 @@ class Backbone(nn.Module):
                 setattr(self.model.get_submodule(owner), attribute, freeze_batch_norm_2d(module))
                 frozen = [parameter for parameter in frozen if not parameter.startswith(prefix)]  # now buffers
         return frozen
+
+    def _unused(self) -> list[str]:
+        """Parameters that the features do not depend on. timm builds some networks whole, whatever level is asked for;
+        what never gets a gradient must not wait for one (DistributedDataParallel does)."""
+        with torch.device("meta"):
+            network = _create(self.name, **self._create_kwargs).eval()
+            features = network(torch.zeros(1, self._create_kwargs["in_chans"], 224, 224))[0]
+        names, parameters = zip(*network.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+        kept = dict(self.model.named_parameters())  # frozen batch norms have buffers instead
+        return [n for n, gradient in zip(names, gradients, strict=True) if gradient is None and n in kept]
 
     def _in_order(self, end: str | None, before: str | None) -> Iterator[tuple[str, nn.Module]]:
         """Modules in timm's order of execution, up to and including the module called `end`, or up to `before`.
@@ -175,7 +194,7 @@ class Backbone(nn.Module):
             checkpoint = Path(checkpoint)
             if not checkpoint.is_file():
                 raise FileNotFoundError(f"No backbone weights at {checkpoint}.")
-            overlay["pretrained_cfg_overlay"] = {"file": str(checkpoint)}
+            overlay["pretrained_cfg_overlay"] = {"file": str(checkpoint), "source": ""}
         # The same seed twice: a weight that equals its random twin is one the file did not set.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -183,7 +202,7 @@ class Backbone(nn.Module):
             torch.manual_seed(0)
             try:
                 loaded = _create(self.name, pretrained=True, **self._create_kwargs, **overlay).state_dict()
-            except (RuntimeError, KeyError) as error:
+            except (RuntimeError, KeyError, SafetensorError) as error:
                 if checkpoint is None:
                     raise
                 raise ValueError(f'{checkpoint} does not hold weights of timm\'s "{self.name}": {error}') from error
@@ -228,10 +247,9 @@ class Backbone(nn.Module):
         """
         if pixel_mask is None:
             return self._features(pixel_values), None
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or self.sees_whole_batches():
-            return self._padded_batch(pixel_values, pixel_mask)
-        sizes = _image_sizes(pixel_mask)
-        if sizes is None:
+        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        sizes = None if tracing else _image_sizes(pixel_mask)
+        if sizes is None or (len(set(sizes)) > 1 and self.sees_whole_batches()):
             return self._padded_batch(pixel_values, pixel_mask)
         return self._by_size(pixel_values, sizes)
 

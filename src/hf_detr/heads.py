@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 
@@ -14,10 +15,16 @@ class BoxHead(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(widths))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., d_model) to boxes (..., 4): cxcywh in [0, 1] of the image without its padding."""
-        for layer in self.layers[:-1]:
-            hidden_states = layer(hidden_states).relu()
-        return self.layers[-1](hidden_states).sigmoid()
+        """(..., d_model) to boxes (..., 4): cxcywh in [0, 1] of the image without its padding.
+
+        Runs in the precision of its weights whatever the autocast: bfloat16 knows 256 places between 0.5 and 1, steps
+        of 3 pixels in an image of 800.
+        """
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            hidden_states = hidden_states.to(next(self.parameters()).dtype)
+            for layer in self.layers[:-1]:
+                hidden_states = layer(hidden_states).relu()
+            return self.layers[-1](hidden_states).sigmoid()
 
 
 def build_class_head(d_model: int, num_labels: int) -> nn.Linear:

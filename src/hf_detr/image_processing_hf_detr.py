@@ -1,6 +1,8 @@
 """Step 1: images and COCO annotations to what the model takes: `pixel_values`, `pixel_mask` and `labels`."""
 
+import base64
 import math
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from torch import Tensor
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
@@ -17,7 +20,6 @@ from transformers.image_utils import (
     IMAGENET_DEFAULT_STD,
     PILImageResampling,
     SizeDict,
-    load_image,
 )
 from transformers.utils import logging
 
@@ -52,7 +54,6 @@ class HfDetrImageProcessor(TorchvisionBackend):
     do_rescale = True
     do_normalize = True
     do_pad = True
-    do_convert_rgb = True
 
     # -- images in -----------------------------------------------------------------------------------------------
 
@@ -132,13 +133,13 @@ class HfDetrImageProcessor(TorchvisionBackend):
             pixel_values = resized[0].new_zeros((len(resized), 3, height, width), dtype=torch.float32)
             pixel_mask = torch.zeros((len(resized), height, width), dtype=torch.int64, device=pixel_values.device)
             for image, values, mask, (h, w) in zip(resized, pixel_values, pixel_mask, sizes, strict=True):
-                torch.mul(image, _scale_of(image, factor), out=values[:, :h, :w]).sub_(offset)
+                torch.mul(image, _scale_of(image, factor, do_rescale), out=values[:, :h, :w]).sub_(offset)
                 mask[:h, :w] = 1
             data = {"pixel_values": pixel_values}
             if do_pad:
                 data["pixel_mask"] = pixel_mask
         else:
-            data = {"pixel_values": [image * _scale_of(image, factor) - offset for image in resized]}
+            data = {"pixel_values": [image * _scale_of(image, factor, do_rescale) - offset for image in resized]}
         batch = BatchFeature(data, tensor_type=return_tensors if len(set(sizes)) == 1 or do_pad else None)
         if labels is not None:
             for label, (h, w) in zip(labels, sizes, strict=True):
@@ -182,9 +183,9 @@ def _affine(
     return factor.to(device, torch.float32), offset.to(device, torch.float32)
 
 
-def _scale_of(image: Tensor, factor: Tensor) -> Tensor:
-    """Floats in [0, 1] stand for bytes / 255."""
-    return factor * 255 if image.is_floating_point() else factor
+def _scale_of(image: Tensor, factor: Tensor, do_rescale: bool) -> Tensor:
+    """Floats in [0, 1] stand for bytes / 255: rescaled already."""
+    return factor * 255 if image.is_floating_point() and do_rescale else factor
 
 
 # -- any image to RGB ----------------------------------------------------------------------------------------------
@@ -199,30 +200,48 @@ def flat_list_of_images(images: Any) -> list[Any]:
     return [images]
 
 
-def open_image(source: str | Path) -> PIL.Image.Image:
+def open_image(source: str | Path, timeout: float | None = None) -> PIL.Image.Image:
     """A path, URL, data URI or base64 string to a PIL image, fully read, turned as its EXIF orientation says.
+
+    Args:
+        timeout: seconds to wait for a URL; None waits as long as it takes.
 
     Raises:
         FileNotFoundError: a path that does not exist.
-        ValueError: the file is not an image, or is truncated.
+        ValueError: what is there is not an image, or is truncated.
     """
     text = str(source)
-    if text.startswith(("http://", "https://", "data:image/")):
-        return load_image(text)
-    path = Path(source) if len(text) < 4096 else None
-    if path is None or not path.is_file():
-        if isinstance(source, str) and len(text) > 260 and "." not in text:
-            return load_image(text)  # base64
-        raise FileNotFoundError(f"No image at {text[:200]}.")
+    name = text if len(text) < 200 else f"{text[:60]}... ({len(text)} characters)"
+    file: Path | BytesIO
+    if text.startswith(("http://", "https://")):
+        file = BytesIO(httpx.get(text, timeout=timeout, follow_redirects=True).raise_for_status().content)
+    elif text.startswith("data:image/"):
+        file = BytesIO(base64.b64decode(text.partition(",")[2]))
+    elif _is_file(text):
+        file = Path(text)
+    else:
+        try:
+            file = BytesIO(base64.b64decode(text, validate=True)) if isinstance(source, str) else BytesIO()
+        except ValueError:
+            file = BytesIO()
+        if file.getbuffer().nbytes < 16:  # less than any image file
+            raise FileNotFoundError(f"No image at {name}.")
     try:
-        image = PIL.ImageOps.exif_transpose(PIL.Image.open(path))
+        image = PIL.ImageOps.exif_transpose(PIL.Image.open(file))
         image.load()
     except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
     return image
 
 
-def to_rgb_tensor(image: Image) -> Tensor:
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # longer than a name can be
+        return False
+
+
+def to_rgb_tensor(image: Image, timeout: float | None = None) -> Tensor:
     """Any image to (3, H, W) RGB: uint8, or float32 in [0, 1] if it came as floats in [0, 1].
 
     Raises:
@@ -230,7 +249,7 @@ def to_rgb_tensor(image: Image) -> Tensor:
         TypeError: not a kind of object that can hold an image.
     """
     if isinstance(image, (str, Path)):
-        image = open_image(image)
+        image = open_image(image, timeout)
     if isinstance(image, PIL.Image.Image):
         return _pil_to_rgb(image)
     if isinstance(image, np.ndarray):
@@ -257,8 +276,7 @@ def _pil_to_rgb(image: PIL.Image.Image) -> Tensor:
         grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
         return torch.from_numpy(np.rint(grey / 257).astype(np.uint8)).expand(3, -1, -1)
     if image.mode == "F":
-        grey = np.clip(np.rint(np.nan_to_num(np.asarray(image))), 0, 255)
-        return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1)
+        return _array_to_rgb(torch.from_numpy(np.array(image)))
     return torch.from_numpy(convert_to_rgb(image, return_numpy=True)).permute(2, 0, 1)
 
 

@@ -24,7 +24,7 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
         """Our models are supported; transformers only knows its own names."""
 
     def preprocess(self, image: Any, timeout: float | None = None) -> dict[str, Any]:
-        pixels = to_rgb_tensor(image)
+        pixels = to_rgb_tensor(image, timeout)
         inputs = self.image_processor(pixels, do_pad=False, return_tensors="pt")
         return {"pixel_values": [inputs["pixel_values"][0]], "target_size": [tuple(pixels.shape[-2:])]}
 

@@ -32,7 +32,8 @@ def post_process_detection(
     scores, labels = logits.float().softmax(-1)[..., :-1].max(-1)
     boxes = cxcywh_to_xyxy(pred_boxes.float()).clamp(0, 1)
     if target_sizes is not None:
-        height, width = torch.as_tensor(target_sizes, dtype=boxes.dtype, device=boxes.device).unbind(1)
+        sizes = torch.stack([torch.as_tensor(size) for size in target_sizes]).to(boxes)  # also a list of tensors
+        height, width = sizes.unbind(1)
         boxes = boxes * torch.stack((width, height, width, height), dim=1)[:, None]
     keep = scores > threshold
     counts: list[Any] = keep.sum(1).tolist()

@@ -49,8 +49,9 @@ class CocoDetection(Dataset[tuple[PIL.Image.Image, dict[str, Any]]]):
     """Images and objects of one split of a COCO-format folder.
 
     Category ids of the file, whatever they are, become 0 ... N-1 in their order; `category_ids` leads back. Everything
-    is checked here, before anything is computed: every image is there, readable and of the recorded size (with its
-    EXIF orientation applied, as annotation tools show it), every box is finite, has an area and touches its image.
+    is checked here, before anything is computed: every image is there, begins as an image and has the recorded
+    size (with its EXIF orientation applied, as annotation tools show it), every box is finite, has an area and touches
+    its image.
 
     Args:
         folder, split: see `find_annotations`.
@@ -91,8 +92,9 @@ class CocoDetection(Dataset[tuple[PIL.Image.Image, dict[str, Any]]]):
             raise ValueError(f"{self.file} is not COCO: it lacks {sorted(missing)}.")
         self.categories = sorted(content["categories"], key=lambda category: int(category["id"]))
         used = {record.get("category_id") for record in content["annotations"]}
-        # Roboflow writes a parent category 0 that no box uses
-        self.categories = [c for c in self.categories if c["id"] in used or c.get("supercategory") != "none"]
+        # Roboflow writes a parent category that no box uses and all others name as theirs
+        parents = {category.get("supercategory") for category in self.categories} - {"none"}
+        self.categories = [c for c in self.categories if c["id"] in used or c["name"] not in parents]
         names = [str(category["name"]) for category in self.categories]
         if id2label is None:
             id2label = dict(enumerate(names))
@@ -106,6 +108,9 @@ class CocoDetection(Dataset[tuple[PIL.Image.Image, dict[str, Any]]]):
         to_class = {category["id"]: label2id[str(category["name"])] for category in self.categories}
         self.category_ids = {class_id: int(category_id) for category_id, class_id in to_class.items()}
         self.images: list[dict[str, Any]] = content["images"]
+        keys = ("id", "file_name", "width", "height")
+        lacking = [f"image {image.get('id')}" for image in self.images if not all(key in image for key in keys)]
+        self._fail(lacking, f"Each image needs {', '.join(keys)}.")
         self.annotations = self._read_annotations(content["annotations"], to_class)
         self._check_images(progress)
         self._kept: dict[int, PIL.Image.Image] | None = {} if keep_in_memory else None
@@ -125,12 +130,12 @@ class CocoDetection(Dataset[tuple[PIL.Image.Image, dict[str, Any]]]):
         problems = []
         for record in records:
             where = f"annotation {record.get('id')} of image {record.get('image_id')}"
-            box = record.get("bbox", [])
+            box: Any = record.get("bbox")
             if record.get("image_id") not in by_image:
                 problems.append(f"{where}: no such image")
             elif record.get("category_id") not in to_class:
                 problems.append(f"{where}: no category {record.get('category_id')}")
-            elif len(box) != 4 or not all(math.isfinite(value) for value in box):
+            elif not _is_box(box):
                 problems.append(f"{where}: bbox {box} is not four finite numbers")
             elif box[2] <= 0 or box[3] <= 0:
                 problems.append(f"{where}: bbox {box} has no area")
@@ -152,15 +157,16 @@ class CocoDetection(Dataset[tuple[PIL.Image.Image, dict[str, Any]]]):
             try:
                 with PIL.Image.open(path) as image:  # the header; all of a PNG, whose EXIF may come last
                     size = image.size
-                    if image.getexif().get(EXIF_ORIENTATION) in TURNED_BY_90_DEGREES:
+                    turned = image.getexif().get(EXIF_ORIENTATION) in TURNED_BY_90_DEGREES
+                    if turned and image.format != "TIFF":  # of which Pillow gives the turned size
                         size = size[::-1]
-            except OSError as error:
+            except (OSError, PIL.Image.DecompressionBombError) as error:
                 problems.append(f"image {record['id']}: {error}")
                 continue
             if size != (record["width"], record["height"]):
                 recorded = (record["width"], record["height"])
-                turned = ", its EXIF orientation not applied" if size == recorded[::-1] else ""
-                problems.append(f"image {record['id']} ({path.name}) is {size} but recorded as {recorded}{turned}")
+                why = ", its EXIF orientation not applied" if turned and size == recorded[::-1] else ""
+                problems.append(f"image {record['id']} ({path.name}) is {size} but recorded as {recorded}{why}")
         self._fail(problems, "Boxes of a wrongly recorded image would be off. Correct these records or files.")
 
     def __len__(self) -> int:
@@ -174,3 +180,8 @@ class CocoDetection(Dataset[tuple[PIL.Image.Image, dict[str, Any]]]):
             if self._kept is not None:
                 self._kept[index] = image
         return image, {"image_id": record["id"], "annotations": self.annotations[record["id"]]}
+
+
+def _is_box(box: Any) -> bool:
+    numbers = isinstance(box, (list, tuple)) and all(isinstance(value, (int, float)) for value in box)
+    return numbers and len(box) == 4 and all(math.isfinite(value) for value in box)

@@ -34,7 +34,7 @@ DESCRIPTIONS = {
 class CocoEvaluator:
     """Collects detections batch by batch and measures them as COCO does.
 
-    Detections are kept as plain COCO records of at most 100 an image, the most COCO counts; logits are not kept.
+    Detections are kept as plain COCO records; logits are not kept.
 
     Args:
         dataset: the images and objects to measure against. Every image counts, also one that `update` never saw.
@@ -48,9 +48,7 @@ class CocoEvaluator:
         """Add the results of `post_process_object_detection` (boxes xyxy in pixels of the original image, threshold 0)
         for these images. An image seen twice, as the last batch's filling of several processes is, counts once."""
         for image_id, result in zip(image_ids, results, strict=True):
-            scores, order = result["scores"].cpu().sort(descending=True, stable=True)
-            order = order[:100]
-            boxes = xyxy_to_xywh(result["boxes"].cpu()[order])
+            boxes = xyxy_to_xywh(result["boxes"]).tolist()
             self._detections[int(image_id)] = [
                 {
                     "image_id": int(image_id),
@@ -58,9 +56,7 @@ class CocoEvaluator:
                     "bbox": box,
                     "score": score,
                 }
-                for label, box, score in zip(
-                    result["labels"].cpu()[order].tolist(), boxes.tolist(), scores[:100].tolist(), strict=True
-                )
+                for label, box, score in zip(result["labels"].tolist(), boxes, result["scores"].tolist(), strict=True)
                 if label in self.dataset.category_ids
             ]
 
@@ -97,8 +93,8 @@ class CocoEvaluator:
                         "image_id": image_id,
                         "category_id": dataset.category_ids[record["category_id"]],
                         "bbox": record["bbox"],
-                        "area": record.get("area", record["bbox"][2] * record["bbox"][3]),
-                        "iscrowd": record.get("iscrowd", 0),
+                        "area": _area(record),
+                        "iscrowd": record.get("iscrowd") or 0,
                     }
                     for number, (image_id, record) in enumerate(
                         ((i, r) for i, records in dataset.annotations.items() for r in records), start=1
@@ -124,6 +120,11 @@ class CocoEvaluator:
             values = values[values > -1]
             metrics["per_class"][dataset.id2label[class_id]] = float(values.mean()) if len(values) else -1.0
         return metrics
+
+
+def _area(record: Mapping[str, Any]) -> float:
+    area = record.get("area")
+    return float(record["bbox"][2] * record["bbox"][3] if area is None else area)
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Two groups for AdamW, as in the paper (section A.4): the transformer with its heads, and the backbone, which gets
     a rate of its own. Frozen parameters are in neither."""
-    backbone, others = [], []
+    backbone: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (backbone if ".backbone." in f".{name}" else others).append(parameter)
@@ -35,19 +36,20 @@ def warmup_cosine(step: int, total_steps: int, warmup_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def use_all_cores(processes_on_this_machine: int = 1) -> int:
+def use_all_cores(processes: int = 1) -> int:
     """Give this process its share of the machine's cores, and return how many that is.
 
-    `accelerate launch` sets OMP_NUM_THREADS=1 unless told otherwise, which leaves all cores but one idle when training
-    on a CPU. A larger number there was chosen by someone, and stays.
+    `accelerate launch` sets OMP_NUM_THREADS=1 unless told otherwise, which leaves all cores but one idle on a CPU. Any
+    other value was chosen by someone and stays; without one, PyTorch has chosen well.
+
+    Args:
+        processes: processes that share this machine, unless the launcher says so itself (LOCAL_WORLD_SIZE).
     """
-    threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
-    if threads <= 1:
+    if os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = max(1, cores // processes_on_this_machine)
-    torch.set_num_threads(threads)
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", processes))))
     keep_freed_memory()
-    return threads
+    return torch.get_num_threads()
 
 
 def keep_freed_memory() -> None:
