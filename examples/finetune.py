@@ -54,7 +54,7 @@ SHAPES_MODEL = {
 }
 SHAPES_SIZE = {"height": 96, "width": 96}
 SHAPES_RATES = {
-    "epochs": 80,
+    "epochs": 72,
     "batch_size": 32,
     "learning_rate": 4e-4,
     "backbone_learning_rate": 1.2e-3,

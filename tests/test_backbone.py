@@ -99,6 +99,7 @@ class TestEveryFamily:
 
 
 def test_padding_does_not_change_predictions():
+    """PEERS.md defect 11."""
     model = tiny_model(backbone="resnet18")
     images, mask = padded_batch([(96, 96), (40, 90), (96, 33)])
     with torch.no_grad():

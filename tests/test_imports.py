@@ -18,11 +18,12 @@ MAY_IMPORT = {
     "matcher": {"boxes"},
     "post_processing": {"boxes"},
     "loss": {"boxes", "matcher"},
-    "image_processing_hf_detr": {"boxes", "post_processing"},
+    "images": set(),
+    "image_processing_hf_detr": {"boxes", "images", "post_processing"},
     "modeling_hf_detr": {
         "backbone", "configuration_hf_detr", "heads", "loss", "position_embedding", "transformer",
     },
-    "pipeline_hf_detr": {"image_processing_hf_detr"},
+    "pipeline_hf_detr": {"image_processing_hf_detr", "images"},
 }  # fmt: skip
 TRAVELLING = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 

@@ -1,6 +1,7 @@
 """hf_detr: DETR as a Hugging Face model package. The journey of an image, file by file:
 
-    step 1  image_processing_hf_detr   images + annotations -> pixel_values, pixel_mask, labels
+    step 1  images                     any image -> RGB
+            image_processing_hf_detr   images + annotations -> pixel_values, pixel_mask, labels
     step 2  backbone                   timm features -> feature_map and its mask
     step 3  position_embedding         where each cell of the feature map lies
     step 4  transformer                encoder and decoder

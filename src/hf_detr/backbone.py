@@ -140,11 +140,12 @@ class Backbone(nn.Module):
     def _unused(self) -> list[str]:
         """Parameters that the features do not depend on. timm builds some networks whole, whatever level is asked for;
         what never gets a gradient must not wait for one (DistributedDataParallel does)."""
-        with torch.device("meta"):
-            network = _create(self.name, **self._create_kwargs).eval()
-            features = network(torch.zeros(1, self._create_kwargs["in_chans"], 224, 224))[0]
-        names, parameters = zip(*network.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+        with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
+            network: Any = _create(self.name, **self._create_kwargs).eval()
+            size = network.pretrained_cfg["input_size"][-2:]
+            features = network(torch.zeros(1, self._create_kwargs["in_chans"], *size))[0]
+            names, parameters = zip(*network.named_parameters(), strict=True)
+            gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
         kept = dict(self.model.named_parameters())  # frozen batch norms have buffers instead
         return [n for n, gradient in zip(names, gradients, strict=True) if gradient is None and n in kept]
 
@@ -198,7 +199,7 @@ class Backbone(nn.Module):
         # The same seed twice: a weight that equals its random twin is one the file did not set.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            random = _create(self.name, **self._create_kwargs).state_dict()
+            random = dict(_create(self.name, **self._create_kwargs).named_parameters())
             torch.manual_seed(0)
             try:
                 loaded = _create(self.name, pretrained=True, **self._create_kwargs, **overlay).state_dict()
@@ -206,7 +207,8 @@ class Backbone(nn.Module):
                 if checkpoint is None:
                     raise
                 raise ValueError(f'{checkpoint} does not hold weights of timm\'s "{self.name}": {error}') from error
-        untouched = [k for k, v in loaded.items() if v.ndim > 1 and v.count_nonzero() and torch.equal(v, random[k])]
+        weights = [name for name, tensor in random.items() if tensor.ndim > 1 and tensor.count_nonzero()]
+        untouched = [name for name in weights if torch.equal(loaded[name], random[name])]
         if untouched:
             raise ValueError(
                 f"{checkpoint or 'The pretrained checkpoint'} has no weights for {len(untouched)} tensors of "

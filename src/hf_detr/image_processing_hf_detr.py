@@ -1,20 +1,13 @@
 """Step 1: images and COCO annotations to what the model takes: `pixel_values`, `pixel_mask` and `labels`."""
 
-import base64
 import math
-from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 import torch
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from torch import Tensor
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -24,11 +17,10 @@ from transformers.image_utils import (
 from transformers.utils import logging
 
 from .boxes import xywh_to_xyxy, xyxy_to_cxcywh
+from .images import Image, flat_list_of_images, to_rgb_tensor
 from .post_processing import post_process_detection
 
 logger = logging.get_logger(__name__)
-
-Image = PIL.Image.Image | np.ndarray | Tensor | str | Path
 
 
 class HfDetrImageProcessor(TorchvisionBackend):
@@ -186,135 +178,6 @@ def _affine(
 def _scale_of(image: Tensor, factor: Tensor, do_rescale: bool) -> Tensor:
     """Floats in [0, 1] stand for bytes / 255: rescaled already."""
     return factor * 255 if image.is_floating_point() and do_rescale else factor
-
-
-# -- any image to RGB ----------------------------------------------------------------------------------------------
-
-
-def flat_list_of_images(images: Any) -> list[Any]:
-    """One image, a list, nested lists, or a batch array (B, ...) to a flat list."""
-    if isinstance(images, (list, tuple)):
-        return [image for entry in images for image in flat_list_of_images(entry)]
-    if isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
-        return list(images)
-    return [images]
-
-
-def open_image(source: str | Path, timeout: float | None = None) -> PIL.Image.Image:
-    """A path, URL, data URI or base64 string to a PIL image, fully read, turned as its EXIF orientation says.
-
-    Args:
-        timeout: seconds to wait for a URL; None waits as long as it takes.
-
-    Raises:
-        FileNotFoundError: a path that does not exist.
-        ValueError: what is there is not an image, or is truncated.
-    """
-    text = str(source)
-    name = text if len(text) < 200 else f"{text[:60]}... ({len(text)} characters)"
-    file: Path | BytesIO
-    if text.startswith(("http://", "https://")):
-        file = BytesIO(httpx.get(text, timeout=timeout, follow_redirects=True).raise_for_status().content)
-    elif text.startswith("data:image/"):
-        file = BytesIO(base64.b64decode(text.partition(",")[2]))
-    elif _is_file(text):
-        file = Path(text)
-    else:
-        try:
-            file = BytesIO(base64.b64decode(text, validate=True)) if isinstance(source, str) else BytesIO()
-        except ValueError:
-            file = BytesIO()
-        if file.getbuffer().nbytes < 16:  # less than any image file
-            raise FileNotFoundError(f"No image at {name}.")
-    try:
-        image = PIL.ImageOps.exif_transpose(PIL.Image.open(file))
-        image.load()
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} cannot be read as an image: {error}") from error
-    return image
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).is_file()
-    except OSError:  # longer than a name can be
-        return False
-
-
-def to_rgb_tensor(image: Image, timeout: float | None = None) -> Tensor:
-    """Any image to (3, H, W) RGB: uint8, or float32 in [0, 1] if it came as floats in [0, 1].
-
-    Raises:
-        ValueError: not an image, or one with NaN, with no pixels, or with channels that cannot be understood.
-        TypeError: not a kind of object that can hold an image.
-    """
-    if isinstance(image, (str, Path)):
-        image = open_image(image, timeout)
-    if isinstance(image, PIL.Image.Image):
-        return _pil_to_rgb(image)
-    if isinstance(image, np.ndarray):
-        if image.dtype == np.uint16:  # torch has no arithmetic on it
-            image = image.astype(np.int32)
-            return _array_to_rgb(torch.from_numpy(image), top=65535)
-        if not (np.issubdtype(image.dtype, np.number) or image.dtype == np.bool_):
-            raise TypeError(f"An array of {image.dtype} is no image.")
-        return _array_to_rgb(torch.from_numpy(np.require(image, requirements=["C", "W"])))
-    if isinstance(image, Tensor):
-        if image.dtype == torch.uint16:
-            return _array_to_rgb(image.to(torch.int32), top=65535)
-        return _array_to_rgb(image)
-    raise TypeError(
-        f"An image must be a PIL image, a numpy array, a torch tensor, a path or a URL, not {type(image).__name__}."
-    )
-
-
-def _pil_to_rgb(image: PIL.Image.Image) -> Tensor:
-    image = PIL.ImageOps.exif_transpose(image)
-    if min(image.size) == 0:
-        raise ValueError(f"The image has no pixels: {image.width} x {image.height}.")
-    if image.mode.startswith("I"):  # "I;16" and its relatives, and "I", in which Pillow holds 16-bit grey as well
-        grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
-        return torch.from_numpy(np.rint(grey / 257).astype(np.uint8)).expand(3, -1, -1)
-    if image.mode == "F":
-        return _array_to_rgb(torch.from_numpy(np.array(image)))
-    return torch.from_numpy(convert_to_rgb(image, return_numpy=True)).permute(2, 0, 1)
-
-
-def _array_to_rgb(image: Tensor, top: int = 255) -> Tensor:
-    if image.ndim == 2:
-        image = image.expand(3, -1, -1)
-    if image.ndim != 3 or 0 in image.shape:
-        raise ValueError(f"An image array must be (H, W), (H, W, C) or (C, H, W), got {tuple(image.shape)}.")
-    channels = (1, 2, 3, 4)
-    # where both ends could be channels, the last one is meant, as images are stored, unless only the first can be RGB
-    if image.shape[2] in channels and not (image.shape[0] == 3 and image.shape[2] != 3):
-        image = image.permute(2, 0, 1)
-    elif image.shape[0] not in channels:
-        raise ValueError(f"Neither the first nor the last axis of {tuple(image.shape)} can be channels (1 to 4).")
-    if image.is_floating_point():
-        image = image.float()
-        if not image.isfinite().all():
-            raise ValueError("The image contains NaN or infinite values.")
-        low, high = image.aminmax()
-        if low < 0 or high > 255:
-            raise ValueError(
-                f"Float images must have values in [0, 1] or [0, 255], got [{low:.4g}, {high:.4g}]. The processor "
-                "normalises by itself; give it the image as it was before."
-            )
-        if high > 1:
-            image = image.round().to(torch.uint8)
-    elif image.dtype == torch.bool:
-        image = image.to(torch.uint8) * 255
-    elif image.dtype != torch.uint8 or top != 255:
-        if image.amin() < 0 or image.amax() > top:
-            raise ValueError(f"Integer images must have values in [0, {top}], got [{image.amin()}, {image.amax()}].")
-        image = (image.float() * (255 / top)).round().to(torch.uint8)
-    if image.shape[0] in (2, 4):  # the last channel is transparency, over white as for PIL images
-        white = 1.0 if image.is_floating_point() else 255.0
-        alpha = image[-1:].float() / white
-        colour = image[:-1].float() * alpha + white * (1 - alpha)
-        image = colour if image.is_floating_point() else colour.round().to(torch.uint8)
-    return image.expand(3, -1, -1) if image.shape[0] == 1 else image
 
 
 # -- COCO annotations to labels ------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import torch
 from transformers import ObjectDetectionPipeline
 from transformers.utils import ModelOutput
 
-from .image_processing_hf_detr import DetrImageProcessor, to_rgb_tensor
+from .image_processing_hf_detr import DetrImageProcessor
+from .images import to_rgb_tensor
 
 
 class DetrDetectionPipeline(ObjectDetectionPipeline):

@@ -1,6 +1,6 @@
 """Data sets in, batches out."""
 
-from ..image_processing_hf_detr import open_image
+from ..images import open_image
 from .coco import CocoDetection, find_annotations
 from .collate import DetectionCollator, flip_horizontally
 from .shapes import draw_shapes_dataset

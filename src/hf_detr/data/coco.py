@@ -10,7 +10,7 @@ import PIL.Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..image_processing_hf_detr import open_image
+from ..images import open_image
 
 EXIF_ORIENTATION = 0x0112
 TURNED_BY_90_DEGREES = (5, 6, 7, 8)

@@ -71,20 +71,21 @@ def contact_sheet(images: Sequence[Image.Image], columns: int = 4, cell: int = 3
 
 
 def compare_with_truth(
-    dataset: "CocoDetection", detections: Iterable[Mapping[str, Any]], *, num_images: int = 16, threshold: float = 0.5
+    dataset: "CocoDetection", detections: Iterable[Mapping[str, Any]], *, num_images: int = 16, threshold: float = 0.7
 ) -> Image.Image:
     """Images of a data set with the true boxes in white and the predicted ones in the colours of their classes.
 
     Args:
         detections: COCO results (`image_id`, `category_id`, `bbox`, `score`); those above `threshold` are drawn.
-        num_images: images shown, spread evenly over the data set.
+        num_images: images shown, spread evenly over those of the data set that have objects.
     """
     found: dict[int, list[Mapping[str, Any]]] = {}
     for detection in detections:
         if detection["score"] > threshold:
             found.setdefault(detection["image_id"], []).append(detection)
     class_of = {category_id: class_id for class_id, category_id in dataset.category_ids.items()}
-    shown = range(0, len(dataset), max(1, len(dataset) // num_images))[:num_images]
+    with_objects = [i for i, image in enumerate(dataset.images) if dataset.annotations[image["id"]]]
+    shown = with_objects[:: max(1, len(with_objects) // num_images)][:num_images]
     pictures = []
     for image, annotation in (dataset[index] for index in shown):
         scale = 312 / max(image.size)  # enlarged first, so that small images get fine lines

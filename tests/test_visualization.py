@@ -1,0 +1,46 @@
+"""Pictures: boxes where they belong."""
+
+import numpy as np
+from PIL import Image
+
+from hf_detr.data import CocoDetection, draw_shapes_dataset
+from hf_detr.visualization import compare_with_truth, contact_sheet, draw_boxes, draw_detections
+
+
+def test_boxes_are_drawn_at_their_edges_on_a_copy():
+    image = Image.new("RGB", (100, 80))
+    drawn = np.asarray(draw_boxes(image, [(10, 20, 50, 60)], colours=[(255, 0, 0)], width=1))
+    assert np.asarray(image).max() == 0
+    rows, columns = np.nonzero(drawn[..., 0])
+    assert (columns.min(), rows.min(), columns.max(), rows.max()) == (10, 20, 50, 60)
+    assert drawn[40, 30].tolist() == [0, 0, 0]
+
+
+def test_detections_of_one_class_share_a_colour_and_grey_images_become_colour():
+    found = [
+        {"label": label, "score": 0.9, "box": {"xmin": x, "ymin": 60, "xmax": x + 20, "ymax": 90}}
+        for label, x in (("cat", 5), ("dog", 35), ("cat", 65))
+    ]
+    drawn = np.asarray(draw_detections(Image.new("L", (100, 100)), found, {"cat": 0, "dog": 1}))
+    first, second, third = (tuple(drawn[90, x + 10].tolist()) for x in (5, 35, 65))
+    assert first == third != second
+
+
+def test_sheets_hold_every_image():
+    sheet = contact_sheet([Image.new("RGB", (50, 20), "red")] * 5, columns=2, cell=64)
+    assert sheet.size == (128, 192)
+    assert (np.asarray(sheet)[..., 1] == 0).sum() > 5 * 40 * 15
+
+
+def test_predictions_beside_the_truth(tmp_path):
+    folder = draw_shapes_dataset(tmp_path, num_train=1, num_val=12, progress=False)
+    data = CocoDetection(folder, "val", progress=False)
+    truth = [
+        {"image_id": image, "category_id": data.category_ids[r["category_id"]], "bbox": r["bbox"], "score": 1.0}
+        for image, records in data.annotations.items()
+        for r in records
+    ]
+    with_them = np.asarray(compare_with_truth(data, truth, num_images=4))
+    without = np.asarray(compare_with_truth(data, [], num_images=4))
+    assert with_them.shape == without.shape == (320, 1280, 3)
+    assert (with_them != without).any()
