@@ -123,7 +123,6 @@ def main() -> None:
     )
     threads = use_all_cores(accelerator.num_processes) if accelerator.device.type == "cpu" else None
     set_seed(args.seed)
-    output_dir = claim_output_dir(args, accelerator)
 
     # data
     with accelerator.main_process_first():
@@ -135,6 +134,7 @@ def main() -> None:
 
     # model
     model, processor, start = build(args, train_set.id2label)
+    output_dir = claim_output_dir(args, accelerator)  # when all that can be wrong with the arguments has been found
     accelerator.print(
         f"{len(train_set)} training and {len(val_set)} validation images of {', '.join(train_set.id2label.values())}\n"
         f"{start}\n"
@@ -172,7 +172,6 @@ def main() -> None:
     if args.resume:
         accelerator.load_state(str(newest_state(output_dir)))
         accelerator.print(f"Resumed after epoch {history.epoch}; best AP so far {history.best_ap:.4f}")
-
     else:
         save_state(accelerator, output_dir)  # from here on the run can be resumed
 

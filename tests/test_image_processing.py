@@ -228,6 +228,8 @@ class TestAnnotations:
         assert labels["class_labels"].shape == (0,)
 
     def test_wrong_forms(self, processor):
+        with pytest.raises(ValueError, match="There are no images"):
+            processor([])
         with pytest.raises(ValueError, match="2 images but annotations for 1"):
             processor([photo(), photo()], annotations=[annotation()])
         with pytest.raises(ValueError, match="its annotation must be a dict"):

@@ -51,7 +51,10 @@ class HfDetrImageProcessor(TorchvisionBackend):
 
     def _prepare_image_like_inputs(self, images: Any, *args: Any, device: Any = None, **kwargs: Any) -> list[Tensor]:
         """One image or any list of them to tensors (3, H, W), uint8, or float32 if they came as floats in [0, 1]."""
-        return [to_rgb_tensor(image).to(device) for image in flat_list_of_images(images)]
+        images = flat_list_of_images(images)
+        if not images:
+            raise ValueError("There are no images.")
+        return [to_rgb_tensor(image).to(device) for image in images]
 
     def preprocess(  # type: ignore[override]
         self,
@@ -100,16 +103,12 @@ class HfDetrImageProcessor(TorchvisionBackend):
         if annotations is not None and len(annotations) != len(images):
             raise ValueError(f"There are {len(images)} images but annotations for {len(annotations)}.")
         # labels first: they are cheap, and bad ones should not cost the resizing of a batch
-        labels = (
-            [
+        labels = None
+        if annotations is not None:
+            labels = [
                 coco_to_labels(annotation, _height_width(image), index)
-                for index, (image, annotation) in enumerate(
-                    zip(images, annotations or [], strict=annotations is not None)
-                )
+                for index, (image, annotation) in enumerate(zip(images, annotations, strict=True))
             ]
-            if annotations is not None
-            else None
-        )
         resized = [self.resize(image, size, resample) if do_resize else image for image in images]
         factor, offset = _affine(do_rescale, rescale_factor, do_normalize, image_mean, image_std, resized[0].device)
 
