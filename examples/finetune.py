@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
+from transformers import get_wsd_schedule
 
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
 from hf_detr.data import CocoDetection, DetectionCollator, draw_shapes_dataset
@@ -29,7 +30,6 @@ from hf_detr.training import (
     preferred_precision,
     replace_class_head,
     use_all_cores,
-    warmup_cosine,
 )
 from hf_detr.visualization import compare_with_truth
 
@@ -54,7 +54,7 @@ SHAPES_MODEL = {
 }
 SHAPES_SIZE = {"height": 96, "width": 96}
 SHAPES_RATES = {
-    "epochs": 72,
+    "epochs": 76,
     "batch_size": 32,
     "learning_rate": 4e-4,
     "backbone_learning_rate": 1.2e-3,
@@ -91,6 +91,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--backbone_learning_rate", type=float)
     parser.add_argument("--weight_decay", type=float, default=1e-4)
     parser.add_argument("--warmup", type=float, default=0.03, help="share of all steps in which the rate rises")
+    parser.add_argument(
+        "--decay", type=float, default=0.35, help="share of all steps in which it falls to 0 at the end"
+    )
     parser.add_argument("--image_size", type=int, help="shortest edge in pixels, default 800 (shapes: 96 x 96)")
     parser.add_argument("--eval_every", type=int, help="epochs between evaluations; the last epoch always has one")
     parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), help="default: bf16 where it is fast")
@@ -164,8 +167,13 @@ def main() -> None:
     model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
     steps_per_epoch = math.ceil(len(train_loader) / args.gradient_accumulation_steps)
     total_steps = args.epochs * steps_per_epoch
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warmup_cosine(step, total_steps, round(args.warmup * total_steps))
+    # up, level, and down over the last third: the level stretch is where DETR leaves its plateau
+    scheduler = get_wsd_schedule(
+        optimizer,
+        num_warmup_steps=round(args.warmup * total_steps),
+        num_decay_steps=round(args.decay * total_steps),
+        num_training_steps=total_steps,
+        decay_type="linear",
     )
     history = Progress()
     accelerator.register_for_checkpointing(scheduler, history)

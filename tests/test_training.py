@@ -13,7 +13,7 @@ from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
 from hf_detr.data import CocoDetection, DetectionCollator, draw_shapes_dataset
 from hf_detr.evaluation import evaluate_detection
 from hf_detr.loss import set_loss
-from hf_detr.training import parameter_groups, replace_class_head, use_all_cores, warmup_cosine
+from hf_detr.training import parameter_groups, replace_class_head, use_all_cores
 
 
 def test_the_backbone_has_its_own_rate_and_frozen_parameters_are_in_no_group():
@@ -24,16 +24,6 @@ def test_the_backbone_has_its_own_rate_and_frozen_parameters_are_in_no_group():
     assert {id(p) for p in backbone["params"]} == ids
     together = len(transformer["params"]) + len(backbone["params"])
     assert together == sum(p.requires_grad for p in model.parameters())
-
-
-def test_the_schedule_rises_then_falls_to_zero():
-    factors = [warmup_cosine(step, 100, 10) for step in range(101)]
-    assert factors[0] == pytest.approx(1 / 11)
-    assert factors[10] == 1
-    assert factors[55] == pytest.approx(0.5)
-    assert factors[100] == pytest.approx(0, abs=1e-9)
-    assert factors[:11] == sorted(factors[:11])
-    assert factors[10:] == sorted(factors[10:], reverse=True)
 
 
 def test_another_label_set_keeps_rows_of_equal_names_and_says_so():

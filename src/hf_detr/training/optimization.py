@@ -1,7 +1,6 @@
-"""What the training loop needs besides the model: parameter groups, a schedule, and the machine's cores."""
+"""What the training loop needs besides the model: parameter groups, precision and the machine's cores."""
 
 import ctypes
-import math
 import os
 import sys
 from typing import Any
@@ -26,14 +25,6 @@ def parameter_groups(
         {"params": others, "lr": learning_rate, "weight_decay": weight_decay},
         {"params": backbone, "lr": backbone_learning_rate, "weight_decay": weight_decay},
     ]
-
-
-def warmup_cosine(step: int, total_steps: int, warmup_steps: int) -> float:
-    """Factor of the learning rate: linear from 0 to 1 over `warmup_steps`, then half a cosine down to 0."""
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def use_all_cores(processes: int = 1) -> int:
