@@ -20,8 +20,11 @@ MAY_IMPORT = {
     "loss": {"boxes", "matcher"},
     "images": set(),
     "image_processing_hf_detr": {"boxes", "images", "post_processing"},
+    "outputs": set(),
+    "pretrained": {"configuration_hf_detr"},
     "modeling_hf_detr": {
-        "backbone", "configuration_hf_detr", "heads", "loss", "position_embedding", "transformer",
+        "backbone", "configuration_hf_detr", "heads", "loss", "outputs", "position_embedding", "pretrained",
+        "transformer",
     },
     "pipeline_hf_detr": {"image_processing_hf_detr", "images"},
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Parts of the training loop: groups, schedule, another label set, processes, and learning at all."""
+"""Parts of the training loop: groups, schedule, processes, and learning at all."""
 
 import os
 import time
@@ -13,7 +13,7 @@ from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
 from hf_detr.data import CocoDetection, DetectionCollator, draw_shapes_dataset
 from hf_detr.evaluation import evaluate_detection
 from hf_detr.loss import set_loss
-from hf_detr.training import parameter_groups, replace_class_head, use_all_cores
+from hf_detr.training import parameter_groups, use_all_cores
 
 
 def test_the_backbone_has_its_own_rate_and_frozen_parameters_are_in_no_group():
@@ -24,23 +24,6 @@ def test_the_backbone_has_its_own_rate_and_frozen_parameters_are_in_no_group():
     assert {id(p) for p in backbone["params"]} == ids
     together = len(transformer["params"]) + len(backbone["params"])
     assert together == sum(p.requires_grad for p in model.parameters())
-
-
-def test_another_label_set_keeps_rows_of_equal_names_and_says_so():
-    model = tiny_model(id2label={0: "cat", 1: "dog", 2: "bird"}, label2id={"cat": 0, "dog": 1, "bird": 2})
-    before = model.class_labels_classifier
-    said = replace_class_head(model, {0: "fish", 1: "bird", 2: "cat", 3: "cow"})
-    assert said.startswith(
-        "Class head replaced: 2 of 4 classes keep their weights, 2 start at random (fish, cow), 1 dropped"
-    )
-    after = model.class_labels_classifier
-    for new, old in ((1, 2), (2, 0), (4, 3)):
-        assert torch.equal(after.weight[new], before.weight[old])
-        assert torch.equal(after.bias[new], before.bias[old])
-    assert model.config.num_labels == 4
-    assert model.config.label2id == {"fish": 0, "bird": 1, "cat": 2, "cow": 3}
-    assert model(torch.randn(1, 3, 64, 64)).logits.shape[-1] == 5
-    assert "already predicts" in replace_class_head(model, dict(model.config.id2label))
 
 
 def test_all_cores_are_used_unless_told_otherwise(monkeypatch):

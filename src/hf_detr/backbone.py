@@ -76,6 +76,7 @@ class Backbone(nn.Module):
 
     Attributes:
         channels, stride: of the feature map.
+        level: its index among the network's feature levels.
 
     Raises:
         ValueError: timm does not know the name, the network cannot give features, or has no level of that stride.
@@ -101,6 +102,7 @@ class Backbone(nn.Module):
         self._create_kwargs, levels = _plan(name, feature_stride, kwargs)
         self.channels = int(levels[-1]["num_chs"])
         self.stride = int(levels[-1]["reduction"])
+        self.level = len(levels) - 1
         self.model = _create(name, **self._create_kwargs)
         if freeze_batch_norm:
             self.model = freeze_batch_norm_2d(self.model)

@@ -1,6 +1,7 @@
 """`DetrConfig`: every number that defines a DETR, with its meaning and its check."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -50,6 +51,8 @@ class DetrConfig(PreTrainedConfig):
         "num_attention_heads": "encoder_attention_heads",
         "num_hidden_layers": "encoder_layers",
     }
+    # How to read the config of another model type; filled by `hf_detr.interop`.
+    translations: ClassVar[dict[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {}
 
     backbone: str = "resnet50"
     backbone_kwargs: dict[str, Any] | None = None
@@ -83,6 +86,26 @@ class DetrConfig(PreTrainedConfig):
     bbox_loss_coefficient: float | int = 5
     giou_loss_coefficient: float | int = 2
     eos_coefficient: float | int = 0.1
+
+    @classmethod
+    def translate(cls, stored: dict[str, Any]) -> dict[str, Any]:
+        """A config as it is written in any DETR checkpoint to our fields.
+
+        Raises:
+            ValueError: it belongs to another kind of model.
+        """
+        model_type = stored.get("model_type", cls.model_type)
+        if model_type == cls.model_type:
+            return stored
+        if model_type not in cls.translations:
+            known = ", ".join(f'"{name}"' for name in (cls.model_type, *cls.translations))
+            raise ValueError(f'This is a checkpoint of a "{model_type}" model. hf_detr reads {known}.')
+        return cls.translations[model_type](stored) | {"model_type": cls.model_type}
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        stored, unused = super().get_config_dict(*args, **kwargs)
+        return cls.translate(stored), unused
 
     def validate_positive_sizes(self) -> None:
         for name in ("num_channels", "num_queries", "d_model", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim"):

@@ -1,7 +1,8 @@
 """Step 1: images and COCO annotations to what the model takes: `pixel_values`, `pixel_mask` and `labels`."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -46,6 +47,15 @@ class HfDetrImageProcessor(TorchvisionBackend):
     do_rescale = True
     do_normalize = True
     do_pad = True
+
+    # How to read the configuration of another DETR processor; set by `hf_detr.interop`.
+    translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]] | None] = None
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        if cls.translate is not None and image_processor_dict.get("image_processor_type") != cls.__name__:
+            image_processor_dict = cls.translate(image_processor_dict)
+        return super().from_dict(image_processor_dict, **kwargs)
 
     # -- images in -----------------------------------------------------------------------------------------------
 

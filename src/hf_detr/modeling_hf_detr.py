@@ -1,93 +1,23 @@
 """`DetrModel` and `DetrForDetection`: steps 2 to 7 wired together, as in figure 2 of the paper."""
 
-from dataclasses import dataclass
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.utils import ModelOutput
 
 from .backbone import Backbone
 from .configuration_hf_detr import DetrConfig
 from .heads import BoxHead, build_class_head
 from .loss import check_labels, set_loss
+from .outputs import DetrDetectionOutput, DetrModelOutput
 from .position_embedding import LearnedPositionEmbedding, build_position_embedding
+from .pretrained import DetrPreTrainedModel, fit_rows
 from .transformer import Decoder, Encoder, FeedForward, MultiHeadAttention
-
-
-@dataclass
-class DetrModelOutput(ModelOutput):
-    """Hidden states of [`DetrModel`]. B images, Q queries, d = `d_model`, hw cells of the feature map.
-
-    Args:
-        last_hidden_state: (B, Q, d), the last decoder layer's output, normed.
-        encoder_last_hidden_state: (B, hw, d), the paper's memory.
-        intermediate_hidden_states: (decoder layers, B, Q, d), every decoder layer's output, normed; with
-            `auxiliary_loss` only.
-        decoder_hidden_states: with `output_hidden_states`: the decoder's input (zeros), each layer's output, and last
-            the normed result, each (B, Q, d).
-        decoder_attentions, cross_attentions: with `output_attentions`: per decoder layer (B, heads, Q, Q) among the
-            queries and (B, heads, Q, hw) from queries to the image.
-        encoder_hidden_states: with `output_hidden_states`: the projected features, then each layer's output, each
-            (B, hw, d).
-        encoder_attentions: with `output_attentions`: per encoder layer (B, heads, hw, hw).
-    """
-
-    last_hidden_state: Tensor | None = None
-    encoder_last_hidden_state: Tensor | None = None
-    intermediate_hidden_states: Tensor | None = None
-    decoder_hidden_states: tuple[Tensor, ...] | None = None
-    decoder_attentions: tuple[Tensor, ...] | None = None
-    cross_attentions: tuple[Tensor, ...] | None = None
-    encoder_hidden_states: tuple[Tensor, ...] | None = None
-    encoder_attentions: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class DetrDetectionOutput(ModelOutput):
-    """Predictions of [`DetrForDetection`], and their loss if labels were given.
-
-    Args:
-        loss: scalar, the weighted sum over decoder layers.
-        loss_dict: the unweighted terms: `loss_ce`, `loss_bbox`, `loss_giou`, `cardinality_error`, and `_0`, `_1`, ...
-            for the earlier decoder layers.
-        logits: (B, Q, num_labels + 1), the last one is no-object.
-        pred_boxes: (B, Q, 4), cxcywh in [0, 1] of the image without its padding.
-        auxiliary_outputs: `logits` and `pred_boxes` of each earlier decoder layer; with labels and `auxiliary_loss`.
-        last_hidden_state and all that follow: see [`DetrModelOutput`].
-    """
-
-    loss: Tensor | None = None
-    loss_dict: dict[str, Tensor] | None = None
-    logits: Tensor | None = None
-    pred_boxes: Tensor | None = None
-    auxiliary_outputs: list[dict[str, Tensor]] | None = None
-    last_hidden_state: Tensor | None = None
-    decoder_hidden_states: tuple[Tensor, ...] | None = None
-    decoder_attentions: tuple[Tensor, ...] | None = None
-    cross_attentions: tuple[Tensor, ...] | None = None
-    encoder_last_hidden_state: Tensor | None = None
-    encoder_hidden_states: tuple[Tensor, ...] | None = None
-    encoder_attentions: tuple[Tensor, ...] | None = None
-
-
-class DetrPreTrainedModel(PreTrainedModel):
-    """What both models share: config, initialisation, and what transformers may do with them."""
-
-    config: DetrConfig
-    config_class = DetrConfig
-    base_model_prefix = "model"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["Backbone", "EncoderLayer", "DecoderLayer"]
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
 
 def _init_as_torch(layer: nn.Linear | nn.Conv2d) -> None:
@@ -164,6 +94,18 @@ class DetrModel(DetrPreTrainedModel):
         for stack in (self.encoder, self.decoder):
             _init_transformer(stack, self.config.init_xavier_std)
         self._is_hf_initialized = True
+
+    @torch.no_grad()
+    def resize_queries(self, num_queries: int) -> str:
+        """Change the number of object queries, in place: the first ones keep their weights, further ones are drawn
+        from N(0, 1) as in a new model. Returns one sentence that says what was done."""
+        old = self.query_position_embeddings
+        kept = {row: row for row in range(min(num_queries, old.num_embeddings))}
+        new = nn.Embedding(num_queries, old.embedding_dim)
+        self.query_position_embeddings = fit_rows(new, old, kept)
+        before, self.config.num_queries = self.config.num_queries, num_queries
+        rest = f"{num_queries - len(kept)} new ones start at random" if num_queries > before else "the rest is dropped"
+        return f"Object queries: {before} to {num_queries}, the first {len(kept)} keep their weights, {rest}."
 
     def forward(
         self,
@@ -271,6 +213,35 @@ class DetrForDetection(DetrPreTrainedModel):
         model.model.backbone.load_pretrained(checkpoint)
         return model
 
+    def resize_queries(self, num_queries: int) -> str:
+        """See [`DetrModel.resize_queries`]."""
+        return self.model.resize_queries(num_queries)
+
+    @torch.no_grad()
+    def resize_class_head(self, id2label: dict[int, str]) -> str:
+        """Predict these classes from now on, in place. A class that the model knows by name keeps its weights, and so
+        does "no object"; the others start at random. Names that say nothing (`LABEL_0`, or one that occurs twice, as
+        "N/A" does in the published COCO checkpoints) are no match.
+
+        Returns:
+            one sentence that says what was done.
+        """
+        old_names, old = self.config.id2label, self.class_labels_classifier
+        count = Counter(old_names.values())
+        row_of = {n: row for row, n in old_names.items() if count[n] == 1 and not re.fullmatch(r"LABEL_\d+", n)}
+        kept = {row: row_of[name] for row, name in id2label.items() if name in row_of}
+        no_object = {len(id2label): len(old_names)}
+        new = build_class_head(old.in_features, len(id2label))
+        self.class_labels_classifier = fit_rows(new, old, kept | no_object)
+        self.config.id2label = dict(id2label)
+        self.config.label2id = {name: row for row, name in id2label.items()}
+        fresh = [name for row, name in id2label.items() if row not in kept]
+        some = f" ({', '.join(fresh[:5])}{', ...' if len(fresh) > 5 else ''})" if fresh else ""
+        return (
+            f"Class head: {len(old_names)} to {len(id2label)} classes, {len(kept)} keep their weights by name, "
+            f"{len(fresh)} start at random{some}, {len(old_names) - len(kept)} are dropped."
+        )
+
     def forward(
         self,
         pixel_values: Tensor,
@@ -349,4 +320,4 @@ def _check_images(pixel_values: Tensor, pixel_mask: Tensor | None, num_channels:
         )
 
 
-__all__ = ["DetrDetectionOutput", "DetrForDetection", "DetrModel", "DetrModelOutput"]
+__all__ = ["DetrForDetection", "DetrModel"]

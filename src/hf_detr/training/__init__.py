@@ -1,6 +1,5 @@
 """The parts of a training loop that are worth sharing; the loop itself is `examples/finetune.py`."""
 
-from .labels import replace_class_head
 from .optimization import parameter_groups, preferred_precision, use_all_cores
 
-__all__ = ["parameter_groups", "preferred_precision", "replace_class_head", "use_all_cores"]
+__all__ = ["parameter_groups", "preferred_precision", "use_all_cores"]

@@ -1,0 +1,164 @@
+"""Reading the checkpoints of the paper's own code, facebookresearch/detr: `detr-r50`, `detr-r101` and their `-dc5`.
+
+A file holds `{"model": state_dict}`, and if it comes from a training run also its `args`. The state dict does not say
+whether the backbone is dilated nor how many heads attention has; `args`, the file's name or the caller do.
+"""
+
+import argparse
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+from ..configuration_hf_detr import DetrConfig
+from ..modeling_hf_detr import DetrForDetection
+from .transformers_checkpoints import RESNETS
+
+# Applied in turn.
+_NAMES = {
+    r"^detr\.": "",  # the panoptic model holds its detector under this name
+    r"^transformer\.(encoder|decoder)\.norm\.": r"model.\1.layernorm.",
+    r"^transformer\.": "model.",
+    r"^(model\.\w+\.layers\.\d+)\.norm1\.": r"\1.self_attn_layer_norm.",
+    r"^(model\.encoder\.layers\.\d+)\.norm2\.": r"\1.final_layer_norm.",
+    r"^(model\.decoder\.layers\.\d+)\.norm2\.": r"\1.encoder_attn_layer_norm.",
+    r"^(model\.decoder\.layers\.\d+)\.norm3\.": r"\1.final_layer_norm.",
+    r"\.multihead_attn\.": ".encoder_attn.",
+    r"\.out_proj\.": ".o_proj.",
+    r"\.linear([12])\.": r".mlp.fc\1.",
+    r"^query_embed\.": "model.query_position_embeddings.",
+    r"^input_proj\.": "model.input_projection.",
+    r"^class_embed\.": "class_labels_classifier.",
+    r"^bbox_embed\.": "bbox_predictor.",
+    r"^backbone\.0\.body\.": "model.backbone.model.",
+    r"^backbone\.1\.row_embed\.": "model.position_embedding.row_embeddings.",
+    r"^backbone\.1\.col_embed\.": "model.position_embedding.column_embeddings.",
+}
+_MASKS = ("mask_head.", "bbox_attention.")
+
+
+def coco_labels() -> dict[int, str]:
+    """COCO's category ids, 0 to 90, and their names as the published checkpoints have them; ids that COCO does not use
+    are "N/A". From torchvision."""
+    names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    return {index: "N/A" if index == 0 else name for index, name in enumerate(names)}
+
+
+def load_original(
+    file: str | Path,
+    *,
+    dilation: bool | None = None,
+    attention_heads: int | None = None,
+    id2label: dict[int, str] | None = None,
+) -> tuple[DetrForDetection, list[str]]:
+    """A checkpoint of facebookresearch/detr to our model.
+
+    Args:
+        file: opened with `weights_only=True`.
+        dilation: whether the backbone is DC5. None: as the `args` in the file say, else whether its name has "dc5".
+        attention_heads: None: as the `args` say, else the paper's 8.
+        id2label: names of the classes. None: COCO's for 91 classes, else `LABEL_0`, ...
+
+    Returns:
+        the model in evaluation mode, and what was assumed or left out, a line each.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a checkpoint of facebookresearch/detr, or holds more than tensors (none of it has run).
+    """
+    file = Path(file)
+    state, args = _read(file)
+    notes: list[str] = []
+    masks = [name for name in state if name.startswith(_MASKS)]
+    if masks:
+        notes.append(f"{len(masks)} tensors of the mask head (panoptic segmentation) are left out.")
+    renamed = _rename({name: tensor for name, tensor in state.items() if name not in masks})
+    try:
+        values = _read_sizes(renamed)
+    except KeyError as error:
+        raise ValueError(f"{file} is not a checkpoint of facebookresearch/detr: there is no {error}.") from None
+
+    if dilation is None:
+        dilation = getattr(args, "dilation", None)
+        origin = "the args in the file"
+    else:
+        origin = "the caller"
+    if dilation is None:
+        dilation, origin = "dc5" in file.name.lower(), "the file's name"
+    notes.append(f"Backbone {values['backbone']}{' with DC5' if dilation else ', not dilated'}, according to {origin}.")
+    heads = attention_heads or getattr(args, "nheads", 8)
+    if id2label is None:
+        id2label = coco_labels() if values["num_labels"] == len(coco_labels()) else None
+    if id2label is not None:
+        if len(id2label) != values["num_labels"]:
+            raise ValueError(f"{file} has {values['num_labels']} classes, but there are {len(id2label)} names.")
+        del values["num_labels"]
+        values |= {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
+    config = DetrConfig(dilation=dilation, encoder_attention_heads=heads, decoder_attention_heads=heads, **values)
+    model = DetrForDetection(config).eval()
+    result = model.load_state_dict(renamed, strict=False)
+    counts = [name for name in result.unexpected_keys if name.endswith("num_batches_tracked")]
+    unknown = [name for name in result.unexpected_keys if name not in counts]
+    if result.missing_keys or unknown:
+        raise ValueError(
+            f"{file} does not fit: {len(result.missing_keys)} weights are missing {result.missing_keys[:3]}, "
+            f"{len(unknown)} are unknown {unknown[:3]}."
+        )
+    return model, notes
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"No checkpoint at {file}.")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file that is no pickle at all can fail in any way
+        raise ValueError(f"{file} cannot be read as weights, and nothing in it was run: {error}") from error
+    state = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(f"{file} holds no weights of facebookresearch/detr.")
+    return state, content.get("args")
+
+
+def _rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        for pattern, replacement in _NAMES.items():
+            name = re.sub(pattern, replacement, name)  # noqa: PLW2901
+        attention, fused, kind = name.partition(".in_proj_")
+        if fused:  # one matrix (3d, d) for query, key and value
+            for projection, part in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[f"{attention}.{projection}_proj.{kind}"] = part
+        else:
+            renamed[name] = tensor
+    return renamed
+
+
+def _read_sizes(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Everything about the model that its weights say."""
+    backbone = "model.backbone.model."
+    blocks = {name.removeprefix(backbone).rsplit(".", 2)[0] for name in state if name.startswith(f"{backbone}layer")}
+    blocks = {".".join(name.split(".")[:2]) for name in blocks}
+    depths = Counter(name.split(".")[0] for name in blocks)
+    bottleneck = f"{backbone}layer1.0.conv3.weight" in state
+    network = RESNETS.get((bottleneck, tuple(depths[f"layer{i}"] for i in range(1, 5))))
+    if network is None:
+        raise ValueError(f"The backbone is no ResNet that timm has a name for; its blocks are {dict(depths)}.")
+    layers = Counter(re.sub(r"^model\.(\w+)\.layers\.\d+\.self_attn\.q_proj\.weight$", r"\1", name) for name in state)
+    return {
+        "backbone": network,
+        "num_labels": len(state["class_labels_classifier.weight"]) - 1,
+        "num_queries": len(state["model.query_position_embeddings.weight"]),
+        "d_model": state["model.query_position_embeddings.weight"].shape[1],
+        "encoder_layers": layers["encoder"],
+        "decoder_layers": layers["decoder"],
+        "encoder_ffn_dim": len(state["model.encoder.layers.0.mlp.fc1.weight"]) if layers["encoder"] else 2048,
+        "decoder_ffn_dim": len(state["model.decoder.layers.0.mlp.fc1.weight"]),
+        "pre_norm": "model.encoder.layernorm.weight" in state,
+        "position_embedding_type": "learned" if "model.position_embedding.row_embeddings.weight" in state else "sine",
+    }

@@ -1,0 +1,180 @@
+"""Reading transformers' DETR and Table Transformer checkpoints: their configs, weight names and processors.
+
+Two layouts of weight names exist. v4 is what the Hub has and what transformers still writes by default
+(`model.backbone.conv_encoder.model`, `out_proj`, `fc1`); v5 is how transformers names them in memory, and so do we. The
+backbone is a timm network, or transformers' own ResNet (`use_timm_backbone=False`), whose weights are those of timm's.
+"""
+
+from typing import Any
+
+import timm
+import torch
+from transformers.utils import logging
+
+from ..configuration_hf_detr import DetrConfig
+from ..image_processing_hf_detr import HfDetrImageProcessor
+from ..pretrained import DetrPreTrainedModel
+
+logger = logging.get_logger(__name__)
+
+MODEL_TYPES = ("detr", "table-transformer")
+
+# Applied in turn; a name of the v5 layout comes through unchanged.
+_LAYERS = {
+    r"^detr\.": "",  # DetrForSegmentation holds its detector under this name
+    r"backbone\.conv_encoder\.model\.": "backbone.model.",
+    r"backbone\.position_embedding\.": "position_embedding.",
+    r"\.(self_attn|encoder_attn)\.out_proj\.": r".\1.o_proj.",
+    r"coder\.layers\.(\d+)\.fc1\.": r"coder.layers.\1.mlp.fc1.",
+    r"coder\.layers\.(\d+)\.fc2\.": r"coder.layers.\1.mlp.fc2.",
+}
+_RESNET = {
+    r"backbone\.model\.embedder\.embedder\.convolution\.": "backbone.model.conv1.",
+    r"backbone\.model\.embedder\.embedder\.normalization\.": "backbone.model.bn1.",
+    **{rf"model\.encoder\.stages\.{i}\.layers\.": f"model.layer{i + 1}." for i in range(4)},
+    r"(model\.layer\d+\.\d+)\.shortcut\.convolution\.": r"\1.downsample.0.",
+    r"(model\.layer\d+\.\d+)\.shortcut\.normalization\.": r"\1.downsample.1.",
+    **{rf"(model\.layer\d+\.\d+)\.layer\.{i}\.convolution\.": rf"\1.conv{i + 1}." for i in range(3)},
+    **{rf"(model\.layer\d+\.\d+)\.layer\.{i}\.normalization\.": rf"\1.bn{i + 1}." for i in range(3)},
+}
+WEIGHT_NAMES = _LAYERS | _RESNET
+
+SHARED_FIELDS = (
+    "num_channels", "num_queries", "d_model", "encoder_layers", "encoder_ffn_dim", "encoder_attention_heads",
+    "decoder_layers", "decoder_ffn_dim", "decoder_attention_heads", "activation_function", "dropout",
+    "attention_dropout", "activation_dropout", "init_xavier_std", "position_embedding_type", "dilation", "class_cost",
+    "bbox_cost", "giou_cost", "bbox_loss_coefficient", "giou_loss_coefficient", "eos_coefficient", "id2label",
+    "label2id",
+)  # fmt: skip
+# transformers' ResNets, and the paper's, by (bottleneck blocks, blocks in each stage), as timm calls them
+RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
+    (True, (2, 2, 2, 2)): "resnet26", (True, (3, 4, 6, 3)): "resnet50", (True, (3, 4, 23, 3)): "resnet101",
+    (True, (3, 8, 36, 3)): "resnet152", (False, (2, 2, 2, 2)): "resnet18", (False, (3, 4, 6, 3)): "resnet34",
+}  # fmt: skip
+
+
+# -- configs -------------------------------------------------------------------------------------------------------
+
+
+def read_config(theirs: dict[str, Any]) -> dict[str, Any]:
+    """The `config.json` of a `detr` or `table-transformer` checkpoint, of any generation, to the fields of our config.
+
+    `auxiliary_loss` is not taken over: it is off in the published files, which were made for prediction, but the models
+    were trained with it, fine-tuning needs it, and with ours it does not change predictions.
+
+    Raises:
+        ValueError: the backbone is none that timm has under some name.
+    """
+    generic = ("num_labels", "dtype", "torch_dtype", "_commit_hash")
+    ours = {name: theirs[name] for name in (*SHARED_FIELDS, *generic) if theirs.get(name) is not None}
+    if theirs.get("encoder_layerdrop") or theirs.get("decoder_layerdrop"):
+        logger.warning("LayerDrop is not part of DETR; layers are not dropped when this checkpoint is trained further.")
+    return ours | _read_backbone(theirs) | {"pre_norm": theirs["model_type"] == "table-transformer"}
+
+
+def _read_backbone(theirs: dict[str, Any]) -> dict[str, Any]:
+    nested = theirs.get("backbone_config")
+    if nested and nested.get("model_type") == "timm_backbone":  # v5
+        extra = {k: v for k, v in (("output_stride", nested.get("output_stride")),) if v}
+        return _timm_backbone(nested["backbone"], nested.get("out_indices"), extra)
+    if nested:
+        return _resnet_of_transformers(nested)
+    name = theirs.get("backbone") or "resnet50"
+    if theirs.get("use_timm_backbone", True):  # v4; the oldest files do not have the field
+        extra = dict(theirs.get("backbone_kwargs") or {})
+        extra.pop("num_channels", None)
+        return _timm_backbone(name, extra.pop("out_indices", None), extra)
+    known = {f"microsoft/resnet-{depth}": f"resnet{depth}" for depth in (18, 26, 34, 50, 101, 152)}
+    if name not in known:
+        raise ValueError(f'No timm network is known for the backbone "{name}" of this checkpoint.')
+    return {"backbone": known[name], "dilation": False}
+
+
+def _timm_backbone(name: str, out_indices: list[int] | None, extra: dict[str, Any]) -> dict[str, Any]:
+    """timm's name and further arguments to our fields. A level other than the deepest becomes its stride."""
+    ours: dict[str, Any] = {"backbone": name}
+    stride = extra.pop("output_stride", None)
+    if stride == 16:
+        ours["dilation"] = True
+    elif stride not in (None, 32):
+        extra["output_stride"] = stride
+    if out_indices:
+        with torch.device("meta"):
+            reductions = timm.create_model(name, features_only=True, **extra).feature_info.reduction()
+        last = max(index % len(reductions) for index in out_indices)
+        if last < len(reductions) - 1:
+            ours["feature_stride"] = reductions[last]
+    kept = {k: v for k, v in extra.items() if k not in ("in_chans", "features_only")}
+    return ours | ({"backbone_kwargs": kept} if kept else {})
+
+
+def _resnet_of_transformers(theirs: dict[str, Any]) -> dict[str, Any]:
+    """transformers' `ResNetConfig` to timm's name for it, or to its nearest name with the sizes as arguments."""
+    if theirs.get("model_type") != "resnet":
+        raise ValueError(
+            f'The backbone of this checkpoint is transformers\' "{theirs.get("model_type")}". Its weights are only '
+            "known to fit timm's if it is a ResNet."
+        )
+    unlike = {
+        "embedding_size": (theirs.get("embedding_size", 64), 64),
+        "hidden_act": (theirs.get("hidden_act", "relu"), "relu"),
+        "downsample_in_first_stage": (theirs.get("downsample_in_first_stage", False), False),
+        "downsample_in_bottleneck": (theirs.get("downsample_in_bottleneck", False), False),
+    }
+    for field, (value, needed) in unlike.items():
+        if value != needed:
+            raise ValueError(f"The ResNet of this checkpoint has {field}={value}; timm's has {needed}.")
+    bottleneck = theirs.get("layer_type", "bottleneck") == "bottleneck"
+    depths = tuple(theirs.get("depths") or (3, 4, 6, 3))
+    widths = tuple(theirs.get("hidden_sizes") or (256, 512, 1024, 2048))
+    channels = tuple(width // 4 for width in widths) if bottleneck else widths
+    name = RESNETS.get((bottleneck, depths))
+    sizes: dict[str, Any] = {} if name else {"layers": list(depths)}
+    if channels != (64, 128, 256, 512):
+        sizes["channels"] = list(channels)
+    ours: dict[str, Any] = {"backbone": name or ("resnet50" if bottleneck else "resnet18"), "dilation": False}
+    stages = [int(stage.removeprefix("stage")) for stage in theirs.get("out_features") or ["stage4"] if stage != "stem"]
+    if max(stages) < 4:
+        ours["feature_stride"] = 2 ** (max(stages) + 1)
+    return ours | ({"backbone_kwargs": sizes} if sizes else {})
+
+
+# -- processors ----------------------------------------------------------------------------------------------------
+
+PROCESSOR_FIELDS = (
+    "do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
+    "do_pad", "pad_size",
+)  # fmt: skip
+
+
+def read_processor(theirs: dict[str, Any]) -> dict[str, Any]:
+    """The `preprocessor_config.json` of any generation to our processor's fields.
+
+    `size` was a number beside `max_size` once, and `{"longest_edge": n}` alone in later Table Transformers; `do_pad`
+    was called `pad_and_return_pixel_mask`.
+
+    Raises:
+        ValueError: it is the processor of another kind of model.
+    """
+    kind = theirs.get("image_processor_type") or theirs.get("feature_extractor_type")
+    if kind is not None and "Detr" not in kind and "Yolos" not in kind:
+        raise ValueError(f"This is the configuration of a {kind}, which does not process images as DETR does.")
+    ours = {name: theirs[name] for name in PROCESSOR_FIELDS if theirs.get(name) is not None}
+    if "pad_and_return_pixel_mask" in theirs:
+        ours.setdefault("do_pad", theirs["pad_and_return_pixel_mask"])
+    size, longest = ours.get("size"), theirs.get("max_size", 1333)
+    if isinstance(size, int):
+        ours["size"] = {"shortest_edge": size, "longest_edge": longest}
+    elif isinstance(size, dict) and set(size) == {"shortest_edge"}:
+        ours["size"] = size | {"longest_edge": longest}
+    elif isinstance(size, dict) and set(size) == {"longest_edge"}:
+        ours["size"] = {"max_height": size["longest_edge"], "max_width": size["longest_edge"]}
+    return ours
+
+
+def register_readers() -> None:
+    """Teach `from_pretrained` of config, models and processor to read what transformers' DETR models saved."""
+    for model_type in MODEL_TYPES:
+        DetrConfig.translations[model_type] = read_config
+        DetrPreTrainedModel.foreign_weight_names[model_type] = WEIGHT_NAMES
+    HfDetrImageProcessor.translate = staticmethod(read_processor)

@@ -1,0 +1,62 @@
+"""What the models return: named tensors with their shapes."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class DetrModelOutput(ModelOutput):
+    """Hidden states of [`DetrModel`]. B images, Q queries, d = `d_model`, hw cells of the feature map.
+
+    Args:
+        last_hidden_state: (B, Q, d), the last decoder layer's output, normed.
+        encoder_last_hidden_state: (B, hw, d), the paper's memory.
+        intermediate_hidden_states: (decoder layers, B, Q, d), every decoder layer's output, normed; with
+            `auxiliary_loss` only.
+        decoder_hidden_states: with `output_hidden_states`: the decoder's input (zeros), each layer's output, and last
+            the normed result, each (B, Q, d).
+        decoder_attentions, cross_attentions: with `output_attentions`: per decoder layer (B, heads, Q, Q) among the
+            queries and (B, heads, Q, hw) from queries to the image.
+        encoder_hidden_states: with `output_hidden_states`: the projected features, then each layer's output, each
+            (B, hw, d).
+        encoder_attentions: with `output_attentions`: per encoder layer (B, heads, hw, hw).
+    """
+
+    last_hidden_state: Tensor | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    intermediate_hidden_states: Tensor | None = None
+    decoder_hidden_states: tuple[Tensor, ...] | None = None
+    decoder_attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class DetrDetectionOutput(ModelOutput):
+    """Predictions of [`DetrForDetection`], and their loss if labels were given.
+
+    Args:
+        loss: scalar, the weighted sum over decoder layers.
+        loss_dict: the unweighted terms: `loss_ce`, `loss_bbox`, `loss_giou`, `cardinality_error`, and `_0`, `_1`, ...
+            for the earlier decoder layers.
+        logits: (B, Q, num_labels + 1), the last one is no-object.
+        pred_boxes: (B, Q, 4), cxcywh in [0, 1] of the image without its padding.
+        auxiliary_outputs: `logits` and `pred_boxes` of each earlier decoder layer; with labels and `auxiliary_loss`.
+        last_hidden_state and all that follow: see [`DetrModelOutput`].
+    """
+
+    loss: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    logits: Tensor | None = None
+    pred_boxes: Tensor | None = None
+    auxiliary_outputs: list[dict[str, Tensor]] | None = None
+    last_hidden_state: Tensor | None = None
+    decoder_hidden_states: tuple[Tensor, ...] | None = None
+    decoder_attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None

@@ -1,0 +1,200 @@
+"""What both models share: what transformers may do with them, and how a checkpoint becomes one of them."""
+
+import os
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from .configuration_hf_detr import DetrConfig
+
+logger = logging.get_logger(__name__)
+WhereFrom = str | os.PathLike[str] | None
+RowLayer = TypeVar("RowLayer", nn.Linear, nn.Embedding)
+# arguments of from_pretrained that say where a checkpoint is, and so are needed to look at its config first
+LOCATION = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class DetrPreTrainedModel(PreTrainedModel):
+    """Loading, saving and pushing, and what transformers may do with the models.
+
+    Attributes:
+        foreign_weight_names: by `model_type`, the weight names of other DETR checkpoints as {pattern: our name},
+            applied in turn. Filled by `hf_detr.interop`; a copy of this file in a model repository knows our own only.
+        write_model_card: writes `README.md` into a folder that is about to be pushed. Set by `hf_detr.hub`.
+    """
+
+    config: DetrConfig
+    config_class = DetrConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Backbone", "EncoderLayer", "DecoderLayer"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # a count that only batch norm with momentum=None reads; frozen batch norm does not have it
+    _keys_to_ignore_on_load_missing = [r"num_batches_tracked"]
+    _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked"]
+
+    foreign_weight_names: ClassVar[dict[str, dict[str, str]]] = {}
+    write_model_card: ClassVar[Callable[[Any, Path, str], None] | None] = None
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: WhereFrom,
+        *model_args: Any,
+        config: Any = None,
+        ignore_mismatched_sizes: bool = False,
+        weights_only: bool = True,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load our own checkpoints, transformers' DETR and Table Transformer checkpoints, from a folder or the Hub.
+
+        Weights that are missing, unexpected or of another shape are reported in a table.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a Hub id such as `"facebook/detr-resnet-50"`.
+            config: a `DetrConfig`, or where to read one, in place of the checkpoint's own.
+            ignore_mismatched_sizes: allow another number of classes or queries than the checkpoint has. Classes keep
+                their weights by name, the first queries keep theirs (see `resize_class_head`, `resize_queries`), and
+                what was done is logged. Other weights that do not fit start at random, and are reported.
+            weights_only: cannot be switched off; a pickle that is more than tensors could run any code.
+            kwargs: as in transformers, among them `id2label`, `num_labels`, `num_queries`, `dtype`, `device_map`,
+                `revision`, `token`, and any field of the config.
+
+        Raises:
+            OSError: there is no checkpoint.
+            ValueError: it is not a DETR, or `weights_only=False`.
+            RuntimeError: classes or queries do not fit and `ignore_mismatched_sizes` is off.
+            pickle.UnpicklingError: a `.bin` file holds more than tensors. Nothing in it has run.
+        """
+        if not weights_only:
+            raise ValueError("Checkpoints are only opened with weights_only=True: a pickle can run any code.")
+        kwargs |= {"ignore_mismatched_sizes": ignore_mismatched_sizes, "output_loading_info": True}
+        location = {name: kwargs[name] for name in LOCATION if name in kwargs}
+        stored = _stored_config(pretrained_model_name_or_path, location)
+        if stored is None:  # weights in memory, or an adapter: nothing to compare with
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            return (model, info) if output_loading_info else model
+
+        names = cls.foreign_weight_names.get(stored["model_type"], {})
+        kwargs["key_mapping"] = {**names, **(kwargs.get("key_mapping") or {})}
+        theirs = DetrConfig.from_dict(DetrConfig.translate(stored))
+        if config is None:
+            wanted = {name: kwargs.pop(name) for name in _RESIZABLE if name in kwargs}
+        else:  # load with the checkpoint's classes and queries, then fit them to those of `config`
+            config = deepcopy(config) if isinstance(config, PreTrainedConfig) else DetrConfig.from_pretrained(config)
+            wanted = {"id2label": config.id2label, "num_queries": config.num_queries}
+            config.id2label, config.num_queries = theirs.id2label, theirs.num_queries
+        labels, num_queries = _labels(wanted, theirs), wanted.get("num_queries", theirs.num_queries)
+        other_classes = _other_classes(labels, theirs.id2label, ignore_mismatched_sizes)
+        if not ignore_mismatched_sizes:
+            _check_sizes(str(pretrained_model_name_or_path), theirs, len(labels), num_queries)
+
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        changes = []
+        if other_classes and hasattr(model, "resize_class_head"):
+            changes.append(model.resize_class_head(labels))
+            sizes = [torch.Size((n + 1, theirs.d_model)) for n in (theirs.num_labels, len(labels))]
+            info["mismatched_keys"].add(("class_labels_classifier.weight", *sizes))
+        model.config.id2label = labels
+        model.config.label2id = {name: index for index, name in labels.items()}
+        if num_queries != theirs.num_queries:
+            changes.append(model.resize_queries(num_queries))
+            sizes = [torch.Size((n, theirs.d_model)) for n in (theirs.num_queries, num_queries)]
+            info["mismatched_keys"].add(("query_position_embeddings.weight", *sizes))
+        if changes:
+            logger.warning(f"{pretrained_model_name_or_path}: {' '.join(changes)}")
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """As in transformers. Weights keep our names, also those that came from a checkpoint with other names."""
+        super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
+
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        # transformers calls this to push `working_dir`, with the card that the repository already has, or a blank one
+        if self.write_model_card is not None:
+            self.write_model_card(Path(working_dir), repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+
+_RESIZABLE = ("id2label", "label2id", "num_labels", "num_queries")
+
+
+def _stored_config(where: WhereFrom, location: dict[str, Any]) -> dict[str, Any] | None:
+    """The checkpoint's own config as it is written; None for an adapter (PEFT), which has none."""
+    if where is None:
+        return None
+    stored, _ = PreTrainedConfig.get_config_dict(where, **location)
+    if stored:
+        return {"model_type": DetrConfig.model_type, **stored}
+    if os.path.isfile(os.path.join(where, "adapter_config.json")):
+        return None
+    raise OSError(f"There is no config.json in {where}, so it cannot be told which model the weights belong to.")
+
+
+def _labels(wanted: dict[str, Any], theirs: DetrConfig) -> dict[int, str]:
+    """The classes that are asked for, as {0: name, 1: name, ...}."""
+    labels: dict[int, str]
+    if wanted.get("id2label"):
+        labels = {int(index): name for index, name in wanted["id2label"].items()}
+    elif wanted.get("label2id"):
+        labels = {int(index): name for name, index in wanted["label2id"].items()}
+    elif wanted.get("num_labels", theirs.num_labels) == theirs.num_labels:
+        return dict(theirs.id2label)
+    else:
+        return {index: f"LABEL_{index}" for index in range(wanted["num_labels"])}
+    if sorted(labels) != list(range(len(labels))):
+        raise ValueError(f"Class ids must be 0 to {len(labels) - 1}, got {sorted(labels)}.")
+    if wanted.get("num_labels", len(labels)) != len(labels):
+        raise ValueError(f"num_labels={wanted['num_labels']}, but there are names for {len(labels)} classes.")
+    return dict(sorted(labels.items()))
+
+
+def _other_classes(labels: dict[int, str], theirs: dict[int, str], ignore_mismatched_sizes: bool) -> bool:
+    """Whether the class head has to be fitted. Other names for as many classes are ambiguous: a translation, or another
+    data set? Only `ignore_mismatched_sizes` says the latter."""
+    if len(labels) != len(theirs):
+        return True
+    if labels == dict(theirs):
+        return False
+    if not ignore_mismatched_sizes:
+        logger.warning(
+            f"The {len(labels)} classes have other names than in the checkpoint; they are taken as the same classes in "
+            "the same order. If they are other classes, pass ignore_mismatched_sizes=True to match them by name."
+        )
+    return ignore_mismatched_sizes
+
+
+def _check_sizes(where: str, theirs: DetrConfig, num_labels: int, num_queries: int) -> None:
+    for what, has, wants in (("classes", theirs.num_labels, num_labels), ("queries", theirs.num_queries, num_queries)):
+        if has != wants:
+            raise RuntimeError(
+                f"{where} has {has} {what}, not {wants}. With ignore_mismatched_sizes=True it is fitted: classes keep "
+                "their weights by name, the first queries keep theirs, the others start at random."
+            )
+
+
+@torch.no_grad()
+def fit_rows(new: RowLayer, old: RowLayer, kept: dict[int, int]) -> RowLayer:
+    """`new` with the rows of `old` (weight and bias) that are kept, {row in new: row in old}, on the same device and of
+    the same dtype."""
+    new.to(old.weight)
+    parameters = dict(old.named_parameters())
+    for name, parameter in new.named_parameters():
+        parameter[list(kept)] = parameters[name][list(kept.values())]
+    return new
+
+
+__all__ = ["DetrPreTrainedModel"]

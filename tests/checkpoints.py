@@ -1,0 +1,107 @@
+"""Checkpoints as others write them: by transformers, in both layouts, and with the names of the paper's own code."""
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from conftest import TINY, randomise_norms
+from safetensors.torch import load_file, save_file
+from transformers import DetrForObjectDetection, TableTransformerForObjectDetection
+
+RESNET = {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]}
+SMALL_RESNET = {"layer_type": "bottleneck", "depths": [1, 2, 1, 1], "hidden_sizes": [32, 64, 128, 256]}
+
+
+def their_model(
+    backbone: str = "resnet18", *, table: bool = False, resnet: dict | None = None, **fields
+) -> transformers.PreTrainedModel:
+    """transformers' DETR or Table Transformer with random weights, on a timm backbone or on its own ResNet."""
+    kind = TableTransformerForObjectDetection if table else DetrForObjectDetection
+    if resnet is not None:
+        own = transformers.ResNetConfig(**resnet, out_features=["stage4"])
+        fields |= {"backbone_config": own, "use_timm_backbone": False}
+    else:
+        fields["backbone"] = backbone
+    model = kind(kind.config_class(**(TINY | fields))).eval()
+    randomise_norms(model)
+    return model
+
+
+def save_v5(model: transformers.PreTrainedModel, folder: Path, **kwargs) -> Path:
+    """The names transformers 5 has in memory."""
+    model.save_pretrained(folder, save_original_format=False, **kwargs)
+    return folder
+
+
+def save_v4(model: transformers.PreTrainedModel, folder: Path, *, pickle: bool = False, **kwargs) -> Path:
+    """As transformers 4.57 wrote it, which was compared with files of that version: its weight names, and a config that
+    names the backbone in `backbone` and `use_timm_backbone`."""
+    model.save_pretrained(folder, **kwargs)
+    config = json.loads((folder / "config.json").read_text())
+    nested = config["backbone_config"]
+    if nested["model_type"] == "timm_backbone":
+        kwargs = {"in_chans": 3, "out_indices": [1, 2, 3, 4]} | ({"output_stride": 16} if config["dilation"] else {})
+        config |= {"backbone": nested["backbone"], "backbone_config": None, "backbone_kwargs": kwargs}
+    else:
+        config |= {"backbone": None, "backbone_kwargs": None}
+    config |= {"use_timm_backbone": nested["model_type"] == "timm_backbone", "use_pretrained_backbone": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    file = folder / "model.safetensors"
+    if file.exists():
+        renamed = {
+            name.replace("model.position_embedding.", "model.backbone.position_embedding."): tensor
+            for name, tensor in load_file(file).items()
+        }
+        file.unlink()
+        if pickle:
+            torch.save(renamed, folder / "pytorch_model.bin")
+        else:
+            save_file(renamed, file, metadata={"format": "pt"})
+    return folder
+
+
+def save_original(model: transformers.PreTrainedModel, file: Path, **content) -> Path:
+    """The weights of transformers' DETR under the names of facebookresearch/detr, written out here by hand."""
+    theirs = model.state_dict()
+    state: dict[str, torch.Tensor] = {}
+
+    def put(new: str, old: str) -> None:
+        for kind in ("weight", "bias"):
+            if f"{old}.{kind}" in theirs:
+                state[f"{new}.{kind}"] = theirs.pop(f"{old}.{kind}")
+
+    def put_attention(new: str, old: str) -> None:
+        for kind in ("weight", "bias"):
+            state[f"{new}.in_proj_{kind}"] = torch.cat([theirs.pop(f"{old}.{p}_proj.{kind}") for p in "qkv"])
+        put(f"{new}.out_proj", f"{old}.o_proj")
+
+    for layer in range(model.config.encoder_layers):
+        old, new = f"model.encoder.layers.{layer}", f"transformer.encoder.layers.{layer}"
+        put_attention(f"{new}.self_attn", f"{old}.self_attn")
+        put(f"{new}.linear1", f"{old}.mlp.fc1")
+        put(f"{new}.linear2", f"{old}.mlp.fc2")
+        put(f"{new}.norm1", f"{old}.self_attn_layer_norm")
+        put(f"{new}.norm2", f"{old}.final_layer_norm")
+    for layer in range(model.config.decoder_layers):
+        old, new = f"model.decoder.layers.{layer}", f"transformer.decoder.layers.{layer}"
+        put_attention(f"{new}.self_attn", f"{old}.self_attn")
+        put_attention(f"{new}.multihead_attn", f"{old}.encoder_attn")
+        put(f"{new}.linear1", f"{old}.mlp.fc1")
+        put(f"{new}.linear2", f"{old}.mlp.fc2")
+        put(f"{new}.norm1", f"{old}.self_attn_layer_norm")
+        put(f"{new}.norm2", f"{old}.encoder_attn_layer_norm")
+        put(f"{new}.norm3", f"{old}.final_layer_norm")
+    put("transformer.decoder.norm", "model.decoder.layernorm")
+    put("query_embed", "model.query_position_embeddings")
+    put("input_proj", "model.input_projection")
+    put("class_embed", "class_labels_classifier")
+    for layer in range(3):
+        put(f"bbox_embed.layers.{layer}", f"bbox_predictor.layers.{layer}")
+    put("backbone.1.row_embed", "model.position_embedding.row_embeddings")
+    put("backbone.1.col_embed", "model.position_embedding.column_embeddings")
+    for name in [name for name in theirs if name.startswith("model.backbone.model.")]:
+        state[name.replace("model.backbone.model.", "backbone.0.body.")] = theirs.pop(name)
+    assert not theirs, sorted(theirs)
+    torch.save({"model": state, **content}, file)
+    return file

@@ -1,0 +1,340 @@
+"""Every DETR checkpoint there is can be read, and ours can be written for transformers."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from checkpoints import RESNET, SMALL_RESNET, save_original, save_v4, save_v5, their_model
+from conftest import padded_batch, randomise_norms, tiny_model
+from safetensors.torch import load_file, save_file
+
+from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor, DetrModel
+from hf_detr.interop import coco_labels, load_original, save_for_transformers, to_transformers
+
+TOLERANCE = 1e-5
+SIZES = [(96, 128), (64, 100), (80, 70)]
+# every layout: how the model differs from ResNet-18 with sine positions, and who saves it
+LAYOUTS = {
+    "v4": ({}, save_v4),
+    "v4-bin": ({}, lambda model, folder: save_v4(model, folder, pickle=True)),
+    "v4-sharded": ({}, lambda model, folder: save_v4(model, folder, max_shard_size="10MB")),
+    "v4-dc5": ({"backbone": "resnet26", "dilation": True}, save_v4),
+    "v4-learned": ({"position_embedding_type": "learned"}, save_v4),
+    "v4-r101": ({"backbone": "resnet101"}, save_v4),
+    "v4-transformers-resnet": ({"resnet": RESNET}, save_v4),
+    "v4-table": ({"table": True}, save_v4),
+    "v4-table-learned": ({"table": True, "position_embedding_type": "learned"}, save_v4),
+    "v5": ({}, save_v5),
+    "v5-sharded": ({}, lambda model, folder: save_v5(model, folder, max_shard_size="10MB")),
+    "v5-dc5": ({"backbone": "resnet26", "dilation": True}, save_v5),
+    "v5-learned": ({"position_embedding_type": "learned"}, save_v5),
+    "v5-r101": ({"backbone": "resnet101"}, save_v5),
+    "v5-transformers-resnet": ({"resnet": SMALL_RESNET}, save_v5),
+    "v5-table": ({"table": True}, save_v5),
+}
+ORIGINALS = {
+    "detr-r18.pth": {},
+    "detr-r26-dc5.pth": {"backbone": "resnet26", "dilation": True},
+    "detr-r101.pth": {"backbone": "resnet101"},
+    "detr-learned.pth": {"position_embedding_type": "learned"},
+}
+
+
+@torch.no_grad()
+def largest_difference(ours, theirs) -> float:
+    """Largest difference of logits and boxes: each image alone, and each image of a padded batch against it alone."""
+    images, mask = padded_batch(SIZES)
+    batch = ours(images, mask)
+    differences = []
+    for index, (height, width) in enumerate(SIZES):
+        image = images[index : index + 1, :, :height, :width]
+        expected, alone = theirs(image), ours(image)
+        for name in ("logits", "pred_boxes"):
+            differences += [
+                (alone[name][0] - expected[name][0]).abs().max(),
+                (batch[name][index] - expected[name][0]).abs().max(),
+            ]
+    return max(differences).item()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_checkpoints_of_transformers_give_the_same_outputs(layout, tmp_path):
+    fields, save = LAYOUTS[layout]
+    theirs = their_model(**fields)
+    ours, info = DetrForDetection.from_pretrained(save(theirs, tmp_path / "a"), output_loading_info=True)
+    assert not any(info.values()), info
+    assert largest_difference(ours, theirs) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_checkpoints_of_the_paper_give_the_same_outputs(name, tmp_path):
+    theirs = their_model(**ORIGINALS[name])
+    file = save_original(theirs, tmp_path / name)
+    ours, notes = load_original(file, attention_heads=4)
+    assert largest_difference(ours, theirs) <= TOLERANCE
+    assert "the file's name" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"backbone": "resnet26", "dilation": True},
+        {"backbone": "resnet101"},
+        {"position_embedding_type": "learned"},
+        {"pre_norm": True},
+        {"pre_norm": True, "position_embedding_type": "learned"},
+        {"feature_stride": 16},
+        {"freeze_batch_norm": False},
+        {"backbone": "convnext_atto"},
+    ],
+    ids=lambda fields: "-".join(map(str, fields.values())) or "plain",
+)
+def test_ours_written_for_transformers_gives_the_same_outputs_there_and_back(fields, tmp_path):
+    ours = tiny_model(**({"backbone": "resnet18"} | fields))
+    randomise_norms(ours)
+    save_for_transformers(ours, DetrImageProcessor(size={"height": 64, "width": 96}), tmp_path)
+    kind = "TableTransformerForObjectDetection" if fields.get("pre_norm") else "DetrForObjectDetection"
+    theirs, info = getattr(transformers, kind).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert largest_difference(ours, theirs.eval()) <= TOLERANCE
+    assert largest_difference(DetrForDetection.from_pretrained(tmp_path), theirs) <= TOLERANCE
+    assert dict(transformers.DetrImageProcessor.from_pretrained(tmp_path).size)["width"] == 96
+    assert DetrImageProcessor.from_pretrained(tmp_path).size["height"] == 64
+
+
+def test_a_backbone_that_transformers_gets_wrong_is_not_exported(tmp_path):
+    model = tiny_model(backbone="test_efficientnet")
+    randomise_norms(model)
+    with pytest.raises(ValueError, match="computes the backbone"):
+        save_for_transformers(model, DetrImageProcessor(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_arguments_of_timm_that_transformers_has_no_place_for_are_not_dropped():
+    with pytest.raises(ValueError, match="backbone_kwargs"):
+        to_transformers(tiny_model(backbone="resnet18", backbone_kwargs={"layers": [1, 1, 1, 1]}))
+
+
+def test_labels_of_the_paper_are_coco_s():
+    labels = coco_labels()
+    assert len(labels) == 91
+    assert (labels[0], labels[1], labels[12], labels[90]) == ("N/A", "person", "N/A", "toothbrush")
+    assert sum(name != "N/A" for name in labels.values()) == 80
+
+
+def test_args_in_a_file_of_a_training_run_are_believed(tmp_path):
+    theirs = their_model(backbone="resnet26", dilation=True, num_labels=91)
+    args = argparse.Namespace(dilation=True, nheads=4, lr=1e-4, dataset_file="coco")
+    file = save_original(theirs, tmp_path / "checkpoint.pth", args=args, epoch=3)
+    ours, notes = load_original(file)
+    assert largest_difference(ours, theirs) <= TOLERANCE
+    assert ours.config.id2label[17] == "cat"
+    assert "args in the file" in notes[0]
+
+
+def test_the_panoptic_file_of_the_paper_loads_as_a_detector(tmp_path):
+    theirs = their_model()
+    state = torch.load(save_original(theirs, tmp_path / "detr.pth"), weights_only=True)["model"]
+    panoptic = {f"detr.{name}": tensor for name, tensor in state.items()}
+    panoptic |= {"mask_head.lay1.weight": torch.zeros(8, 8, 3, 3), "bbox_attention.q_linear.bias": torch.zeros(8)}
+    torch.save({"model": panoptic}, tmp_path / "panoptic.pth")
+    ours, notes = load_original(tmp_path / "panoptic.pth", attention_heads=4)
+    assert largest_difference(ours, theirs) <= TOLERANCE
+    assert "2 tensors of the mask head" in notes[0]
+
+
+def test_the_panoptic_checkpoint_of_transformers_loads_as_a_detector(tmp_path):
+    theirs = their_model()
+    save_v4(theirs, tmp_path)
+    weights = {f"detr.{name}": tensor for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    save_file(weights | {"mask_head.lay1.bias": torch.zeros(8)}, tmp_path / "model.safetensors", {"format": "pt"})
+    ours, info = DetrForDetection.from_pretrained(tmp_path, output_loading_info=True)
+    assert largest_difference(ours, theirs) <= TOLERANCE
+    assert info["unexpected_keys"] == {"mask_head.lay1.bias"}
+
+
+def test_the_base_model_reads_checkpoints_of_transformers_too(tmp_path):
+    theirs = their_model()
+    model = DetrModel.from_pretrained(save_v4(theirs, tmp_path))
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        difference = model(images).last_hidden_state - theirs.model(images).last_hidden_state
+    assert difference.abs().max() <= TOLERANCE
+
+
+# -- configs and processors as they are on the Hub -------------------------------------------------------------------
+
+PUBLISHED = {
+    "activation_dropout": 0.0, "activation_function": "relu", "architectures": ["DetrForObjectDetection"],
+    "attention_dropout": 0.0, "auxiliary_loss": False, "backbone": "resnet50", "bbox_cost": 5,
+    "bbox_loss_coefficient": 5, "class_cost": 1, "classifier_dropout": 0.0, "d_model": 256,
+    "decoder_attention_heads": 8, "decoder_ffn_dim": 2048, "decoder_layerdrop": 0.0, "decoder_layers": 6,
+    "dice_loss_coefficient": 1, "dilation": False, "dropout": 0.1, "encoder_attention_heads": 8,
+    "encoder_ffn_dim": 2048, "encoder_layerdrop": 0.0, "encoder_layers": 6, "eos_coefficient": 0.1, "giou_cost": 2,
+    "giou_loss_coefficient": 2, "id2label": {"0": "N/A", "1": "person", "2": "bicycle"}, "init_std": 0.02,
+    "init_xavier_std": 1.0, "is_encoder_decoder": True, "label2id": {"N/A": 0, "person": 1, "bicycle": 2},
+    "mask_loss_coefficient": 1, "max_position_embeddings": 1024, "model_type": "detr", "num_channels": 3,
+    "num_hidden_layers": 6, "num_queries": 100, "position_embedding_type": "sine", "scale_embedding": False,
+}  # fmt: skip
+
+
+def read_config(tmp_path: Path, **changes) -> DetrConfig:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED | changes))
+    return DetrConfig.from_pretrained(tmp_path)
+
+
+def test_the_oldest_config_on_the_hub_is_the_paper_s_detr(tmp_path):
+    config = read_config(tmp_path)
+    expected = DetrConfig(num_labels=3)
+    expected.id2label = {0: "N/A", 1: "person", 2: "bicycle"}
+    expected.label2id = {"N/A": 0, "person": 1, "bicycle": 2}
+    ours, theirs = config.to_dict(), expected.to_dict()
+    assert {n: v for n, v in ours.items() if n[0] != "_"} == {n: v for n, v in theirs.items() if n[0] != "_"}
+    assert config.auxiliary_loss, "the files say no, but training needs it and predictions do not change"
+
+
+def test_configs_of_each_generation_name_their_backbone(tmp_path):
+    dc5 = read_config(tmp_path, backbone="resnet101", dilation=True)
+    assert (dc5.backbone, dc5.dilation) == ("resnet101", True)
+    table = read_config(tmp_path, model_type="table-transformer", backbone="resnet18", use_timm_backbone=True)
+    assert (table.backbone, table.pre_norm) == ("resnet18", True)
+    nested = {"model_type": "timm_backbone", "backbone": "resnet34", "out_indices": [1, 2, 3], "output_stride": None}
+    v5 = read_config(tmp_path, backbone_config=nested, backbone=None)
+    assert (v5.backbone, v5.feature_stride) == ("resnet34", 16)
+    own = transformers.ResNetConfig(depths=[3, 4, 23, 3], out_features=["stage4"]).to_dict()
+    assert read_config(tmp_path, backbone=None, use_timm_backbone=False, backbone_config=own).backbone == "resnet101"
+    assert read_config(tmp_path, backbone="microsoft/resnet-50", use_timm_backbone=False).backbone == "resnet50"
+
+
+def test_what_is_not_detr_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r'"deformable_detr".*hf_detr reads "hf_detr", "detr", "table-transformer"'):
+        read_config(tmp_path, model_type="deformable_detr")
+    with pytest.raises(ValueError, match="only known to fit timm's if it is a ResNet"):
+        read_config(tmp_path, use_timm_backbone=False, backbone_config={"model_type": "swin"})
+    with pytest.raises(ValueError, match="hidden_act=silu"):
+        read_config(tmp_path, use_timm_backbone=False, backbone_config={"model_type": "resnet", "hidden_act": "silu"})
+
+
+@pytest.mark.parametrize(
+    ("stored", "size", "do_pad"),
+    [
+        ({"feature_extractor_type": "DetrFeatureExtractor", "size": 800, "max_size": 1333, "format": "coco_detection"},
+         {"shortest_edge": 800, "longest_edge": 1333}, True),
+        ({"feature_extractor_type": "DetrFeatureExtractor", "size": 800, "max_size": 800},
+         {"shortest_edge": 800, "longest_edge": 800}, True),
+        ({"image_processor_type": "DetrImageProcessor", "size": {"shortest_edge": 600}, "max_size": 1000,
+          "pad_and_return_pixel_mask": False}, {"shortest_edge": 600, "longest_edge": 1000}, False),
+        ({"image_processor_type": "DetrImageProcessor", "size": {"longest_edge": 1000}},
+         {"max_height": 1000, "max_width": 1000}, True),
+        ({"image_processor_type": "DetrImageProcessorFast", "size": {"height": 480, "width": 640}, "do_pad": True,
+          "pad_size": {"height": 640, "width": 640}}, {"height": 480, "width": 640}, True),
+        ({"image_processor_type": "DetrImageProcessor"}, {"shortest_edge": 800, "longest_edge": 1333}, True),
+    ],
+)  # fmt: skip
+def test_processors_of_each_generation_are_read(stored, size, do_pad, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stored | {"image_mean": [0.5, 0.4, 0.3]}))
+    processor = DetrImageProcessor.from_pretrained(tmp_path)
+    assert {name: value for name, value in dict(processor.size).items() if value} == size
+    assert processor.do_pad == do_pad
+    assert list(processor.image_mean) == [0.5, 0.4, 0.3]
+    processor.save_pretrained(tmp_path / "again")
+    again = DetrImageProcessor.from_pretrained(tmp_path / "again")
+    assert again.to_dict() == processor.to_dict()
+    assert processor(torch.zeros(3, 300, 500, dtype=torch.uint8), return_tensors="pt")["pixel_values"].shape[0] == 1
+
+
+def test_a_processor_of_another_kind_of_model_is_refused(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "ViTImageProcessor"}))
+    with pytest.raises(ValueError, match="ViTImageProcessor"):
+        DetrImageProcessor.from_pretrained(tmp_path)
+
+
+# -- safety ----------------------------------------------------------------------------------------------------------
+
+
+class Malicious:
+    """A pickle that creates a file when it is opened without `weights_only`."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.witness}",)
+
+
+def test_a_malicious_pickle_raises_and_runs_nothing(tmp_path):
+    witness = tmp_path / "it-ran"
+    save_v4(their_model(), tmp_path, pickle=True)
+    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    torch.save(weights | {"extra": Malicious(witness)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
+        DetrForDetection.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="weights_only=True"):
+        DetrForDetection.from_pretrained(tmp_path, weights_only=False)
+    with pytest.raises(ValueError, match="nothing in it was run"):
+        load_original(tmp_path / "pytorch_model.bin")
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
+        tiny_model().model.backbone.load_pretrained(tmp_path / "pytorch_model.bin")
+    assert not witness.exists()
+    torch.load(tmp_path / "pytorch_model.bin", weights_only=False)
+    assert witness.exists(), "the pickle is malicious indeed"
+
+
+def test_files_that_are_no_checkpoint_of_the_paper_say_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_original(tmp_path / "nowhere.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(ValueError, match=r"text\.pth cannot be read"):
+        load_original(tmp_path / "text.pth")
+    torch.save({"model": {"fc.weight": torch.zeros(3, 3)}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth|no ResNet"):
+        load_original(tmp_path / "other.pth")
+    file = save_original(their_model(), tmp_path / "detr.pth")
+    state = torch.load(file, weights_only=True)["model"]
+    del state["transformer.decoder.norm.bias"]
+    torch.save({"model": state}, file)
+    with pytest.raises(ValueError, match="1 weights are missing"):
+        load_original(file, attention_heads=4)
+    with pytest.raises(ValueError, match="5 classes, but there are 2 names"):
+        load_original(file, id2label={0: "cat", 1: "dog"})
+
+
+BLOCKED = """
+import socket
+def refuse(*args, **kwargs):
+    raise SystemExit(f"tried to connect: {args[1:]}")
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.getaddrinfo = refuse
+import sys
+from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
+from hf_detr.interop import load_original
+for folder in sys.argv[1:]:
+    if folder.endswith(".pth"):
+        load_original(folder, attention_heads=4)
+    else:
+        DetrConfig.from_pretrained(folder)
+        DetrForDetection.from_pretrained(folder)
+    print("read", folder)
+"""
+
+
+def test_no_layout_reaches_for_the_network(tmp_path):
+    paths = [save_original(their_model(), tmp_path / "detr.pth")]
+    for name, (fields, save) in LAYOUTS.items():
+        if "r101" not in name:
+            paths.append(save(their_model(**fields), tmp_path / name))
+    tiny_model().save_pretrained(tmp_path / "ours")
+    paths.append(tmp_path / "ours")
+    environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
+    result = subprocess.run(
+        [sys.executable, "-c", BLOCKED, *map(str, paths)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("read") == len(paths)
