@@ -2,6 +2,7 @@
 
     accelerate launch examples/finetune.py
     accelerate launch examples/finetune.py --dataset FOLDER --model CHECKPOINT
+    accelerate launch examples/finetune.py --dataset FOLDER --push_to_hub ME/MODEL
 
 The output folder holds the best checkpoint with its processor (`pipeline("object-detection", model=FOLDER)`),
 `metrics.json`, `log.jsonl` with a line an epoch, `validation.png`, and `state/` to resume from.
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
+from huggingface_hub import create_repo
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import get_wsd_schedule
@@ -25,12 +27,8 @@ from transformers import get_wsd_schedule
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
 from hf_detr.data import CocoDetection, DetectionCollator, draw_shapes_dataset
 from hf_detr.evaluation import evaluate_detection, format_metrics
-from hf_detr.training import (
-    parameter_groups,
-    preferred_precision,
-    replace_class_head,
-    use_all_cores,
-)
+from hf_detr.hub import hash_of_weights, push_folder
+from hf_detr.training import parameter_groups, preferred_precision, use_all_cores
 from hf_detr.visualization import compare_with_truth
 
 # A small DETR that learns the drawn shapes from random weights in minutes on two cores. Everything is the paper's but
@@ -101,6 +99,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_workers", type=int, help="processes that load images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="2 epochs on 64 images, to see that all works")
+    parser.add_argument("--push_to_hub", metavar="REPO_ID", help="push the best checkpoint and its model card")
+    parser.add_argument("--hub_private", action="store_true", help="make the repository private if it is new")
+    parser.add_argument("--license", help="for the model card, an identifier of the Hub such as apache-2.0")
     args = parser.parse_args()
     if args.resume:
         if not args.output_dir or not (Path(args.output_dir) / "args.json").is_file():
@@ -138,6 +139,8 @@ def main() -> None:
 
     # model
     model, processor, start = build(args, train_set.id2label)
+    if args.push_to_hub and accelerator.is_main_process:  # not to find out after the training that it is not allowed
+        args.push_to_hub = create_repo(args.push_to_hub, private=args.hub_private, exist_ok=True).repo_id
     output_dir = claim_output_dir(args, accelerator)  # when all that can be wrong with the arguments has been found
     accelerator.print(
         f"{len(train_set)} training and {len(val_set)} validation images of {', '.join(train_set.id2label.values())}\n"
@@ -197,7 +200,9 @@ def main() -> None:
             if metrics["AP"] >= history.best_ap:
                 history.best_ap = metrics["AP"]
                 if accelerator.is_main_process:
-                    save(accelerator.unwrap_model(model), processor, output_dir, metrics | {"epoch": epoch})
+                    about = {"epoch": epoch, "dataset": Path(folder).resolve().name, "split": "val"}
+                    about["num_images"] = len(val_set)
+                    save(accelerator.unwrap_model(model), processor, output_dir, metrics | about)
                     compare_with_truth(val_set, evaluator.detections()).save(output_dir / "validation.png")
         history.epoch = epoch
         save_state(accelerator, output_dir)
@@ -208,6 +213,9 @@ def main() -> None:
     accelerator.print(
         f"\nBest checkpoint, epoch {metrics['epoch']}\n{format_metrics(metrics)}\n\nSaved in {output_dir}"
     )
+    if args.push_to_hub and accelerator.is_main_process:
+        address = push_folder(output_dir, args.push_to_hub, private=args.hub_private, license=args.license)
+        accelerator.print(f"Pushed: {address}")
     accelerator.end_training()
 
 
@@ -277,9 +285,10 @@ def newest_state(output_dir: Path) -> Path:
 def build(args: argparse.Namespace, id2label: dict[int, str]) -> tuple[DetrForDetection, DetrImageProcessor, str]:
     """Model and processor, and one line on where they come from."""
     if args.model:
-        model = DetrForDetection.from_pretrained(args.model)
+        # classes that the checkpoint knows by name keep their weights; what was done is logged
+        model = DetrForDetection.from_pretrained(args.model, id2label=id2label, ignore_mismatched_sizes=True)
         processor = DetrImageProcessor.from_pretrained(args.model)
-        start = f"Model: {args.model}. {replace_class_head(model, id2label)}"
+        start = f"Model: {args.model}."
     else:
         labels = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
         if args.dataset or args.backbone:
@@ -326,6 +335,7 @@ def train_one_epoch(accelerator, model, loader, optimizer, scheduler, epoch: int
 def save(model: DetrForDetection, processor: DetrImageProcessor, output_dir: Path, metrics: dict) -> None:
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
+    metrics["weights"] = hash_of_weights(output_dir)  # the numbers belong to these and no others
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
 
 

@@ -12,7 +12,7 @@ import PIL.Image
 from tqdm.auto import tqdm
 from transformers import pipeline
 
-import hf_detr  # noqa: F401  registers the models
+from hf_detr import DetrForDetection, DetrImageProcessor
 from hf_detr.data import open_image
 from hf_detr.training import use_all_cores
 from hf_detr.visualization import draw_detections
@@ -34,7 +34,9 @@ def main() -> None:
     if results_file.exists():
         raise SystemExit(f"{results_file} exists. Name another --output_dir.")
     use_all_cores()
-    detector = pipeline("object-detection", model=args.model, device=args.device)
+    model = DetrForDetection.from_pretrained(args.model)
+    processor = DetrImageProcessor.from_pretrained(args.model)
+    detector = pipeline("object-detection", model=model, image_processor=processor, device=args.device)
 
     waiting = deque()  # images on their way through the detector, in order
     unreadable: dict[str, str] = {}

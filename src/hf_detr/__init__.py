@@ -21,8 +21,11 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.pipelines import PIPELINE_REGISTRY, _resolve_impl
 
 from .configuration_hf_detr import DetrConfig
+from .hub import register_model_card
 from .image_processing_hf_detr import DetrImageProcessor
-from .modeling_hf_detr import DetrDetectionOutput, DetrForDetection, DetrModel, DetrModelOutput
+from .interop import register_readers
+from .modeling_hf_detr import DetrForDetection, DetrModel
+from .outputs import DetrDetectionOutput, DetrModelOutput
 from .pipeline_hf_detr import DetrDetectionPipeline
 
 __version__ = "0.1.0"
@@ -44,6 +47,14 @@ AutoModel.register(DetrConfig, DetrModel, exist_ok=True)
 AutoModelForObjectDetection.register(DetrConfig, DetrForDetection, exist_ok=True)
 IMAGE_PROCESSOR_MAPPING.register(DetrConfig, {"torchvision": DetrImageProcessor}, exist_ok=True)
 
+# The code travels with what is saved, so that it loads with trust_remote_code where this package is not installed.
+DetrConfig.register_for_auto_class()
+DetrModel.register_for_auto_class("AutoModel")
+DetrForDetection.register_for_auto_class("AutoModelForObjectDetection")
+DetrImageProcessor.register_for_auto_class("AutoImageProcessor")
+
+register_model_card()  # model.push_to_hub
+register_readers()  # DetrForDetection.from_pretrained("facebook/detr-resnet-50")
 
 _task = PIPELINE_REGISTRY.supported_tasks["object-detection"]
 _impl_of_others = _task["impl"]  # a class, or the dotted path of one that transformers imports when it is needed
@@ -51,6 +62,9 @@ _impl_of_others = _task["impl"]  # a class, or the dotted path of one that trans
 
 class _ObjectDetection(ObjectDetectionPipeline):
     """What `pipeline("object-detection")` calls: ours for our models, for all others the class it was before."""
+
+    # Looking for one, transformers would take our image processor's auto_map for it and ask whether to run its code.
+    _load_video_processor = False
 
     def __new__(cls, *args: Any, model: Any, **kwargs: Any) -> Any:
         if model.config.model_type == DetrConfig.model_type:

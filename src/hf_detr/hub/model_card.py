@@ -1,0 +1,148 @@
+"""The page that a model has on the Hub: metadata that the Hub reads, and text for people.
+
+Numbers come from `metrics.json`, which names the weights they were measured with; a card never states others.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..evaluation import METRICS
+from ..evaluation.coco import DESCRIPTIONS
+from ..image_processing_hf_detr import HfDetrImageProcessor
+from ..modeling_hf_detr import DetrForDetection
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+MARKER = "<!-- Written by hf_detr. Delete this line to keep your edits: the next push then leaves this page alone. -->"
+PICTURE = "validation.png"
+
+
+def hash_of_weights(folder: str | Path) -> str:
+    """SHA-256 over the weight files of a checkpoint, by name. Ties `metrics.json` to the weights that were measured."""
+    files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*.bin"))
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def read_metrics(folder: str | Path) -> dict[str, Any] | None:
+    """`metrics.json` of a checkpoint, if there is one and it was measured with the weights beside it."""
+    file = Path(folder) / "metrics.json"
+    if not file.is_file():
+        return None
+    metrics: dict[str, Any] = json.loads(file.read_text())
+    return metrics if metrics.get("weights") == hash_of_weights(folder) else None
+
+
+def build_model_card(
+    model: DetrForDetection,
+    repo_id: str,
+    *,
+    processor: HfDetrImageProcessor | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    picture: bool = False,
+    base_model: str | None = None,
+    datasets: list[str] | None = None,
+    license: str | None = None,
+    source: str | None = None,
+    training: str | None = None,
+    template: str | Path = TEMPLATE,
+) -> ModelCard:
+    """The card of one model.
+
+    Args:
+        repo_id: where it lives, for the examples of use.
+        metrics: what `CocoEvaluator.compute` returned for these very weights, with `dataset`, `split` and
+            `num_images`. None says that the model was not evaluated.
+        settings: how it was trained, name to value.
+        picture: `validation.png` is beside the card.
+        base_model: Hub id of the checkpoint or backbone it started from.
+        datasets: Hub ids or names of the data it was trained on.
+        license: identifier as the Hub lists them; None leaves it out.
+        source: for numbers that were not measured here: where they are from. They do not go into the metadata.
+        training: how it was trained, in words, if there are no `settings`.
+        template: a Jinja template with the same variables as the package's own (`hf_detr.hub.TEMPLATE`).
+    """
+    config = model.config
+    name = repo_id.rsplit("/", maxsplit=1)[-1]
+    labels = [label for label in config.id2label.values() if label != "N/A"]
+    measured = metrics is not None and source is None
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="object-detection",
+        tags=["object-detection", "vision", "detr", "hf_detr"],
+        license=license,
+        base_model=base_model,
+        datasets=datasets,
+        metrics=["mean_average_precision"] if metrics is not None else None,
+        model_name=name if measured else None,
+        eval_results=_eval_results(metrics) if metrics is not None and measured else None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=Path(template).read_text(encoding="utf-8"),
+        model_name=name,
+        repo_id=repo_id,
+        config=config,
+        labels=labels,
+        parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}",
+        picture=PICTURE if picture else None,
+        base_model=base_model,
+        metrics=[(key, _number(metrics[key]), DESCRIPTIONS[key]) for key in METRICS if key in metrics]
+        if metrics
+        else None,
+        per_class=[(key, _number(ap)) for key, ap in metrics.get("per_class", {}).items()] if metrics else None,
+        dataset_name=metrics.get("dataset") if metrics else None,
+        split=metrics.get("split") if metrics else None,
+        num_images=metrics.get("num_images") if metrics else None,
+        epoch=metrics.get("epoch") if metrics else None,
+        settings=list(settings.items()) if settings else None,
+        source=source,
+        training=training,
+        size=_size(processor),
+        stride=model.model.backbone.stride,
+        marker=MARKER,
+    )
+
+
+def _eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
+    dataset = str(metrics["dataset"])
+    return [
+        EvalResult(
+            task_type="object-detection",
+            dataset_name=dataset,
+            dataset_type=dataset,
+            dataset_split=metrics["split"],
+            metric_type="mean_average_precision",
+            metric_name=f"{key} ({DESCRIPTIONS[key]})",
+            metric_value=round(metrics[key], 4),
+        )
+        for key in ("AP", "AP50", "AP75")
+        if metrics[key] >= 0
+    ]
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if value >= 0 else "n/a"
+
+
+def _size(processor: HfDetrImageProcessor | None) -> str:
+    if processor is None:
+        return "the size its processor says"
+    size = {name: value for name, value in dict(processor.size).items() if value}
+    if "shortest_edge" in size:
+        return f"a shortest edge of {size['shortest_edge']} pixels, the longest at most {size.get('longest_edge')}"
+    height, width = size.get("height", size.get("max_height")), size.get("width", size.get("max_width"))
+    return f"{height} x {width} pixels" if "height" in size else f"at most {height} x {width} pixels"
+
+
+def may_replace(card: str) -> bool:
+    """Whether a card on the Hub is one that a push may write anew: ours, or transformers' blank one."""
+    return MARKER in card or "[More Information Needed]" in card

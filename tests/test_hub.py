@@ -1,0 +1,409 @@
+"""Pushed to a Hub and pulled from it, by the unmodified client, in processes of their own (see hub_server.py)."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import save_v4, their_model
+from conftest import tiny_model
+from hub_server import INITIAL_FILES, ClientError, HubServer, run_client
+from huggingface_hub import ModelCard
+
+from hf_detr import DetrForDetection, DetrImageProcessor
+from hf_detr.evaluation import METRICS
+from hf_detr.hub import build_model_card, hash_of_weights, model_card_of, read_metrics
+
+LABELS = {0: "cat", 1: "dog", 2: "bird"}
+CODE = {path.name for path in (Path(__file__).parents[1] / "src" / "hf_detr").glob("*.py")}
+CODE -= {"__init__.py", "pipeline_hf_detr.py"}  # what only an installed package has
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def server():
+    with HubServer(users={"ann": "hf_ann", "bob": "hf_bob"}) as server:
+        yield server
+        assert server.errors == []
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A run's folder: model, processor, numbers that belong to the weights, settings and a picture."""
+    folder = tmp_path / "run"
+    model = tiny_model(id2label=LABELS, label2id={name: index for index, name in LABELS.items()})
+    model.save_pretrained(folder)
+    DetrImageProcessor(size={"height": 64, "width": 96}).save_pretrained(folder)
+    metrics = {name: 0.4 + index / 1000 for index, name in enumerate(METRICS)} | {"APl": -1.0}
+    metrics |= {"per_class": {"cat": 0.5, "dog": 0.3004, "bird": -1.0}, "epoch": 7, "dataset": "pets", "split": "val"}
+    metrics |= {"num_images": 123, "weights": hash_of_weights(folder)}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "args.json").write_text(
+        json.dumps(
+            {"model": "facebook/detr-resnet-50", "seed": 0, "learning_rate": 1e-4, "output_dir": "/secret/place"}
+        )
+    )
+    (folder / "validation.png").write_bytes(b"\x89PNG not looked at")
+    return folder
+
+
+def expected_outputs(folder: Path) -> dict[str, list]:
+    torch.manual_seed(3)
+    images = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        outputs = DetrForDetection.from_pretrained(folder)(images)
+    return {"images": images, "logits": outputs.logits, "pred_boxes": outputs.pred_boxes}
+
+
+PUSH_FOLDER = "import sys; from hf_detr.hub import push_folder; print(push_folder({!r}, 'ann/pets', {}))"
+
+
+# -- the model and the processor's own methods ---------------------------------------------------------------------
+
+
+def test_models_and_processors_push_with_the_arguments_of_transformers(checkpoint, server, tmp_path):
+    code = f"""
+    from hf_detr import DetrForDetection, DetrImageProcessor
+    model = DetrForDetection.from_pretrained({str(checkpoint)!r})
+    processor = DetrImageProcessor.from_pretrained({str(checkpoint)!r})
+    processor.push_to_hub("ann/pets", private=True, commit_message="The processor", token="hf_ann")
+    model.push_to_hub("ann/pets", commit_message="The model", token="hf_ann")
+    model.push_to_hub("ann/pets", revision="sharded", max_shard_size="500KB", token="hf_ann")
+    model.config.num_labels
+    model.class_labels_classifier.bias.data += 1
+    print(model.push_to_hub("ann/pets", create_pr=True, token="hf_ann").pr_url)
+    """
+    link = run_client(code, server, tmp_path / "home")
+    repo = server.repos["ann/pets"]
+    assert repo.private
+    assert [commit.title for commit in repo.at("main").history()][:2] == ["The model", "The processor"]
+    main = server.blobs_of("ann/pets")
+    assert main.keys() - INITIAL_FILES.keys() == CODE | {
+        "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
+    }  # fmt: skip
+    assert main["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
+    assert sum(name.startswith("model-0000") for name in server.blobs_of("ann/pets", "sharded")) > 2
+    assert "refs/pr/1" in link or "discussions/1" in link
+    assert server.blobs_of("ann/pets", "refs/pr/1")["model.safetensors"] != main["model.safetensors"]
+    card = main["README.md"].decode()
+    assert "have not been evaluated" in card
+    assert "cat, dog, bird" in card
+    assert "[More Information Needed]" not in card
+
+
+# -- without the package ---------------------------------------------------------------------------------------------
+
+WITHOUT_PACKAGE = """
+import sys
+sys.modules["hf_detr"] = None  # importing it raises ImportError
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoModelForObjectDetection, pipeline
+
+wanted = torch.load({expected!r}, weights_only=True)
+model = AutoModelForObjectDetection.from_pretrained("ann/pets", trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+with torch.no_grad():
+    outputs = model(wanted["images"])
+assert torch.equal(outputs.logits, wanted["logits"]) and torch.equal(outputs.pred_boxes, wanted["pred_boxes"])
+processor = AutoImageProcessor.from_pretrained("ann/pets", trust_remote_code=True)
+assert processor(Image.new("RGB", (300, 200)), return_tensors="pt")["pixel_values"].shape == (1, 3, 64, 96)
+detector = pipeline("object-detection", model="ann/pets", trust_remote_code=True)
+found = detector(Image.new("RGB", (300, 200), "red"), threshold=0.0)
+assert found and all(set(box) == {{"score", "label", "box"}} for box in found)
+assert {{box["label"] for box in found}} <= {{"cat", "dog", "bird"}}
+assert all(0 <= b["box"]["xmin"] <= b["box"]["xmax"] <= 300 and b["box"]["ymax"] <= 200 for b in found)
+labels = [{{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}}]
+model.train()(wanted["images"][:1], labels=labels).loss.backward()  # it trains, too
+model.save_pretrained({again!r})
+again = AutoModelForObjectDetection.from_pretrained({again!r}, trust_remote_code=True)
+assert torch.equal(again.class_labels_classifier.weight, model.class_labels_classifier.weight)
+print("works")
+"""
+
+
+def test_pushed_models_work_where_hf_detr_cannot_be_imported(checkpoint, server, tmp_path):
+    run_client(PUSH_FOLDER.format(str(checkpoint), ""), server, tmp_path / "home", token="hf_ann")
+    torch.save(expected_outputs(checkpoint), tmp_path / "expected.pt")
+    code = WITHOUT_PACKAGE.format(expected=str(tmp_path / "expected.pt"), again=str(tmp_path / "again"))
+    assert run_client(code, server, tmp_path / "other").strip().endswith("works")
+    assert {path.name for path in (tmp_path / "again").glob("*.py")} < CODE, "the model's files, once more"
+
+
+def test_with_the_package_its_own_code_is_used_and_no_trust_is_asked_for(checkpoint, server, tmp_path):
+    run_client(PUSH_FOLDER.format(str(checkpoint), ""), server, tmp_path / "home", token="hf_ann")
+    code = """
+    import hf_detr
+    from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
+    detector = pipeline("object-detection", model="ann/pets")
+    assert type(detector) is hf_detr.DetrDetectionPipeline, type(detector)
+    assert type(detector.model) is hf_detr.DetrForDetection
+    assert type(AutoImageProcessor.from_pretrained("ann/pets")) is hf_detr.DetrImageProcessor
+    model = AutoModelForObjectDetection.from_pretrained("ann/pets", trust_remote_code=True)
+    assert type(model) is hf_detr.DetrForDetection
+    print("local")
+    """
+    assert run_client(code, server, tmp_path / "other").strip() == "local"
+
+
+# -- push_folder and examples/push_to_hub.py -------------------------------------------------------------------------
+
+
+def test_a_folder_is_pushed_in_one_commit_and_then_only_what_changed_travels(checkpoint, server, tmp_path):
+    script = f"""
+    import runpy, sys
+    sys.argv = ["push_to_hub.py", {str(checkpoint)!r}, "ann/pets", "--license", "mit", "--commit_message", "One"]
+    runpy.run_path({str(ROOT / "examples" / "push_to_hub.py")!r}, run_name="__main__")
+    """
+    assert "/commit/" in run_client(script, server, tmp_path / "home", token="hf_ann")
+    assert len(server.commits_of("ann/pets")) == 2, "the Hub's own first commit, and ours"
+    first = server.blobs_of("ann/pets")
+    assert {"README.md", "metrics.json", "validation.png", "preprocessor_config.json"} <= first.keys()
+    assert "args.json" not in first, "paths of this machine stay here"
+    assert b"/secret/place" not in first["README.md"]
+    assert json.loads(first["metrics.json"])["weights"] == hash_of_weights(checkpoint)
+
+    sent = len(server.requests)
+    DetrImageProcessor(size={"height": 128, "width": 128}).save_pretrained(checkpoint)
+    run_client(script, server, tmp_path / "home", token="hf_ann")
+    second = server.blobs_of("ann/pets")
+    assert {name for name in second if second[name] != first.get(name)} == {"preprocessor_config.json", "README.md"}
+    uploads = [r for r in server.requests[sent:] if r.method == "PUT"]
+    assert uploads == [], "no weights travel again"
+    assert sum(r.received for r in server.requests[sent:]) < 60_000 < len(first["model.safetensors"])
+
+
+def test_shards_of_an_earlier_push_do_not_stay_behind(checkpoint, server, tmp_path):
+    push = PUSH_FOLDER.format(str(checkpoint), "max_shard_size='500KB'")
+    push += "; " + PUSH_FOLDER.format(str(checkpoint), "").partition("; ")[2]
+    run_client(push, server, tmp_path / "home", token="hf_ann")
+    weights = [name for name in server.blobs_of("ann/pets") if "safetensors" in name]
+    assert weights == ["model.safetensors"]
+    assert len([n for n in server.repos["ann/pets"].at(server.commits_of("ann/pets")[1]).files if "model-0" in n]) > 2
+
+
+def test_an_edited_card_is_left_alone_and_a_generated_one_is_renewed(checkpoint, server, tmp_path):
+    server.add_repo("ann/pets", {"README.md": b"---\nlicense: mit\n---\nMy own words.\n"})
+    run_client(PUSH_FOLDER.format(str(checkpoint), ""), server, tmp_path / "home", token="hf_ann")
+    assert server.blobs_of("ann/pets")["README.md"] == b"---\nlicense: mit\n---\nMy own words.\n"
+    model_push = f"""
+    from hf_detr import DetrForDetection
+    model = DetrForDetection.from_pretrained({str(checkpoint)!r})
+    model.push_to_hub("ann/pets")
+    model.push_to_hub("ann/other")
+    """
+    run_client(model_push, server, tmp_path / "home", token="hf_ann")
+    assert b"My own words." in server.blobs_of("ann/pets")["README.md"]
+    assert b"have not been evaluated" in server.blobs_of("ann/other")["README.md"]
+
+
+def test_a_folder_without_all_weights_is_not_pushed(checkpoint, server, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(checkpoint / "model.safetensors")
+    del weights["model.decoder.layernorm.weight"]
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ClientError, match=r"has no weights for \['model.decoder.layernorm.weight'\]"):
+        run_client(PUSH_FOLDER.format(str(checkpoint), ""), server, tmp_path / "home", token="hf_ann")
+    assert "ann/pets" not in server.repos
+
+
+def test_an_upload_that_breaks_leaves_nothing_half_visible_and_can_be_repeated(checkpoint, server, tmp_path):
+    push = PUSH_FOLDER.format(str(checkpoint), "")
+    run_client(push, server, tmp_path / "home", token="hf_ann")
+    before, commits = server.blobs_of("ann/pets"), server.commits_of("ann/pets")
+    model = DetrForDetection.from_pretrained(checkpoint)
+    model.class_labels_classifier.bias.data += 1
+    model.save_pretrained(checkpoint)
+
+    server.break_upload(after_bytes=100_000, times=50)
+    with pytest.raises(ClientError, match="Error while uploading"):
+        run_client(push, server, tmp_path / "home", token="hf_ann", waits=False)
+    server.mend()
+    server.break_commit()
+    with pytest.raises(ClientError, match="500"):
+        run_client(push, server, tmp_path / "home", token="hf_ann")
+    assert server.blobs_of("ann/pets") == before
+    assert server.commits_of("ann/pets") == commits
+    run_client(push, server, tmp_path / "home", token="hf_ann")
+    after = server.blobs_of("ann/pets")
+    assert after["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
+    assert b"have not been evaluated" in after["README.md"], "the numbers belong to the old weights"
+    assert "metrics.json" not in after or after["metrics.json"] == before["metrics.json"]
+
+
+# -- pulling ---------------------------------------------------------------------------------------------------------
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_pulls_are_by_branch_by_commit_and_offline_from_the_cache(checkpoint, server, tmp_path):
+    server.add_repo("ann/pets", files_of(checkpoint))
+    old = server.commits_of("ann/pets")[0]
+    changed = DetrForDetection.from_pretrained(checkpoint)
+    changed.class_labels_classifier.bias.data += 1
+    changed.save_pretrained(checkpoint)
+    run_client(PUSH_FOLDER.format(str(checkpoint), ""), server, tmp_path / "pusher", token="hf_ann")
+    bias = "print(DetrForDetection.from_pretrained('ann/pets'{}).class_labels_classifier.bias.sum().item())"
+    load = "from hf_detr import DetrForDetection, DetrImageProcessor\n"
+    both = load + bias.format("") + "\n" + bias.format(f", revision={old!r}")
+    new_sum, old_sum = map(float, run_client(both, server, tmp_path / "home").split())
+    assert new_sum - old_sum == pytest.approx(4, abs=1e-4)
+    online = len(server.requests)
+    offline = run_client(both, server, tmp_path / "home", offline=True)
+    assert list(map(float, offline.split())) == [new_sum, old_sum]
+    assert len(server.requests) == online
+    with pytest.raises(ClientError, match=r"(?s)couldn't find them in the cached files.*offline"):
+        run_client(load + bias.format(""), server, tmp_path / "cold", offline=True)
+
+
+def test_a_private_model_is_refused_without_a_token_and_says_why(checkpoint, server, tmp_path):
+    server.add_repo("ann/pets", files_of(checkpoint), private=True)
+    load = "from hf_detr import DetrForDetection; DetrForDetection.from_pretrained('ann/pets'); print('loaded')"
+    for token in (None, "hf_bob"):
+        with pytest.raises(ClientError, match=r"(?s)ann/pets is not a local folder.*private.*token"):
+            run_client(load, server, tmp_path / "home", token=token)
+    assert run_client(load, server, tmp_path / "home", token="hf_ann").strip() == "loaded"
+    with pytest.raises(ClientError, match=r"403.*rights"):
+        run_client(PUSH_FOLDER.format(str(checkpoint), ""), server, tmp_path / "home", token="hf_bob")
+
+
+def test_a_download_that_breaks_is_taken_up_again(checkpoint, server, tmp_path):
+    server.add_repo("ann/pets", files_of(checkpoint))
+    server.break_download(after_bytes=200_000)
+    load = "from hf_detr import DetrForDetection; "
+    load += "print(DetrForDetection.from_pretrained('ann/pets').num_parameters())"
+    parameters = sum(p.numel() for p in DetrForDetection.from_pretrained(checkpoint).parameters())
+    assert run_client(load, server, tmp_path / "home", waits=False).strip() == str(parameters)
+    downloads = [r for r in server.requests if r.method == "GET" and r.sent >= 200_000]
+    assert [r.sent for r in downloads] == [200_000, (checkpoint / "model.safetensors").stat().st_size]
+
+
+def test_a_published_checkpoint_is_pulled_and_fine_tuned_from(server, tmp_path):
+    theirs = their_model(num_labels=3, id2label=LABELS, label2id={n: i for i, n in LABELS.items()})
+    save_v4(theirs, tmp_path / "theirs", pickle=True)
+    (tmp_path / "theirs" / "preprocessor_config.json").write_text(
+        json.dumps({"feature_extractor_type": "DetrFeatureExtractor", "size": 600, "max_size": 1000})
+    )
+    server.add_repo("facebook/detr-tiny", files_of(tmp_path / "theirs"))
+    torch.save(theirs.class_labels_classifier.weight.detach(), tmp_path / "head.pt")
+    code = f"""
+    import torch
+    from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
+    head = torch.load({str(tmp_path / "head.pt")!r})
+    model = DetrForDetection.from_pretrained("facebook/detr-tiny")
+    assert torch.equal(model.class_labels_classifier.weight, head)
+    model = DetrForDetection.from_pretrained(
+        "facebook/detr-tiny", id2label={{0: "dog", 1: "cow"}}, ignore_mismatched_sizes=True
+    )
+    assert torch.equal(model.class_labels_classifier.weight[[0, 2]], head[[1, 3]])
+    assert DetrConfig.from_pretrained("facebook/detr-tiny").backbone == "resnet18"
+    assert dict(DetrImageProcessor.from_pretrained("facebook/detr-tiny").size)["longest_edge"] == 1000
+    print("read")
+    """
+    assert run_client(code, server, tmp_path / "home").strip() == "read"
+
+
+FINETUNE = """
+import os, runpy, sys
+os.makedirs({cwd!r}, exist_ok=True)
+os.chdir({cwd!r})
+os.environ["ACCELERATE_USE_CPU"] = "true"
+sys.argv = ["finetune.py", "--quick", "--push_to_hub", {repo!r}, "--license", "apache-2.0"]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def test_finetune_pushes_its_best_checkpoint_with_a_card_of_that_run(server, tmp_path):
+    script = str(ROOT / "examples" / "finetune.py")
+    code = FINETUNE.format(cwd=str(tmp_path / "work"), repo="ann/shapes", script=script)
+    assert "Pushed: " in run_client(code, server, tmp_path / "home", token="hf_ann")
+    pushed = server.blobs_of("ann/shapes")
+    run = tmp_path / "work" / "runs" / "shapes-quick-1"
+    run = run if run.exists() else tmp_path / "work" / "runs" / "shapes-1"
+    assert pushed["model.safetensors"] == (run / "model.safetensors").read_bytes()
+    assert pushed["validation.png"] == (run / "validation.png").read_bytes()
+    measured = json.loads((run / "metrics.json").read_text())
+    card = ModelCard(pushed["README.md"].decode())
+    (result,) = card.data.to_dict()["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == pytest.approx(measured["AP"], abs=1e-4)
+    assert "Measured on 16 images of the val split of shapes-quick" in str(card)
+    assert "| ellipse |" in str(card)
+    assert "| epochs | 2 |" in str(card)
+
+
+def test_a_repository_without_permission_stops_the_run_before_it_starts(server, tmp_path):
+    script = str(ROOT / "examples" / "finetune.py")
+    code = FINETUNE.format(cwd=str(tmp_path / "work"), repo="bob/shapes", script=script)
+    with pytest.raises(ClientError, match=r"403.*rights to write under the namespace bob"):
+        run_client(code, server, tmp_path / "home", token="hf_ann")
+    assert not (tmp_path / "work" / "runs").exists()
+
+
+# -- the card --------------------------------------------------------------------------------------------------------
+
+
+def test_the_card_states_what_was_measured_in_that_run(checkpoint):
+    card = model_card_of(checkpoint, "ann/pets", license="mit")
+    data = card.data.to_dict()
+    assert data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "object-detection"
+    assert data["license"] == "mit"
+    assert data["base_model"] == "facebook/detr-resnet-50"
+    assert data["datasets"] == ["pets"]
+    assert data["metrics"] == ["mean_average_precision"]
+    (index,) = data["model-index"]
+    assert index["name"] == "pets"
+    (result,) = index["results"]
+    assert result["dataset"] == {"name": "pets", "type": "pets", "split": "val"}
+    assert [metric["value"] for metric in result["metrics"]] == [0.4, 0.401, 0.402]
+    text = str(card)
+    assert "Measured on 123 images of the val split of pets with these weights (epoch 7)" in text
+    for row in ("| AP | 0.400 |", "| APl | n/a |", "| cat | 0.500 |", "| dog | 0.300 |", "| bird | n/a |"):
+        assert row in text
+    assert 'pipeline("object-detection", model="ann/pets", trust_remote_code=True)' in text
+    assert "![Images of the validation set" in text
+    assert "| seed | 0 |" in text
+    assert "/secret/place" not in text
+    assert "64 x 96 pixels" in text
+    assert ModelCard(text).data.to_dict() == data, "the metadata is read back"
+
+
+def test_numbers_of_other_weights_are_left_out(checkpoint):
+    model = DetrForDetection.from_pretrained(checkpoint)
+    model.class_labels_classifier.bias.data += 1
+    model.save_pretrained(checkpoint)
+    assert read_metrics(checkpoint) is None
+    card = model_card_of(checkpoint, "ann/pets")
+    assert "model-index" not in card.data.to_dict()
+    assert "have not been evaluated" in str(card)
+    assert not re.search(r"0\.4\d\d", str(card))
+    assert "![" not in str(card), "the picture shows what other weights found"
+
+
+def test_numbers_from_elsewhere_are_attributed_and_not_in_the_metadata():
+    model = tiny_model()
+    card = build_model_card(model, "ann/detr", metrics={"AP": 0.42}, source="From the paper, not measured again.")
+    assert "From the paper, not measured again." in str(card)
+    assert "| AP | 0.420 |" in str(card)
+    assert "model-index" not in card.data.to_dict()
+
+
+def test_the_template_can_be_replaced(checkpoint, tmp_path):
+    template = tmp_path / "mine.md"
+    template.write_text(
+        "---\n{{ card_data }}\n---\nMine: {{ repo_id }}, AP {{ metrics[0][1] }}, {{ labels | length }}\n"
+    )
+    assert "Mine: ann/pets, AP 0.400, 3" in str(model_card_of(checkpoint, "ann/pets", template=template))
+
+
+def test_every_class_and_query_count_reads_well():
+    one = tiny_model(id2label={0: "cat"}, label2id={"cat": 0})
+    text = str(build_model_card(one, "ann/one"))
+    assert "finds 1 class of objects" in text
+    assert "\n\n\n" not in text
+    assert io.StringIO(text).readline() == "---\n"
