@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
+from checkpoints import save_original, their_model
 from PIL import Image
 
+from hf_detr import DetrForDetection
 from hf_detr.data import draw_shapes_dataset
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -129,9 +132,25 @@ def test_starting_from_a_checkpoint_on_another_data_set(trained, tmp_path):
         *LAUNCH, EXAMPLES / "finetune.py", "--dataset", folder, "--model", cwd / "runs" / "shapes-1", "--quick",
         "--num_workers", "0", "--image_size", "96", cwd=tmp_path,
     )  # fmt: skip
-    assert "2 of 3 classes keep their weights, 1 start at random (box), 1 dropped" in output
+    assert "2 keep their weights by name, 1 start at random (box), 1 are dropped" in output
     config = json.loads((tmp_path / "runs" / "mine-1" / "config.json").read_text())
     assert config["id2label"] == {"0": "ellipse", "1": "triangle", "2": "box"}
+
+
+def test_convert_writes_for_us_and_for_transformers_and_never_over_something(tmp_path):
+    save_original(their_model(num_labels=2), tmp_path / "detr-tiny.pth")
+    (tmp_path / "labels.json").write_text('["cat", "dog"]')
+    convert = [sys.executable, EXAMPLES / "convert.py"]
+    output = run(*convert, "detr-tiny.pth", "ours", "--attention_heads", "4", "--labels", "labels.json", cwd=tmp_path)
+    assert "not dilated, according to the file's name" in output
+    assert DetrForDetection.from_pretrained(tmp_path / "ours").config.id2label == {0: "cat", 1: "dog"}
+    run(*convert, "ours", "theirs", "--to", "transformers", cwd=tmp_path)
+    theirs, info = transformers.DetrForObjectDetection.from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    assert not any(info.values())
+    assert theirs.config.id2label == {0: "cat", 1: "dog"}
+    assert "not an empty folder" in run(*convert, "theirs", "ours", cwd=tmp_path, ok=False)
+    assert "No checkpoint at" in run(*convert, "nowhere.pth", "new", cwd=tmp_path, ok=False)
+    assert not (tmp_path / "new").exists()
 
 
 def test_faults_of_the_data_stop_the_run_before_it_starts(trained, tmp_path):
