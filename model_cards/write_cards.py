@@ -6,11 +6,11 @@
 Figures of the published checkpoints are the paper's (arXiv 2005.12872, table 1); none was measured here.
 """
 
-import shutil
 import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
 from hf_detr.hub import build_model_card, model_card_of
@@ -53,7 +53,8 @@ def main() -> None:
         run, target = Path(sys.argv[1]), HERE / "detr-shapes"
         target.mkdir(exist_ok=True)
         model_card_of(run, "USER/detr-shapes", license="apache-2.0").save(target / "README.md")
-        shutil.copyfile(run / "validation.png", target / "validation.png")
+        with Image.open(run / "validation.png") as picture:  # smaller than it is pushed, to keep the repository small
+            picture.resize((640, 640)).quantize(128).save(target / "validation.png", optimize=True)
 
 
 if __name__ == "__main__":
