@@ -28,6 +28,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
         parser.error(f"{args.output_dir} exists and is not an empty folder.")
+    is_original = Path(args.source).is_file() or args.source.endswith(".pth")
+    for name in ("dilation", "attention_heads", "labels"):
+        if not is_original and getattr(args, name) is not None:
+            parser.error(f"--{name} is for the paper's .pth files; {args.source} says it by itself.")
     if args.labels and not args.labels.is_file():
         parser.error(f"There is no file {args.labels}.")
     return args

@@ -115,6 +115,8 @@ def parse_args() -> argparse.Namespace:
             setattr(args, name, value)
     if args.quick:
         args.epochs, args.eval_every = 2, 1
+    # for the model card: where the weights are from, if others can get them there
+    args.base_model = args.model if args.model and not Path(args.model).exists() else None
     return args
 
 
@@ -140,7 +142,7 @@ def main() -> None:
     # model
     model, processor, start = build(args, train_set.id2label)
     if args.push_to_hub and accelerator.is_main_process:  # not to find out after the training that it is not allowed
-        args.push_to_hub = create_repo(args.push_to_hub, private=args.hub_private, exist_ok=True).repo_id
+        args.push_to_hub = create_repo(args.push_to_hub, private=args.hub_private or None, exist_ok=True).repo_id
     output_dir = claim_output_dir(args, accelerator)  # when all that can be wrong with the arguments has been found
     accelerator.print(
         f"{len(train_set)} training and {len(val_set)} validation images of {', '.join(train_set.id2label.values())}\n"
@@ -214,7 +216,7 @@ def main() -> None:
         f"\nBest checkpoint, epoch {metrics['epoch']}\n{format_metrics(metrics)}\n\nSaved in {output_dir}"
     )
     if args.push_to_hub and accelerator.is_main_process:
-        address = push_folder(output_dir, args.push_to_hub, private=args.hub_private, license=args.license)
+        address = push_folder(output_dir, args.push_to_hub, private=args.hub_private or None)
         accelerator.print(f"Pushed: {address}")
     accelerator.end_training()
 

@@ -25,7 +25,23 @@ def their_model(
         fields["backbone"] = backbone
     model = kind(kind.config_class(**(TINY | fields))).eval()
     randomise_norms(model)
+    spread(model)
     return model
+
+
+@torch.no_grad()
+def spread(model: torch.nn.Module) -> None:
+    """Weights as large as those of a trained model. With transformers' initial ones (standard deviation 0.02) attention
+    is flat and all queries answer alike, so that most mistakes in reading a checkpoint would not show."""
+    for name, parameter in model.named_parameters():
+        if "backbone." in name and "position_embedding" not in name:
+            continue
+        if "query_position" in name or "row_emb" in name or "column_emb" in name:
+            parameter.normal_()
+        elif parameter.ndim > 1:
+            torch.nn.init.xavier_uniform_(parameter)
+        elif "norm" not in name:
+            parameter.normal_(0, 0.1)
 
 
 def save_v5(model: transformers.PreTrainedModel, folder: Path, **kwargs) -> Path:
@@ -34,7 +50,7 @@ def save_v5(model: transformers.PreTrainedModel, folder: Path, **kwargs) -> Path
     return folder
 
 
-def save_v4(model: transformers.PreTrainedModel, folder: Path, *, pickle: bool = False, **kwargs) -> Path:
+def save_v4(model: transformers.PreTrainedModel, folder: Path, *, pickle: bool | str = False, **kwargs) -> Path:
     """As transformers 4.57 wrote it, which was compared with files of that version: its weight names, and a config that
     names the backbone in `backbone` and `use_timm_backbone`."""
     model.save_pretrained(folder, **kwargs)
@@ -54,7 +70,14 @@ def save_v4(model: transformers.PreTrainedModel, folder: Path, *, pickle: bool =
             for name, tensor in load_file(file).items()
         }
         file.unlink()
-        if pickle:
+        if pickle == "sharded":
+            names = sorted(renamed)
+            files = {n: f"pytorch_model-{1 + i % 3:05}-of-00003.bin" for i, n in enumerate(names)}
+            for shard in set(files.values()):
+                torch.save({n: renamed[n] for n in names if files[n] == shard}, folder / shard)
+            index = {"metadata": {"total_size": 0}, "weight_map": files}
+            (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        elif pickle:
             torch.save(renamed, folder / "pytorch_model.bin")
         else:
             save_file(renamed, file, metadata={"format": "pt"})

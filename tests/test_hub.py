@@ -10,11 +10,12 @@ import torch
 from checkpoints import save_v4, their_model
 from conftest import tiny_model
 from hub_server import INITIAL_FILES, ClientError, HubServer, run_client
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 from hf_detr import DetrForDetection, DetrImageProcessor
 from hf_detr.evaluation import METRICS
 from hf_detr.hub import build_model_card, hash_of_weights, model_card_of, read_metrics
+from hf_detr.hub.model_card import BLANK, may_replace
 
 LABELS = {0: "cat", 1: "dog", 2: "bird"}
 CODE = {path.name for path in (Path(__file__).parents[1] / "src" / "hf_detr").glob("*.py")}
@@ -42,7 +43,8 @@ def checkpoint(tmp_path) -> Path:
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "args.json").write_text(
         json.dumps(
-            {"model": "facebook/detr-resnet-50", "seed": 0, "learning_rate": 1e-4, "output_dir": "/secret/place"}
+            {"model": "/secret/place", "dataset": "/secret/place", "backbone_weights": "/secret/place", "seed": 0}
+            | {"base_model": "facebook/detr-resnet-50", "learning_rate": 1e-4, "output_dir": "/secret/place"}
         )
     )
     (folder / "validation.png").write_bytes(b"\x89PNG not looked at")
@@ -184,6 +186,43 @@ def test_shards_of_an_earlier_push_do_not_stay_behind(checkpoint, server, tmp_pa
     assert len([n for n in server.repos["ann/pets"].at(server.commits_of("ann/pets")[1]).files if "model-0" in n]) > 2
 
 
+def test_other_files_of_the_repository_stay_and_the_numbers_stay_with_their_weights(checkpoint, server, tmp_path):
+    neighbours = dict.fromkeys(
+        ("training_args.bin", "onnx/model.safetensors", "adapter_model.safetensors", "x.bin"), b"mine"
+    )
+    server.add_repo("ann/pets", neighbours | {"pytorch_model.bin": b"old weights"})
+    run_client(PUSH_FOLDER.format(str(checkpoint), "max_shard_size='500KB'"), server, tmp_path / "home", token="hf_ann")
+    pushed = server.blobs_of("ann/pets")
+    assert neighbours.items() <= pushed.items()
+    assert "pytorch_model.bin" not in pushed
+    for name, data in pushed.items():
+        (tmp_path / "pulled" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pulled" / name).write_bytes(data)
+    (tmp_path / "pulled" / "adapter_model.safetensors").unlink()
+    assert read_metrics(tmp_path / "pulled")["AP"] == 0.4
+
+
+def test_a_card_that_could_not_be_looked_at_is_not_overwritten(checkpoint, server, tmp_path):
+    server.add_repo("ann/pets", {"README.md": b"Mine.\n" + b"x" * 5000})
+    push = """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    def unreachable(*args, **kwargs):
+        raise LocalEntryNotFoundError("the Hub cannot be reached")
+    HfApi.hf_hub_download = unreachable
+    """ + PUSH_FOLDER.format(str(checkpoint), "")
+    with pytest.raises(ClientError, match="the Hub cannot be reached"):
+        run_client(push, server, tmp_path / "home", token="hf_ann")
+    assert server.blobs_of("ann/pets")["README.md"].startswith(b"Mine.")
+
+
+def test_a_half_filled_card_is_somebody_s_work():
+    assert not may_replace("---\ntags: []\n---\n# Mine\nTen paragraphs.\n## Bias\n[More Information Needed]\n")
+    blank = ModelCard.from_template(ModelCardData(tags=["x"]), model_description=BLANK)
+    assert may_replace(str(blank))
+    assert not may_replace(str(blank).replace("## Uses", "Made in my garden.\n## Uses", 1))
+
+
 def test_an_edited_card_is_left_alone_and_a_generated_one_is_renewed(checkpoint, server, tmp_path):
     server.add_repo("ann/pets", {"README.md": b"---\nlicense: mit\n---\nMy own words.\n"})
     run_client(PUSH_FOLDER.format(str(checkpoint), ""), server, tmp_path / "home", token="hf_ann")
@@ -192,11 +231,12 @@ def test_an_edited_card_is_left_alone_and_a_generated_one_is_renewed(checkpoint,
     from hf_detr import DetrForDetection
     model = DetrForDetection.from_pretrained({str(checkpoint)!r})
     model.push_to_hub("ann/pets")
-    model.push_to_hub("ann/other")
+    model.push_to_hub("ann/other", tags=["garden"])
     """
     run_client(model_push, server, tmp_path / "home", token="hf_ann")
     assert b"My own words." in server.blobs_of("ann/pets")["README.md"]
     assert b"have not been evaluated" in server.blobs_of("ann/other")["README.md"]
+    assert "garden" in ModelCard(server.blobs_of("ann/other")["README.md"].decode()).data.tags
 
 
 def test_a_folder_without_all_weights_is_not_pushed(checkpoint, server, tmp_path):
@@ -354,12 +394,13 @@ def test_the_card_states_what_was_measured_in_that_run(checkpoint):
     assert data["pipeline_tag"] == "object-detection"
     assert data["license"] == "mit"
     assert data["base_model"] == "facebook/detr-resnet-50"
-    assert data["datasets"] == ["pets"]
+    assert "datasets" not in data, "the name of a folder may be that of somebody's data set on the Hub"
+    assert model_card_of(checkpoint, "ann/pets", datasets=["ann/cats"]).data.to_dict()["datasets"] == ["ann/cats"]
     assert data["metrics"] == ["mean_average_precision"]
     (index,) = data["model-index"]
     assert index["name"] == "pets"
     (result,) = index["results"]
-    assert result["dataset"] == {"name": "pets", "type": "pets", "split": "val"}
+    assert result["dataset"] == {"name": "pets", "type": "custom", "split": "val"}
     assert [metric["value"] for metric in result["metrics"]] == [0.4, 0.401, 0.402]
     text = str(card)
     assert "Measured on 123 images of the val split of pets with these weights (epoch 7)" in text
@@ -398,7 +439,9 @@ def test_the_template_can_be_replaced(checkpoint, tmp_path):
     template.write_text(
         "---\n{{ card_data }}\n---\nMine: {{ repo_id }}, AP {{ metrics[0][1] }}, {{ labels | length }}\n"
     )
-    assert "Mine: ann/pets, AP 0.400, 3" in str(model_card_of(checkpoint, "ann/pets", template=template))
+    card = str(model_card_of(checkpoint, "ann/pets", template=template))
+    assert "Mine: ann/pets, AP 0.400, 3" in card
+    assert may_replace(card), "the next push renews it, so that no numbers of other weights stay"
 
 
 def test_every_class_and_query_count_reads_well():

@@ -10,6 +10,7 @@ from conftest import tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
 from hf_detr import DetrConfig, DetrForDetection, DetrModel
+from hf_detr.pretrained import _stored_config
 
 NAMES = {0: "N/A", 1: "cat", 2: "dog", 3: "N/A", 4: "bird"}
 
@@ -76,6 +77,19 @@ def test_as_many_classes_of_other_names_are_renamed_or_matched(checkpoint, warni
     assert torch.equal(matched[1], old[2])
     assert torch.equal(matched[2], old[1])
     assert not torch.equal(matched[4], old[4])
+
+
+def test_the_base_model_has_no_classes_to_fit(checkpoint):
+    assert DetrModel.from_pretrained(checkpoint, num_labels=2).config.num_labels == 2
+
+
+def test_an_adapter_takes_its_base_model_s_config(checkpoint, tmp_path):
+    """What PEFT does from there on needs PEFT; that the base checkpoint is recognised does not."""
+    save_v4(their_model(), tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    about = {"base_model_name_or_path": str(tmp_path / "base"), "peft_type": "LORA"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(about))
+    assert _stored_config(tmp_path / "adapter", {}, needed=True)["model_type"] == "detr"
 
 
 def test_names_that_say_nothing_match_nothing(tmp_path):
@@ -157,6 +171,9 @@ def test_a_complete_checkpoint_is_loaded_without_a_word(checkpoint, warnings):
 def test_no_checkpoint_says_so(tmp_path):
     with pytest.raises(OSError, match=r"config\.json"):
         DetrForDetection.from_pretrained(tmp_path)
+    tiny_model().save_pretrained(tmp_path / "bare")
+    (tmp_path / "bare" / "config.json").unlink()
+    assert DetrForDetection.from_pretrained(tmp_path / "bare", config=tiny_config()).config.num_queries == 12
     tiny_config().save_pretrained(tmp_path)
     with pytest.raises(OSError, match=r"model\.safetensors"):
         DetrForDetection.from_pretrained(tmp_path)

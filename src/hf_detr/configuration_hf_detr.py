@@ -105,7 +105,10 @@ class DetrConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         stored, unused = super().get_config_dict(*args, **kwargs)
-        return cls.translate(stored), unused
+        try:
+            return cls.translate(stored), unused
+        except ValueError as error:
+            raise ValueError(f"{args[0] if args else 'The config'}: {error}") from error
 
     def validate_positive_sizes(self) -> None:
         for name in ("num_channels", "num_queries", "d_model", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim"):

@@ -1,5 +1,6 @@
 """What both models share: what transformers may do with them, and how a checkpoint becomes one of them."""
 
+import json
 import os
 from collections.abc import Callable
 from copy import deepcopy
@@ -9,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 
 from .configuration_hf_detr import DetrConfig
 
@@ -81,8 +82,8 @@ class DetrPreTrainedModel(PreTrainedModel):
             raise ValueError("Checkpoints are only opened with weights_only=True: a pickle can run any code.")
         kwargs |= {"ignore_mismatched_sizes": ignore_mismatched_sizes, "output_loading_info": True}
         location = {name: kwargs[name] for name in LOCATION if name in kwargs}
-        stored = _stored_config(pretrained_model_name_or_path, location)
-        if stored is None:  # weights in memory, or an adapter: nothing to compare with
+        stored = _stored_config(pretrained_model_name_or_path, location, needed=config is None)
+        if stored is None:  # weights in memory, or without a config of their own: nothing to compare with
             model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             return (model, info) if output_loading_info else model
 
@@ -91,18 +92,21 @@ class DetrPreTrainedModel(PreTrainedModel):
         theirs = DetrConfig.from_dict(DetrConfig.translate(stored))
         if config is None:
             wanted = {name: kwargs.pop(name) for name in _RESIZABLE if name in kwargs}
+            wanted = {name: value for name, value in wanted.items() if value is not None}
         else:  # load with the checkpoint's classes and queries, then fit them to those of `config`
-            config = deepcopy(config) if isinstance(config, PreTrainedConfig) else DetrConfig.from_pretrained(config)
+            config = _own_config(config, location)
             wanted = {"id2label": config.id2label, "num_queries": config.num_queries}
             config.id2label, config.num_queries = theirs.id2label, theirs.num_queries
         labels, num_queries = _labels(wanted, theirs), wanted.get("num_queries", theirs.num_queries)
-        other_classes = _other_classes(labels, theirs.id2label, ignore_mismatched_sizes)
+        has_head = hasattr(cls, "resize_class_head")
+        other_classes = has_head and _other_classes(labels, theirs.id2label, ignore_mismatched_sizes)
         if not ignore_mismatched_sizes:
-            _check_sizes(str(pretrained_model_name_or_path), theirs, len(labels), num_queries)
+            num_labels = len(labels) if has_head else theirs.num_labels
+            _check_sizes(str(pretrained_model_name_or_path), theirs, num_labels, num_queries)
 
         model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         changes = []
-        if other_classes and hasattr(model, "resize_class_head"):
+        if other_classes:
             changes.append(model.resize_class_head(labels))
             sizes = [torch.Size((n + 1, theirs.d_model)) for n in (theirs.num_labels, len(labels))]
             info["mismatched_keys"].add(("class_labels_classifier.weight", *sizes))
@@ -116,9 +120,9 @@ class DetrPreTrainedModel(PreTrainedModel):
             logger.warning(f"{pretrained_model_name_or_path}: {' '.join(changes)}")
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As in transformers. Weights keep our names, also those that came from a checkpoint with other names."""
-        super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
+        super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
     def _upload_modified_files(
         self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
@@ -132,23 +136,40 @@ class DetrPreTrainedModel(PreTrainedModel):
 _RESIZABLE = ("id2label", "label2id", "num_labels", "num_queries")
 
 
-def _stored_config(where: WhereFrom, location: dict[str, Any]) -> dict[str, Any] | None:
-    """The checkpoint's own config as it is written; None for an adapter (PEFT), which has none."""
+def _stored_config(where: WhereFrom, location: dict[str, Any], *, needed: bool) -> dict[str, Any] | None:
+    """The checkpoint's own config as it is written; that of the base model for an adapter (PEFT). None if there is none
+    and it is not needed."""
     if where is None:
         return None
-    stored, _ = PreTrainedConfig.get_config_dict(where, **location)
-    if stored:
-        return {"model_type": DetrConfig.model_type, **stored}
-    if os.path.isfile(os.path.join(where, "adapter_config.json")):
-        return None
-    raise OSError(f"There is no config.json in {where}, so it cannot be told which model the weights belong to.")
+    if not os.path.isfile(where):
+        stored, _ = PreTrainedConfig.get_config_dict(where, **location)
+        if stored:
+            return {"model_type": DetrConfig.model_type, **stored}
+        adapter = find_adapter_config_file(str(where), **location)
+        if adapter is not None:
+            with open(adapter, encoding="utf-8") as file:
+                base = json.load(file)["base_model_name_or_path"]
+            return _stored_config(base, {n: v for n, v in location.items() if n != "revision"}, needed=needed)
+    if needed:
+        raise OSError(f"There is no config.json in {where}, so it cannot be told which model the weights belong to.")
+    return None
+
+
+def _own_config(config: Any, location: dict[str, Any]) -> DetrConfig:
+    """A copy of what was passed as `config`: ours, transformers' own for a DETR, or where to read one."""
+    if isinstance(config, (str, os.PathLike)):
+        return DetrConfig.from_pretrained(config, **location)
+    if config.model_type != DetrConfig.model_type:
+        return DetrConfig.from_dict(DetrConfig.translate(config.to_dict()))
+    return deepcopy(config)
 
 
 def _labels(wanted: dict[str, Any], theirs: DetrConfig) -> dict[int, str]:
     """The classes that are asked for, as {0: name, 1: name, ...}."""
     labels: dict[int, str]
     if wanted.get("id2label"):
-        labels = {int(index): name for index, name in wanted["id2label"].items()}
+        names = wanted["id2label"]
+        labels = {int(i): name for i, name in (names.items() if isinstance(names, dict) else enumerate(names))}
     elif wanted.get("label2id"):
         labels = {int(index): name for name, index in wanted["label2id"].items()}
     elif wanted.get("num_labels", theirs.num_labels) == theirs.num_labels:
@@ -190,6 +211,8 @@ def _check_sizes(where: str, theirs: DetrConfig, num_labels: int, num_queries: i
 def fit_rows(new: RowLayer, old: RowLayer, kept: dict[int, int]) -> RowLayer:
     """`new` with the rows of `old` (weight and bias) that are kept, {row in new: row in old}, on the same device and of
     the same dtype."""
+    if old.weight.is_meta:
+        raise ValueError("The weights to fit are offloaded to disk. Load them without offloading to resize them.")
     new.to(old.weight)
     parameters = dict(old.named_parameters())
     for name, parameter in new.named_parameters():

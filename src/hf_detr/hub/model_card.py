@@ -19,6 +19,11 @@ from ..modeling_hf_detr import DetrForDetection
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 MARKER = "<!-- Written by hf_detr. Delete this line to keep your edits: the next push then leaves this page alone. -->"
 PICTURE = "validation.png"
+# what transformers writes into its card
+BLANK = (
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. "
+    "This model card has been automatically generated."
+)
 
 
 def hash_of_weights(folder: str | Path) -> str:
@@ -85,7 +90,7 @@ def build_model_card(
         model_name=name if measured else None,
         eval_results=_eval_results(metrics) if metrics is not None and measured else None,
     )
-    return ModelCard.from_template(
+    card = ModelCard.from_template(
         data,
         template_str=Path(template).read_text(encoding="utf-8"),
         model_name=name,
@@ -98,7 +103,9 @@ def build_model_card(
         metrics=[(key, _number(metrics[key]), DESCRIPTIONS[key]) for key in METRICS if key in metrics]
         if metrics
         else None,
-        per_class=[(key, _number(ap)) for key, ap in metrics.get("per_class", {}).items()] if metrics else None,
+        per_class=[(key.replace("|", "\\|"), _number(ap)) for key, ap in metrics.get("per_class", {}).items()]
+        if metrics
+        else None,
         dataset_name=metrics.get("dataset") if metrics else None,
         split=metrics.get("split") if metrics else None,
         num_images=metrics.get("num_images") if metrics else None,
@@ -108,8 +115,9 @@ def build_model_card(
         training=training,
         size=_size(processor),
         stride=model.model.backbone.stride,
-        marker=MARKER,
     )
+    card.content = f"{card.content.rstrip()}\n\n{MARKER}\n"  # not left to the template: without it numbers would stay
+    return card
 
 
 def _eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
@@ -118,7 +126,7 @@ def _eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
         EvalResult(
             task_type="object-detection",
             dataset_name=dataset,
-            dataset_type=dataset,
+            dataset_type="custom",  # the Hub takes other values for the id of a data set there
             dataset_split=metrics["split"],
             metric_type="mean_average_precision",
             metric_name=f"{key} ({DESCRIPTIONS[key]})",
@@ -144,5 +152,7 @@ def _size(processor: HfDetrImageProcessor | None) -> str:
 
 
 def may_replace(card: str) -> bool:
-    """Whether a card on the Hub is one that a push may write anew: ours, or transformers' blank one."""
-    return MARKER in card or "[More Information Needed]" in card
+    """Whether a card on the Hub is one that a push may write anew: ours, or the one transformers writes into an empty
+    repository, as long as nobody has filled in anything of it."""
+    blank = ModelCard.from_template(ModelCardData(), model_description=BLANK)
+    return MARKER in card or ModelCard(card).text.strip() == blank.text.strip()

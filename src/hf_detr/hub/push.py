@@ -6,18 +6,25 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 from transformers.utils import logging
 
 from ..image_processing_hf_detr import HfDetrImageProcessor
 from ..modeling_hf_detr import DetrForDetection
 from ..pretrained import DetrPreTrainedModel
-from .model_card import PICTURE, TEMPLATE, build_model_card, may_replace, read_metrics
+from .model_card import PICTURE, TEMPLATE, build_model_card, hash_of_weights, may_replace, read_metrics
 
 logger = logging.get_logger(__name__)
-# What a run's args.json says about the run and not about where it was or how it was watched.
-_NOT_SETTINGS = ("output_dir", "resume", "push_to_hub", "hub_private")
+# What a run's args.json says about where things were, which is nobody's business, or how the run was handled. The data
+# set and the base model have their own places in the card.
+_NOT_SETTINGS = (
+    "backbone_weights", "base_model", "dataset", "hub_private", "license", "model", "output_dir", "push_to_hub",
+    "resume",
+)  # fmt: skip
+# Weights of earlier pushes that were split differently. A pattern's star would reach into folders that are not ours.
+_WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
+_PICKLES = ("pytorch_model.bin", "pytorch_model-?????-of-?????.bin", "pytorch_model.bin.index.json")
 
 
 def model_card_of(
@@ -30,8 +37,8 @@ def model_card_of(
     template: str | Path = TEMPLATE,
 ) -> ModelCard:
     """The model card that a push of `folder` writes. What is not given is read from the run: the numbers from
-    `metrics.json` if they belong to these weights, the settings, the base model and the data set from `args.json`, the
-    picture from `validation.png`.
+    `metrics.json` if they belong to these weights, the settings and the base model from `args.json`, the picture from
+    `validation.png`.
 
     Args:
         license, base_model, datasets, template: see [`build_model_card`].
@@ -40,7 +47,19 @@ def model_card_of(
         OSError, ValueError: the folder holds no complete DETR checkpoint.
     """
     folder = Path(folder)
-    model, processor = _load(folder)
+    return _card(folder, *_load(folder), repo_id, license, base_model, datasets, template)
+
+
+def _card(
+    folder: Path,
+    model: DetrForDetection,
+    processor: HfDetrImageProcessor,
+    repo_id: str,
+    license: str | None = None,
+    base_model: str | None = None,
+    datasets: list[str] | None = None,
+    template: str | Path = TEMPLATE,
+) -> ModelCard:
     metrics = read_metrics(folder)
     if metrics is None and (folder / "metrics.json").exists():
         logger.warning(f"metrics.json in {folder} was not measured with the weights there; the card leaves it out.")
@@ -52,9 +71,9 @@ def model_card_of(
         metrics=metrics,
         settings={n: v for n, v in settings.items() if v is not None and v is not False and n not in _NOT_SETTINGS},
         picture=metrics is not None and (folder / PICTURE).is_file(),
-        base_model=base_model or _base_model(settings),
-        datasets=datasets or ([str(metrics["dataset"])] if metrics is not None else None),
-        license=license,
+        base_model=base_model or settings.get("base_model"),
+        datasets=datasets,
+        license=license or settings.get("license"),
         template=template,
     )
 
@@ -97,12 +116,14 @@ def push_folder(
         stage = Path(temporary)
         model.save_pretrained(stage, max_shard_size=max_shard_size)
         processor.save_pretrained(stage)
-        if read_metrics(folder) is not None:
-            for name in ("metrics.json", PICTURE):
-                if (folder / name).is_file():
-                    shutil.copyfile(folder / name, stage / name)
+        metrics = read_metrics(folder)
+        if metrics is not None:
+            # the same weights, perhaps in other files
+            (stage / "metrics.json").write_text(json.dumps(metrics | {"weights": hash_of_weights(stage)}, indent=2))
+            if (folder / PICTURE).is_file():
+                shutil.copyfile(folder / PICTURE, stage / PICTURE)
         if _card_is_ours(api, repo_id, revision):
-            model_card_of(folder, repo_id, **about).save(stage / "README.md")
+            _card(folder, model, processor, repo_id, **about).save(stage / "README.md")
         else:
             logger.warning(f"The model card of {repo_id} has been edited there; it is left as it is.")
         commit = api.upload_folder(
@@ -111,8 +132,7 @@ def push_folder(
             commit_message=commit_message or "Upload DETR",
             revision=revision,
             create_pr=create_pr,
-            # weights of an earlier push that were split differently
-            delete_patterns=["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"],
+            delete_patterns=[*_WEIGHTS, *_PICKLES],
         )
     return str(commit.pr_url or commit.commit_url)
 
@@ -128,20 +148,15 @@ def _read_json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def _base_model(settings: dict[str, Any]) -> str | None:
-    """The Hub id a run started from; None for a local folder or random weights."""
-    started_from = settings.get("model")
-    if started_from and "/" in started_from and not Path(started_from).exists():
-        return str(started_from)
-    return None
-
-
 def _card_is_ours(api: HfApi, repo_id: str, revision: str | None) -> bool:
-    try:
-        file = api.hf_hub_download(repo_id, "README.md", revision=revision)
-    except (EntryNotFoundError, RevisionNotFoundError):
-        return True
-    return may_replace(Path(file).read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as fresh:  # a card in the cache may be an old one
+        try:
+            file = api.hf_hub_download(repo_id, "README.md", revision=revision, cache_dir=fresh)
+        except LocalEntryNotFoundError:  # a kind of EntryNotFoundError, but it says: could not look
+            raise
+        except (EntryNotFoundError, RevisionNotFoundError):
+            return True
+        return may_replace(Path(file).read_text(encoding="utf-8"))
 
 
 def register_model_card() -> None:
@@ -151,7 +166,12 @@ def register_model_card() -> None:
 
     def write_model_card(self: DetrPreTrainedModel, folder: Path, repo_id: str) -> None:
         file = folder / "README.md"
-        if isinstance(self, DetrForDetection) and may_replace(file.read_text(encoding="utf-8")):
-            build_model_card(self, repo_id).save(file)
+        there = ModelCard.load(file)
+        if isinstance(self, DetrForDetection) and may_replace(there.content):
+            said = there.data.to_dict()
+            card = build_model_card(self, repo_id, license=said.get("license"), datasets=said.get("datasets"))
+            new = card.data.to_dict()
+            card.data = ModelCardData(**new | {"tags": list(dict.fromkeys([*new["tags"], *said.get("tags", ())]))})
+            card.save(file)
 
     DetrPreTrainedModel.write_model_card = write_model_card

@@ -119,9 +119,9 @@ def _read(file: Path) -> tuple[dict[str, Tensor], Any]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a file that is no pickle at all can fail in any way
         raise ValueError(f"{file} cannot be read as weights, and nothing in it was run: {error}") from error
-    state = content.get("model", content) if isinstance(content, dict) else None
+    state = content.get("model", content.get("state_dict", content)) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(f"{file} holds no weights of facebookresearch/detr.")
+        raise ValueError(f'{file} holds no weights of facebookresearch/detr, which are {{"model": {{name: tensor}}}}.')
     return state, content.get("args")
 
 
@@ -142,8 +142,8 @@ def _rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _read_sizes(state: dict[str, Tensor]) -> dict[str, Any]:
     """Everything about the model that its weights say."""
     backbone = "model.backbone.model."
-    blocks = {name.removeprefix(backbone).rsplit(".", 2)[0] for name in state if name.startswith(f"{backbone}layer")}
-    blocks = {".".join(name.split(".")[:2]) for name in blocks}
+    names = [name.removeprefix(backbone) for name in state if name.startswith(f"{backbone}layer")]
+    blocks = {".".join(name.split(".")[:2]) for name in names}
     depths = Counter(name.split(".")[0] for name in blocks)
     bottleneck = f"{backbone}layer1.0.conv3.weight" in state
     network = RESNETS.get((bottleneck, tuple(depths[f"layer{i}"] for i in range(1, 5))))

@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from torch import nn
 from transformers.utils import logging
 
 from ..configuration_hf_detr import DetrConfig
@@ -75,8 +76,9 @@ def read_config(theirs: dict[str, Any]) -> dict[str, Any]:
 def _read_backbone(theirs: dict[str, Any]) -> dict[str, Any]:
     nested = theirs.get("backbone_config")
     if nested and nested.get("model_type") == "timm_backbone":  # v5
-        extra = {k: v for k, v in (("output_stride", nested.get("output_stride")),) if v}
-        return _timm_backbone(nested["backbone"], nested.get("out_indices"), extra)
+        return _timm_backbone(
+            nested["backbone"], nested.get("out_indices"), {"output_stride": nested.get("output_stride")}
+        )
     if nested:
         return _resnet_of_transformers(nested)
     name = theirs.get("backbone") or "resnet50"
@@ -98,9 +100,21 @@ def _timm_backbone(name: str, out_indices: list[int] | None, extra: dict[str, An
         ours["dilation"] = True
     elif stride not in (None, 32):
         extra["output_stride"] = stride
-    if out_indices:
+    try:
         with torch.device("meta"):
-            reductions = timm.create_model(name, features_only=True, **extra).feature_info.reduction()
+            network = timm.create_model(name, features_only=True, **extra)
+    except RuntimeError as error:
+        raise ValueError(
+            f'The backbone of this checkpoint is timm\'s "{name}", which cannot be built: {error}'
+        ) from error
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    if any(type(norm) is not nn.BatchNorm2d or norm.eps != 1e-5 for norm in norms):
+        raise ValueError(
+            f"transformers' DETR replaces the batch norms of timm's \"{name}\" by others with eps 1e-5 and without the "
+            "activation that timm fuses into them. What was trained that way is another network than timm's: not read."
+        )
+    if out_indices:
+        reductions = network.feature_info.reduction()
         last = max(index % len(reductions) for index in out_indices)
         if last < len(reductions) - 1:
             ours["feature_stride"] = reductions[last]
@@ -133,9 +147,10 @@ def _resnet_of_transformers(theirs: dict[str, Any]) -> dict[str, Any]:
     if channels != (64, 128, 256, 512):
         sizes["channels"] = list(channels)
     ours: dict[str, Any] = {"backbone": name or ("resnet50" if bottleneck else "resnet18"), "dilation": False}
-    stages = [int(stage.removeprefix("stage")) for stage in theirs.get("out_features") or ["stage4"] if stage != "stem"]
-    if max(stages) < 4:
-        ours["feature_stride"] = 2 ** (max(stages) + 1)
+    stages = [int(stage.removeprefix("stage")) for stage in theirs.get("out_features") or () if stage != "stem"]
+    last = max(stages or theirs.get("out_indices") or [4])
+    if 0 < last < 4:
+        ours["feature_stride"] = 2 ** (last + 1)
     return ours | ({"backbone_kwargs": sizes} if sizes else {})
 
 
