@@ -1,40 +1,83 @@
-"""The drawn data set, and COCO folders that are checked when opened."""
+"""The drawn data set, and any annotated folder to one schema."""
 
 import json
+import logging
+import shutil
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from formats import WRITERS, rotated_jpeg, shapes
 from PIL import Image
 
 from hf_detr import DetrImageProcessor
-from hf_detr.data import CocoDetection, DetectionCollator, draw_shapes_dataset, flip_horizontally
+from hf_detr.data import (
+    DetectionCollator,
+    category_ids,
+    detection_features,
+    draw_shapes_dataset,
+    export_coco,
+    id2label,
+    load_detection_dataset,
+    source_of,
+)
 from hf_detr.data.shapes import draw_shapes_image
 
 
 @pytest.fixture(scope="session")
-def shapes(tmp_path_factory):
+def drawn(tmp_path_factory) -> tuple[Path, dict[str, dict]]:
+    folder = tmp_path_factory.mktemp("shapes")
+    return folder, shapes(folder, num_train=24, num_val=8)
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load_with_own_cache(path, split="train", **kwargs):
+        return load_detection_dataset(path, split, cache_dir=tmp_path / "cache", progress=False, **kwargs)
+
+    return load_with_own_cache
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_detr"), "propagate", True)
+    return caplog
+
+
+def pixels_and_boxes(rows) -> list:
+    """What must be the same in all formats, by the image's pixels, as names, ids and order differ between them."""
+    content = {}
+    for row in rows:
+        objects = sorted(zip(row["objects"]["category"], row["objects"]["bbox"], row["objects"]["area"], strict=True))
+        content[np.asarray(row["image"]).tobytes()] = (row["width"], row["height"], objects)
+    return content
+
+
+@pytest.fixture(scope="session")
+def shapes_folder(tmp_path_factory):
     return draw_shapes_dataset(tmp_path_factory.mktemp("shapes"), num_train=40, num_val=10, progress=False)
 
 
 class TestShapes:
-    def test_files_are_ordinary_coco_of_mixed_sizes(self, shapes):
+    def test_files_are_ordinary_coco_of_mixed_sizes(self, shapes_folder):
         for split, count in (("train", 40), ("val", 10)):
-            content = json.loads((shapes / "annotations" / f"instances_{split}.json").read_text())
+            content = json.loads((shapes_folder / "annotations" / f"instances_{split}.json").read_text())
             assert len(content["images"]) == count
             assert [category["name"] for category in content["categories"]] == ["rectangle", "ellipse", "triangle"]
             sizes = set()
             for record in content["images"]:
-                with Image.open(shapes / split / record["file_name"]) as image:
+                with Image.open(shapes_folder / split / record["file_name"]) as image:
                     assert image.size == (record["width"], record["height"])
                     assert 96 <= min(image.size) <= max(image.size) <= 160
                     sizes.add(image.size)
             assert len(sizes) > count // 2
 
-    def test_the_seed_decides_and_a_larger_set_starts_with_the_smaller_one(self, shapes, tmp_path):
+    def test_the_seed_decides_and_a_larger_set_starts_with_the_smaller_one(self, shapes_folder, tmp_path):
         other = draw_shapes_dataset(tmp_path, num_train=45, num_val=1, progress=False)
         for name in ("000000.jpg", "000039.jpg"):
-            assert (other / "train" / name).read_bytes() == (shapes / "train" / name).read_bytes()
+            assert (other / "train" / name).read_bytes() == (shapes_folder / "train" / name).read_bytes()
         assert (other / "train" / "000000.jpg").read_bytes() != (other / "val" / "000000.jpg").read_bytes()
 
     def test_boxes_surround_the_shapes_and_stay_in_the_image(self):
@@ -63,147 +106,311 @@ class TestShapes:
                 return
         pytest.fail("no image with one object")
 
-    def test_drawing_again_keeps_what_is_there_and_refuses_other_contents(self, shapes):
-        before = {p: p.stat().st_mtime_ns for p in shapes.rglob("*.jpg")}
-        draw_shapes_dataset(shapes, num_train=40, num_val=10, progress=False)
-        assert {p: p.stat().st_mtime_ns for p in shapes.rglob("*.jpg")} == before
+    def test_drawing_again_keeps_what_is_there_and_refuses_other_contents(self, shapes_folder):
+        before = {p: p.stat().st_mtime_ns for p in shapes_folder.rglob("*.jpg")}
+        draw_shapes_dataset(shapes_folder, num_train=40, num_val=10, progress=False)
+        assert {p: p.stat().st_mtime_ns for p in shapes_folder.rglob("*.jpg")} == before
         with pytest.raises(FileExistsError, match="was not drawn with seed=1"):
-            draw_shapes_dataset(shapes, num_train=40, num_val=10, seed=1, progress=False)
+            draw_shapes_dataset(shapes_folder, num_train=40, num_val=10, seed=1, progress=False)
+
+
+# -- formats ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_loads_to_the_same_records(name, drawn, load, tmp_path):
+    folder, contents = drawn
+    WRITERS[name](folder, contents, tmp_path / name)
+    for split in ("train", "val"):
+        expected, found = load(folder, split), load(tmp_path / name, split)
+        assert found.features == detection_features(list(id2label(found).values()))
+        a, b = pixels_and_boxes(expected), pixels_and_boxes(found)
+        order = {index: list(id2label(expected).values()).index(label) for index, label in id2label(found).items()}
+        assert a.keys() == b.keys()
+        for key, (width, height, objects) in a.items():
+            assert b[key][:2] == (width, height)
+            again = sorted((order[c], bbox, area) for c, bbox, area in b[key][2])
+            assert [c for c, _, _ in again] == [c for c, _, _ in objects]
+            for (_, one, area), (_, other, other_area) in zip(objects, again, strict=True):
+                assert other == pytest.approx(one, abs=1e-9)
+                assert other_area == pytest.approx(area, abs=1), "COCO's own areas are of boxes before rounding"
+
+
+def test_two_hundred_images_load_to_the_same_records_in_five_formats(load, tmp_path):
+    contents = shapes(tmp_path / "coco", num_train=170, num_val=30)
+    for name in ("yolo", "voc", "imagefolder", "parquet"):
+        WRITERS[name](tmp_path / "coco", contents, tmp_path / name)
+        for split in ("train", "val"):
+            a, b = (pixels_and_boxes(load(tmp_path / place, split)) for place in ("coco", name))
+            assert a.keys() == b.keys()
+            assert sum(len(objects) for _, _, objects in a.values()) == sum(len(o) for _, _, o in b.values())
+            for key in a:
+                boxes, others = (sorted(bbox for _, bbox, _ in x[key][2]) for x in (a, b))
+                assert np.allclose(np.array(boxes), np.array(others), atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["coco", *WRITERS])
+def test_exported_as_coco_and_read_again_every_row_is_the_same(name, drawn, load, tmp_path):
+    folder, contents = drawn
+    place = folder
+    if name in WRITERS:
+        place = tmp_path / name
+        WRITERS[name](folder, contents, place)
+    rows = load(place, "val")
+    export_coco(rows, tmp_path / "out", "val", progress=False)
+    again = load(tmp_path / "out", "val")
+    assert id2label(again) == id2label(rows)
+    assert category_ids(again) == category_ids(rows)
+    assert len(again) == len(rows)
+    for one, other in zip(rows, again, strict=True):
+        assert {k: v for k, v in one.items() if k != "image"} == {k: v for k, v in other.items() if k != "image"}
+        assert np.array_equal(np.asarray(one["image"]), np.asarray(other["image"]))
+    with pytest.raises(FileExistsError, match=r"instances_val\.json exists"):
+        export_coco(rows, tmp_path / "out", "val")
+
+
+def test_ids_of_the_source_become_0_to_n_and_lead_back(drawn, load):
+    rows = load(drawn[0])
+    assert id2label(rows) == {0: "rectangle", 1: "ellipse", 2: "triangle"}
+    assert category_ids(rows) == {0: 1, 1: 2, 2: 3}
+    assert source_of(rows).endswith("instances_train.json")
+    for copy in (rows.select([3, 1]), rows.map(lambda row: row), rows.shuffle(seed=0)):
+        assert category_ids(copy) == {0: 1, 1: 2, 2: 3}
+
+
+def test_classes_of_a_model_are_matched_by_name(drawn, load):
+    names = {0: "N/A", 1: "triangle", 2: "N/A", 3: "ellipse", 4: "rectangle"}
+    rows, plain = load(drawn[0], id2label=names), load(drawn[0])
+    assert id2label(rows) == {0: "N/A", 1: "triangle", 2: "N/A (2)", 3: "ellipse", 4: "rectangle"}
+    assert {1: 3, 3: 2, 4: 1}.items() <= category_ids(rows).items()
+    assert len(set(category_ids(rows).values())) == 5
+    for one, other in zip(rows, plain, strict=True):
+        assert [{4: 0, 3: 1, 1: 2}[c] for c in one["objects"]["category"]] == other["objects"]["category"]
+    with pytest.raises(ValueError, match=r"instances_train\.json has a category 'rectangle', which is none of"):
+        load(drawn[0], id2label={0: "ellipse", 1: "triangle"})
+
+
+def test_a_missing_validation_split_is_cut_from_train_by_seed_and_said(drawn, load, tmp_path, warnings):
+    folder = tmp_path / "only-train"
+    shutil.copytree(drawn[0], folder)
+    (folder / "annotations" / "instances_val.json").unlink()
+    train, val = load(folder, "train"), load(folder, "val")
+    assert (len(train), len(val)) == (20, 4)
+    assert not set(train["image_id"]) & set(val["image_id"])
+    assert "set apart by seed 0" in warnings.text
+    assert set(load(folder, "val", seed=1)["image_id"]) != set(val["image_id"])
+    assert load(folder, "val")["image_id"] == val["image_id"]
+    assert len(load(folder, "train", validation_share=0)) == 24
+    with pytest.raises(FileNotFoundError, match='No split "test"'):
+        load(folder, "test")
+
+
+def test_nothing_annotated_says_what_was_looked_for(load, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"annotations/instances_train\*\.json.*data\.yaml.*metadata\.jsonl"):
+        load(tmp_path / "empty")
+
+
+def test_rows_come_from_the_cache_until_a_file_changes(drawn, load, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(drawn[0], folder)
+    first = load(folder)
+    calls = []
+    monkeypatch.setattr("hf_detr.data.load.find_source", lambda *args: calls.append(args))
+    assert load(folder)[0]["objects"] == first[0]["objects"]
+    assert not calls, "nothing is parsed again"
+    monkeypatch.undo()
+    file = folder / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"] = content["annotations"][:3]
+    file.write_text(json.dumps(content))
+    assert sum(len(row["objects"]["bbox"]) for row in load(folder)) == 3
+    shutil.rmtree(tmp_path / "cache" / "generator")
+    assert sum(len(row["objects"]["bbox"]) for row in load(folder)) == 3, "an emptied cache is filled again"
+
+
+def test_streaming_gives_the_same_rows(drawn, load, tmp_path):
+    WRITERS["parquet"](*drawn, tmp_path / "parquet")
+    for place in (drawn[0], tmp_path / "parquet"):
+        rows, stream = load(place, "val"), load(place, "val", streaming=True)
+        assert isinstance(stream, datasets.IterableDataset)
+        for one, other in zip(rows, stream, strict=True):
+            assert one["objects"] == other["objects"]
+            assert (one["width"], one["height"], one["image_id"]) == (
+                other["width"],
+                other["height"],
+                other["image_id"],
+            )
+
+
+def test_crowds_stay_in_the_rows_and_out_of_the_labels(load, tmp_path):
+    shapes(tmp_path / "s", 4, 2)
+    file = tmp_path / "s" / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    with_objects = content["annotations"][0]["image_id"]
+    content["annotations"][0]["iscrowd"] = 1
+    file.write_text(json.dumps(content))
+    row = next(row for row in load(tmp_path / "s") if row["image_id"] == with_objects)
+    assert row["objects"]["iscrowd"][0] == 1
+    batch = DetectionCollator(DetrImageProcessor(size={"height": 64, "width": 64}))([row])
+    assert len(batch["labels"][0]["class_labels"]) == len(row["objects"]["bbox"]) - 1
+
+
+def test_objects_without_area_crowd_and_ids_or_as_dicts_are_read(load, tmp_path):
+    rows = [
+        {"image": Image.new("RGB", (40, 30)), "objects": [{"bbox": [1, 2, 3, 4], "label": "b"}]},
+        {"image": Image.new("L", (50, 20)), "objects": [{"bbox": [0, 0, 5, 5], "label": "a"}]},
+        {"image": Image.new("RGB", (10, 10)), "objects": []},
+    ]
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "objects": datasets.List(
+                {"bbox": datasets.List(datasets.Value("float32")), "label": datasets.Value("string")}
+            ),
+        }
+    )
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
+    loaded = load(tmp_path / "saved", validation_share=0)
+    assert loaded.features == detection_features(["a", "b"])
+    assert loaded[0]["objects"] == {
+        "id": [0], "bbox": [[1.0, 2.0, 3.0, 4.0]], "category": [1], "area": [12.0], "iscrowd": [0],
+    }  # fmt: skip
+    assert loaded[2]["objects"]["bbox"] == []
+    assert (loaded[1]["width"], loaded[1]["height"]) == (50, 20)
+
+
+def test_rows_without_objects_are_no_detection_data_set(load, tmp_path):
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"has the columns .*a detection data set has image and objects"):
+        load(tmp_path / "saved", validation_share=0)
+
+
+def test_yolo_polygons_become_boxes_and_images_may_be_listed(load, tmp_path):
+    (tmp_path / "d" / "images").mkdir(parents=True)
+    (tmp_path / "d" / "labels").mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (100, 50)).save(tmp_path / "d" / "images" / f"{name}.png")
+    (tmp_path / "d" / "labels" / "a.txt").write_text("1 0.1 0.2 0.5 0.2 0.3 0.8\n")
+    (tmp_path / "d" / "list.txt").write_text("images/a.png\nimages/b.png\n")
+    (tmp_path / "d" / "data.yaml").write_text("train: list.txt\nnames: [x, y]\n")
+    rows = load(tmp_path / "d", validation_share=0)
+    assert rows[0]["objects"]["bbox"][0] == pytest.approx([10, 10, 40, 30])
+    assert rows[0]["objects"]["category"] == [1]
+    assert rows[1]["objects"]["bbox"] == [], "no label file means no objects"
+
+
+def test_yolo_as_roboflow_writes_it(load, tmp_path):
+    (tmp_path / "d" / "train" / "images").mkdir(parents=True)
+    (tmp_path / "d" / "train" / "labels").mkdir()
+    Image.new("RGB", (100, 50)).save(tmp_path / "d" / "train" / "images" / "a.jpg")
+    (tmp_path / "d" / "train" / "labels" / "a.txt").write_text("0 0.5 0.5 0.2 0.4")
+    (tmp_path / "d" / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\nnc: 1\nnames: ['x']\n")
+    with pytest.raises(ValueError, match=r"the val images are said to be in \.\./valid/images"):
+        load(tmp_path / "d", "val")
+    (tmp_path / "d" / "data.yaml").write_text("train: ../train/images\nnc: 1\nnames: ['x']\n")
+    assert load(tmp_path / "d", validation_share=0)[0]["objects"]["bbox"][0] == pytest.approx([40, 15, 20, 20])
+
+
+def test_pixels_of_the_voc_challenge_count_from_one(load, tmp_path):
+    (tmp_path / "d" / "Annotations").mkdir(parents=True)
+    (tmp_path / "d" / "JPEGImages").mkdir()
+    Image.new("RGB", (100, 50)).save(tmp_path / "d" / "JPEGImages" / "a.jpg")
+    xml = (
+        "<annotation><filename>a.jpg</filename><source><database>{}</database></source><size><width>100</width>"
+        "<height>50</height></size><object><name>dog</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>100</xmax>"
+        "<ymax>50</ymax></bndbox></object></annotation>"
+    )
+    for database, expected in (("The VOC2007 Database", [0, 0, 100, 50]), ("Unknown", [1, 1, 99, 49])):
+        (tmp_path / "d" / "Annotations" / "a.xml").write_text(xml.format(database))
+        assert load(tmp_path / "d", validation_share=0)[0]["objects"]["bbox"] == [expected]
+
+
+def test_images_turned_by_exif_are_as_they_are_shown(load, tmp_path):
+    (tmp_path / "d" / "train").mkdir(parents=True)
+    rotated_jpeg(tmp_path / "d" / "train" / "a.jpg", 80, 60)
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 60, "height": 80}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 5, "bbox": [5, 6, 7, 70]}],
+        "categories": [{"id": 5, "name": "x"}],
+    }
+    (tmp_path / "d" / "train.json").write_text(json.dumps(content))
+    row = load(tmp_path / "d", validation_share=0)[0]
+    assert row["image"].size == (60, 80) == (row["width"], row["height"])
+    content["images"][0] |= {"width": 80, "height": 60}
+    (tmp_path / "d" / "train.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="recorded as 80 x 60, the file has 60 x 80 as it is shown"):
+        load(tmp_path / "d", validation_share=0)
+
+
+# -- what would break training is refused ------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def coco(tmp_path):
-    """A COCO folder to spoil: two images, category ids 3 and 17, and a function that writes it."""
-    (tmp_path / "train").mkdir()
-    for name in ("a.png", "b.png"):
-        Image.new("RGB", (80, 60)).save(tmp_path / "train" / name)
-    content = {
-        "images": [
-            {"id": 1, "file_name": "a.png", "width": 80, "height": 60},
-            {"id": 2, "file_name": "b.png", "width": 80, "height": 60},
-        ],
-        "categories": [{"id": 17, "name": "dog"}, {"id": 3, "name": "cat"}],
-        "annotations": [
-            {"id": 1, "image_id": 2, "category_id": 17, "bbox": [8, 6, 16, 12], "area": 192, "iscrowd": 0},
-            {"id": 2, "image_id": 2, "category_id": 3, "bbox": [0, 0, 80, 60], "area": 4800, "iscrowd": 0},
-        ],
-    }
+    """A COCO folder to spoil, and a function that writes it."""
+    folder = tmp_path / "coco"
+    content = shapes(folder, 8, 2)["train"]
 
-    def write(place="annotations/instances_train.json"):
-        path = tmp_path / place
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(content))
-        return tmp_path
+    def write(change) -> Path:
+        change(content, folder)
+        (folder / "annotations" / "instances_train.json").write_text(json.dumps(content))
+        return folder
 
-    return content, write
+    return write
 
 
-class TestCocoFolders:
-    def test_category_ids_become_contiguous_and_lead_back(self, coco):
-        data = CocoDetection(coco[1](), "train", progress=False)
-        assert data.id2label == {0: "cat", 1: "dog"}
-        assert data.category_ids == {0: 3, 1: 17}
-        assert len(data) == 2
-        assert data[0][1] == {"image_id": 1, "annotations": []}
-        assert [record["category_id"] for record in data[1][1]["annotations"]] == [1, 0]
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c, f: c["annotations"][0].update(bbox=[1, 2, 0, 4]), "annotation 1: .*has no area"),
+        (lambda c, f: c["annotations"][0].update(bbox=[1, 2, float("nan"), 4]), "is not four finite numbers"),
+        (lambda c, f: c["annotations"][0].update(bbox=[1000, 2, 3, 4]), "lies outside its image of"),
+        (lambda c, f: c["annotations"][0].update(category_id=77), "there is no category 77"),
+        (lambda c, f: c["annotations"][0].update(image_id=999), "there is no image 999"),
+        (lambda c, f: (f / "train" / c["images"][0]["file_name"]).unlink(), "there is no such file"),
+        (lambda c, f: (f / "train" / c["images"][0]["file_name"]).write_text("x"), "cannot be opened as an image"),
+        (lambda c, f: c["images"][0].update(width=1), "recorded as 1 x"),
+        (lambda c, f: c["images"].append(c["images"][0]), "has the id of"),
+        (lambda c, f: [a.update(bbox=_corners(a["bbox"])) for a in c["annotations"]], 'bbox_format="xyxy"'),
+        (lambda c, f: [a.update(bbox=[0.1, 0.2, 0.3, 0.3]) for a in c["annotations"]], "multiply by width and height"),
+    ],
+)
+def test_data_that_would_break_training_are_refused_with_record_and_fix(change, message, coco, load):
+    with pytest.raises(ValueError, match=rf"(?s)instances_train\.json: \d+ problems.*{message}.*check_dataset"):
+        load(coco(change))
 
-    @pytest.mark.parametrize(
-        "place",
-        [
-            "annotations/instances_train.json",
-            "annotations/instances_train2017.json",
-            "train.json",
-            "train/_annotations.coco.json",
-        ],
+
+def _corners(box: list[float]) -> list[float]:
+    return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+
+
+def test_corners_are_read_when_said_so(coco, load):
+    expected = json.loads((coco(lambda c, f: None) / "annotations" / "instances_train.json").read_text())["annotations"]
+    folder = coco(lambda c, f: [a.update(bbox=_corners(a["bbox"])) for a in c["annotations"]])
+    found = [box for row in load(folder, bbox_format="xyxy") for box in row["objects"]["bbox"]]
+    assert np.allclose(found, [a["bbox"] for a in expected])
+
+
+def test_broken_annotation_files_are_named(load, tmp_path):
+    (tmp_path / "train.json").write_text("{")
+    with pytest.raises(ValueError, match=r"train\.json is not valid JSON"):
+        load(tmp_path)
+    (tmp_path / "train.json").write_text('{"images": []}')
+    with pytest.raises(ValueError, match=r"train\.json is not COCO: it lacks \['annotations', 'categories'\]"):
+        load(tmp_path)
+
+
+def test_batches_are_what_the_model_takes(drawn, load):
+    rows = load(drawn[0], "val")
+    batch = DetectionCollator(DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}))(
+        [rows[index] for index in range(4)]
     )
-    def test_layouts(self, coco, place):
-        assert len(CocoDetection(coco[1](place), "train", progress=False)[1][1]["annotations"]) == 2
-
-    def test_classes_of_another_split_are_matched_by_name(self, coco):
-        data = CocoDetection(coco[1](), "train", id2label={0: "dog", 1: "bird", 2: "cat"}, progress=False)
-        assert [record["category_id"] for record in data[1][1]["annotations"]] == [0, 2]
-        with pytest.raises(ValueError, match="has a category 'cat', which does not fit"):
-            CocoDetection(coco[1](), "train", id2label={0: "dog"}, progress=False)
-
-    def test_roboflows_unused_parent_category_is_no_class(self, coco):
-        content, write = coco
-        for category in content["categories"]:
-            category["supercategory"] = "animals"
-        content["categories"] += [{"id": 0, "name": "animals", "supercategory": "none"}]
-        assert CocoDetection(write(), "train", progress=False).id2label == {0: "cat", 1: "dog"}
-
-    @pytest.mark.parametrize(
-        ("spoil", "message"),
-        [
-            (lambda c: c["annotations"][0].update(bbox=[1, 2, 0, 5]), "annotation 1 of image 2: bbox .* has no area"),
-            (lambda c: c["annotations"][0].update(bbox=[90, 2, 5, 5]), "annotation 1 .* outside its image"),
-            (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), "annotation 2 .* four finite numbers"),
-            (lambda c: c["annotations"][0].update(category_id=5), "annotation 1 .* no category 5"),
-            (lambda c: c["annotations"][0].update(image_id=9), "annotation 1 of image 9: no such image"),
-            (
-                lambda c: c["images"][0].update(width=60, height=80),
-                r"image 1 \(a.png\) is \(80, 60\) but recorded as \(60, 80\)",
-            ),
-            (lambda c: c["images"][0].update(file_name="c.png"), "image 1: .*c.png"),
-            (lambda c: c.pop("categories"), r"is not COCO: it lacks \['categories'\]"),
-            (lambda c: c["categories"][0].update(name="cat"), "names two categories 'cat'"),
-            (lambda c: c["images"][0].update(id=2), "two images share one id"),
-        ],
-    )
-    def test_faults_are_found_before_training_with_file_and_record(self, coco, spoil, message):
-        content, write = coco
-        spoil(content)
-        with pytest.raises(ValueError, match=message) as caught:
-            CocoDetection(write(), "train", progress=False)
-        assert "instances_train.json" in str(caught.value)
-
-    def test_a_size_recorded_without_the_exif_orientation_is_explained(self, coco):
-        content, write = coco
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        folder = write()
-        Image.new("RGB", (80, 60)).save(folder / "train" / "a.jpg", exif=exif)
-        content["images"][0] |= {"file_name": "a.jpg"}
-        with pytest.raises(ValueError, match="its EXIF orientation not applied"):
-            CocoDetection(write(), "train", progress=False)
-        content["images"][0] |= {"width": 60, "height": 80}
-        assert CocoDetection(write(), "train", progress=False)[0][0].size == (60, 80)
-
-    def test_missing_folders_say_what_was_looked_for(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="instances_train"):
-            CocoDetection(tmp_path, "train")
-
-    def test_a_truncated_image_is_named_when_it_is_read(self, coco):
-        folder = coco[1]()
-        path = folder / "train" / "a.jpg"
-        coco[0]["images"][0]["file_name"] = "a.jpg"
-        coco[1]()
-        noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(path)
-        path.write_bytes(path.read_bytes()[:2000])
-        with pytest.raises(ValueError, match=r"a\.jpg cannot be read"):
-            CocoDetection(folder, "train", progress=False)[0]
-
-
-def test_flipping_takes_boxes_along_and_back():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), dtype=np.uint8))
-    annotation = {"image_id": 1, "annotations": [{"bbox": [5, 10, 20, 8], "category_id": 0}]}
-    flipped, moved = flip_horizontally(image, annotation)
-    assert moved["annotations"][0]["bbox"] == [25, 10, 20, 8]
-    assert np.array_equal(np.asarray(flipped)[10:18, 25:45], np.asarray(image)[10:18, 5:25][:, ::-1])
-    assert annotation["annotations"][0]["bbox"] == [5, 10, 20, 8]
-    again, back = flip_horizontally(flipped, moved)
-    assert np.array_equal(np.asarray(again), np.asarray(image))
-    assert back == annotation
-
-
-def test_batches_are_what_the_model_takes(shapes):
-    data = CocoDetection(shapes, "train", keep_in_memory=True, progress=False)
-    collate = DetectionCollator(DetrImageProcessor(do_resize=False), flip_probability=1.0)
-    batch = collate([data[index] for index in range(4)])
-    assert set(batch) == {"pixel_values", "pixel_mask", "labels"}
-    torch.testing.assert_close(batch["pixel_values"], collate([data[index] for index in range(4)])["pixel_values"])
-    plain = DetectionCollator(DetrImageProcessor(do_resize=False))([data[index] for index in range(4)])
-    for flipped, straight in zip(batch["labels"], plain["labels"], strict=True):
-        torch.testing.assert_close(flipped["boxes"][:, 0], 1 - straight["boxes"][:, 0])
-        torch.testing.assert_close(flipped["boxes"][:, 1:], straight["boxes"][:, 1:])
+    assert batch["pixel_values"].shape[:2] == (4, 3)
+    assert batch["pixel_mask"].shape == batch["pixel_values"].shape[:1] + batch["pixel_values"].shape[2:]
+    for row, label in zip(rows, batch["labels"], strict=False):
+        width, height = row["width"], row["height"]
+        x, y, w, h = torch.tensor(row["objects"]["bbox"], dtype=torch.float64).reshape(-1, 4).unbind(1)
+        expected = torch.stack(((x + w / 2) / width, (y + h / 2) / height, w / width, h / height), 1)
+        assert torch.allclose(label["boxes"].double(), expected, atol=1e-6)
+        assert label["image_id"].item() == row["image_id"]

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from hf_detr.data import CocoDetection, draw_shapes_dataset
+from hf_detr.data import category_ids, draw_shapes_dataset, load_detection_dataset
 from hf_detr.visualization import compare_with_truth, contact_sheet, draw_boxes, draw_detections
 
 
@@ -33,12 +33,12 @@ def test_sheets_hold_every_image():
 
 
 def test_predictions_beside_the_truth(tmp_path):
-    folder = draw_shapes_dataset(tmp_path, num_train=1, num_val=12, progress=False)
-    data = CocoDetection(folder, "val", progress=False)
+    folder = draw_shapes_dataset(tmp_path / "data", num_train=1, num_val=12, progress=False)
+    data = load_detection_dataset(folder, "val", cache_dir=tmp_path / "cache", progress=False)
     truth = [
-        {"image_id": image, "category_id": data.category_ids[r["category_id"]], "bbox": r["bbox"], "score": 1.0}
-        for image, records in data.annotations.items()
-        for r in records
+        {"image_id": row["image_id"], "category_id": category_ids(data)[category], "bbox": bbox, "score": 1.0}
+        for row in data
+        for category, bbox in zip(row["objects"]["category"], row["objects"]["bbox"], strict=True)
     ]
     with_them = np.asarray(compare_with_truth(data, truth, num_images=4))
     without = np.asarray(compare_with_truth(data, [], num_images=4))

@@ -1,15 +1,43 @@
 """Data sets in, batches out."""
 
 from ..images import open_image
-from .coco import CocoDetection, find_annotations
-from .collate import DetectionCollator, flip_horizontally
+from .augment import Augmentation, AugmentedDataset, RandomSizeCrop, paper_augmentation
+from .batches import (
+    AspectRatioBatches,
+    DistributedBatches,
+    build_loader,
+    image_sizes,
+    padding_share,
+    resized_sizes,
+)
+from .collate import DetectionCollator
+from .export import export_coco
+from .find import find_source, find_splits
+from .load import load_detection_dataset
+from .schema import category_ids, detection_features, detection_info, id2label, source_of
 from .shapes import draw_shapes_dataset
 
 __all__ = [
-    "CocoDetection",
+    "AspectRatioBatches",
+    "Augmentation",
+    "AugmentedDataset",
     "DetectionCollator",
+    "DistributedBatches",
+    "RandomSizeCrop",
+    "build_loader",
+    "category_ids",
+    "detection_features",
+    "detection_info",
     "draw_shapes_dataset",
-    "find_annotations",
-    "flip_horizontally",
+    "export_coco",
+    "find_source",
+    "find_splits",
+    "id2label",
+    "image_sizes",
+    "load_detection_dataset",
     "open_image",
+    "padding_share",
+    "paper_augmentation",
+    "resized_sizes",
+    "source_of",
 ]

@@ -1,40 +1,66 @@
-"""Items of a data set to batches the model takes."""
+"""Rows of a data set to batches the model takes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-import PIL.Image
-import PIL.ImageOps
+import numpy as np
 import torch
+from torch import Tensor
 
 from ..image_processing_hf_detr import DetrImageProcessor
 
-Item = tuple[PIL.Image.Image, dict[str, Any]]
+
+class Label(dict[str, Tensor]):
+    """The labels of one image. From a loader's worker they come by value: PyTorch would open a shared memory file for
+    each of the eight small tensors, which takes longer than all else that is done for the image."""
 
 
-def flip_horizontally(image: PIL.Image.Image, annotation: dict[str, Any]) -> Item:
-    """Mirror image and boxes left to right."""
-    flipped = []
-    for record in annotation["annotations"]:
-        x, y, width, height = record["bbox"]
-        flipped.append(record | {"bbox": [image.width - x - width, y, width, height]})
-    return PIL.ImageOps.mirror(image), annotation | {"annotations": flipped}
+def _by_value(label: Label) -> tuple[Any, tuple[dict[str, np.ndarray]]]:
+    return _to_label, ({name: values.numpy() for name, values in label.items()},)
+
+
+def _to_label(arrays: dict[str, np.ndarray]) -> Label:
+    return Label({name: torch.from_numpy(values) for name, values in arrays.items()})
+
+
+ForkingPickler.register(Label, _by_value)  # used between processes only; copies and files are pickled as ever
 
 
 class DetectionCollator:
-    """`collate_fn` of a DataLoader: items of `CocoDetection` to `pixel_values`, `pixel_mask` and `labels`.
+    """`collate_fn` of a DataLoader: rows of the schema to `pixel_values`, `pixel_mask` and `labels`.
+
+    Rows that an augmentation has brought to the resolution to train at (`resized`, see `Augmentation`) keep their size;
+    all others are resized by the processor. Crowd objects are left out of the labels. The mask is bool, an eighth of
+    what workers would have to hand over otherwise.
 
     Args:
         processor: resizes, normalises, pads and converts the annotations.
-        flip_probability: share of images mirrored left to right; randomness is PyTorch's, so that the loader's seed
-            decides.
+
+    Raises:
+        ValueError: some rows of a batch are resized and others are not.
     """
 
-    def __init__(self, processor: DetrImageProcessor, flip_probability: float = 0.0) -> None:
+    def __init__(self, processor: DetrImageProcessor) -> None:
         self.processor = processor
-        self.flip_probability = flip_probability
 
-    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
-        items = [flip_horizontally(*item) if torch.rand(()).item() < self.flip_probability else item for item in items]
-        images, annotations = zip(*items, strict=True)
-        return dict(self.processor(list(images), annotations=list(annotations), return_tensors="pt"))
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        resized = {bool(row.get("resized", False)) for row in rows}
+        if len(resized) > 1:
+            raise ValueError("Some rows of this batch are resized and others are not. Use one augmentation for all.")
+        options = {"do_resize": False} if resized == {True} else {}
+        images = [row["image"] for row in rows]
+        annotations = [to_coco(row) for row in rows]
+        batch = dict(self.processor(images, annotations=annotations, return_tensors="pt", **options))
+        if "pixel_mask" in batch:
+            batch["pixel_mask"] = batch["pixel_mask"].bool()
+        batch["labels"] = [Label(label) for label in batch["labels"]]
+        return batch
+
+
+def to_coco(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's objects as the processor takes them: `{"image_id": int, "annotations": [COCO records]}`."""
+    objects = row["objects"]
+    columns = {"category_id" if name == "category" else name: values for name, values in objects.items()}
+    records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return {"image_id": row["image_id"], "annotations": records}

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..data.schema import category_ids, id2label
+
 if TYPE_CHECKING:
-    from ..data import CocoDetection
+    from datasets import Dataset
 
 
 def class_colour(index: int) -> tuple[int, int, int]:
@@ -71,11 +73,12 @@ def contact_sheet(images: Sequence[Image.Image], columns: int = 4, cell: int = 3
 
 
 def compare_with_truth(
-    dataset: "CocoDetection", detections: Iterable[Mapping[str, Any]], *, num_images: int = 16, threshold: float = 0.7
+    dataset: "Dataset", detections: Iterable[Mapping[str, Any]], *, num_images: int = 16, threshold: float = 0.7
 ) -> Image.Image:
     """Images of a data set with the true boxes in white and the predicted ones in the colours of their classes.
 
     Args:
+        dataset: with the columns of `hf_detr.data.schema`.
         detections: COCO results (`image_id`, `category_id`, `bbox`, `score`); those above `threshold` are drawn.
         num_images: images shown, spread evenly over those of the data set that have objects.
     """
@@ -83,25 +86,23 @@ def compare_with_truth(
     for detection in detections:
         if detection["score"] > threshold:
             found.setdefault(detection["image_id"], []).append(detection)
-    class_of = {category_id: class_id for class_id, category_id in dataset.category_ids.items()}
-    with_objects = [i for i, image in enumerate(dataset.images) if dataset.annotations[image["id"]]]
+    class_of = {category_id: class_id for class_id, category_id in category_ids(dataset).items()}
+    names = id2label(dataset)
+    with_objects = [i for i, objects in enumerate(dataset.select_columns("objects")) if objects["objects"]["bbox"]]
     shown = with_objects[:: max(1, len(with_objects) // num_images)][:num_images]
     pictures = []
-    for image, annotation in (dataset[index] for index in shown):
+    for row in (dataset[index] for index in shown):
+        image, truth = row["image"], row["objects"]["bbox"]
         scale = 312 / max(image.size)  # enlarged first, so that small images get fine lines
         picture = image.resize((round(image.width * scale), round(image.height * scale)))
-        truth = [record["bbox"] for record in annotation["annotations"]]
         picture = draw_boxes(picture, [_corners(box, scale) for box in truth], (), [(255, 255, 255)] * len(truth), 3)
-        predicted = found.get(annotation["image_id"], [])
+        predicted = found.get(row["image_id"], [])
         classes = [class_of[detection["category_id"]] for detection in predicted]
         pictures.append(
             draw_boxes(
                 picture,
                 [_corners(detection["bbox"], scale) for detection in predicted],
-                [
-                    f"{dataset.id2label[class_id]} {detection['score']:.2f}"
-                    for class_id, detection in zip(classes, predicted, strict=True)
-                ],
+                [f"{names[i]} {detection['score']:.2f}" for i, detection in zip(classes, predicted, strict=True)],
                 [class_colour(class_id) for class_id in classes],
                 1,
             )

@@ -1,0 +1,445 @@
+"""Augmented rows stay true: boxes follow the image, and each keeps what belongs to it."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from hf_detr import DetrImageProcessor
+from hf_detr.data.augment import Augmentation, AugmentedDataset, RandomSizeCrop, paper_augmentation
+from hf_detr.data.collate import DetectionCollator
+from hf_detr.data.schema import detection_info
+
+NAN = float("nan")
+BOXES = [[10.0, 20.0, 30.0, 40.0], [60.0, 5.0, 50.0, 30.0], [0.5, 0.25, 8.0, 9.0], [100.0, 60.0, 20.0, 20.0]]
+
+
+def make_row(width=120, height=80, boxes=BOXES, image_id=7):
+    """Each object's pixels are its own grey value, 40 * (place + 1); the fourth is a crowd."""
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    for place, (x, y, w, h) in enumerate(boxes):
+        pixels[round(y) : round(y + h), round(x) : round(x + w)] = 40 * (place + 1)
+    count = len(boxes)
+    return {
+        "image": Image.fromarray(pixels),
+        "image_id": image_id,
+        "file_name": "a.png",
+        "width": width,
+        "height": height,
+        "objects": {
+            "id": [100 + i for i in range(count)],
+            "bbox": [list(box) for box in boxes],
+            "category": [i % 3 for i in range(count)],
+            "area": [0.5 * w * h for _, _, w, h in boxes],
+            "iscrowd": [int(i == 3) for i in range(count)],
+        },
+    }
+
+
+def objects_agree(row, source):
+    """Every column of every object left is that of the same id in the source, but for bbox and area."""
+    places = [source["objects"]["id"].index(object_id) for object_id in row["objects"]["id"]]
+    for key in ("category", "iscrowd"):
+        assert row["objects"][key] == [source["objects"][key][place] for place in places]
+    assert {len(values) for values in row["objects"].values()} == {len(places)}
+    for (x, y, w, h), area, place in zip(row["objects"]["bbox"], row["objects"]["area"], places, strict=True):
+        assert x >= 0 and y >= 0 and w > 0 and h > 0  # noqa: PT018
+        assert x + w <= row["width"] + 1e-3 and y + h <= row["height"] + 1e-3  # noqa: PT018
+        share = source["objects"]["area"][place] / np.prod(source["objects"]["bbox"][place][2:])
+        assert area == pytest.approx(share * w * h, rel=1e-4)
+    return places
+
+
+class TestTorchvision:
+    def test_a_flip_mirrors_boxes_and_pixels(self):
+        row = Augmentation(v2.RandomHorizontalFlip(p=1.0))(make_row())
+        assert row["objects"]["bbox"] == [[80, 20, 30, 40], [10, 5, 50, 30], [111.5, 0.25, 8, 9], [0, 60, 20, 20]]
+        assert row["objects"]["id"] == [100, 101, 102, 103]
+        assert row["objects"]["area"] == make_row()["objects"]["area"]
+        expected = torch.from_numpy(np.array(make_row()["image"])).permute(2, 0, 1).flip(-1)
+        torch.testing.assert_close(row["image"], expected)
+        assert (row["image_id"], row["file_name"], row["width"], row["height"]) == (7, "a.png", 120, 80)
+
+    def test_a_crop_keeps_exactly_the_boxes_it_shows_with_the_area_it_shows(self):
+        """By hand: columns 50 to 109 and rows 10 to 69 of the image."""
+        crop = v2.Compose([FixedCrop(top=10, left=50, height=60, width=60)])
+        row = Augmentation(crop)(make_row())
+        assert row["objects"]["id"] == [101, 103]
+        assert row["objects"]["bbox"] == [[10, 0, 50, 25], [50, 50, 10, 10]]
+        assert row["objects"]["area"] == pytest.approx([0.5 * 50 * 25, 0.5 * 10 * 10])
+        assert row["objects"]["category"] == [1, 0]
+        assert row["objects"]["iscrowd"] == [0, 1]
+        assert (row["width"], row["height"]) == (60, 60)
+        assert row["image"].shape == (3, 60, 60)
+
+    def test_a_resize_scales_boxes_and_areas(self):
+        row = Augmentation(v2.Resize((160, 60)))(make_row())
+        assert row["objects"]["bbox"][0] == pytest.approx([5, 40, 15, 80])
+        assert row["objects"]["area"][0] == pytest.approx(600)
+        assert (row["width"], row["height"]) == (60, 160)
+
+    def test_a_crop_may_lose_every_box(self):
+        row = Augmentation(FixedCrop(top=62, left=0, height=18, width=90))(make_row())
+        assert row["objects"] == {"id": [], "bbox": [], "category": [], "area": [], "iscrowd": []}
+        assert DetectionCollator(DetrImageProcessor())([row])["labels"][0]["boxes"].shape == (0, 4)
+
+    def test_slivers_below_the_minimum_are_dropped(self):
+        sliver = FixedCrop(top=0, left=0, height=80, width=61)  # leaves one column of the second box
+        assert Augmentation(sliver)(make_row())["objects"]["id"] == [100, 101, 102]
+        assert Augmentation(sliver, min_side=2)(make_row())["objects"]["id"] == [100, 102]
+
+    def test_boxes_that_change_nothing_come_back_to_the_last_digit(self):
+        boxes = [[0.1, 0.2, 0.3 + 3, 7.7], [33.333, 44.444, 11.1, 22.2]]
+        row = Augmentation(v2.ColorJitter(brightness=0.5))(make_row(boxes=boxes))
+        assert row["objects"] == make_row(boxes=boxes)["objects"]
+
+    def test_a_box_that_reaches_out_of_the_image_is_clipped(self):
+        row = Augmentation(v2.Identity())(make_row(boxes=[[-5.0, 70.0, 20.0, 30.0]]))
+        assert row["objects"]["bbox"] == [[0, 70, 15, 10]]
+
+    @pytest.mark.parametrize(
+        "box",
+        [
+            [130.0, 5.0, 10.0, 10.0],
+            [10.0, 5.0, 0.0, 10.0],
+            [10.0, 5.0, NAN, 10.0],
+            [10.0, 5.0, 9.0, NAN],
+            [NAN, 5.0, 9.0, 9.0],
+        ],
+    )
+    def test_a_box_that_was_wrong_before_is_refused_not_dropped(self, box):
+        row = make_row()
+        row["objects"]["bbox"][2] = box
+        with pytest.raises(ValueError, match=r"Image 7, object 2: bbox .* has no area in the image of 120 x 80"):
+            Augmentation(v2.Identity())(row)
+
+    def test_images_without_objects_work(self):
+        transforms = [v2.RandomHorizontalFlip(1.0), RandomSizeCrop(), v2.RandomZoomOut(p=1.0), v2.RandomRotation(20)]
+        row = Augmentation(v2.Compose(transforms))(make_row(boxes=[]))
+        assert row["objects"]["bbox"] == []
+
+    def test_transforms_that_drop_and_reorder_stay_consistent(self):
+        """Dropping is torchvision's own; reordering is a user's."""
+        row = make_row()
+        for seed in range(20):
+            torch.manual_seed(seed)
+            steps = [v2.RandomIoUCrop(), v2.SanitizeBoundingBoxes(min_size=4), Reverse(), v2.RandomRotation(10)]
+            new = Augmentation(v2.Compose(steps))(row)
+            places = [row["objects"]["id"].index(object_id) for object_id in new["objects"]["id"]]
+            assert places == sorted(places, reverse=True)
+            assert new["objects"]["category"] == [row["objects"]["category"][place] for place in places]
+            assert new["objects"]["iscrowd"] == [row["objects"]["iscrowd"][place] for place in places]
+
+    def test_a_transform_that_forgets_the_labels_is_refused(self):
+        with pytest.raises(ValueError, match=r"Image 7: the transform returned 3 boxes but labels for 4"):
+            Augmentation(lambda s: s | {"boxes": tv_tensors.wrap(s["boxes"][:3], like=s["boxes"])})(make_row())
+        with pytest.raises(ValueError, match="boxes as a plain tensor"):
+            Augmentation(lambda s: s | {"boxes": s["boxes"][:3]})(make_row())
+
+    def test_grey_transparent_and_turned_images_come_out_as_they_are_shown(self):
+        identity = Augmentation(v2.Identity())
+        assert identity(make_row() | {"image": make_row()["image"].convert("L")})["image"].shape == (3, 80, 120)
+        clear = Image.new("RGBA", (120, 80), (0, 0, 0, 0))
+        assert identity(make_row() | {"image": clear})["image"].unique().tolist() == [255]
+        tensor = torch.zeros(3, 80, 120, dtype=torch.uint8)
+        assert identity(make_row() | {"image": tensor})["image"].equal(tensor)
+
+
+class FixedCrop(v2.Transform):
+    def __init__(self, **window):
+        super().__init__()
+        self.window = window
+
+    def transform(self, inpt, params):
+        return v2.functional.crop(inpt, **self.window)
+
+
+class Reverse(v2.Transform):
+    """All boxes in the opposite order, as a user's transform may return them."""
+
+    def forward(self, sample):
+        boxes = sample["boxes"]
+        reversed_boxes = type(boxes)(boxes.flip(0), format=boxes.format, canvas_size=boxes.canvas_size)
+        return sample | {"boxes": reversed_boxes, "labels": sample["labels"].flip(0)}
+
+
+class TestPaperRecipe:
+    def test_sizes_are_the_papers(self):
+        augmentation = paper_augmentation({"shortest_edge": 800, "longest_edge": 1333})
+        shortest = set()
+        for seed in range(150):
+            torch.manual_seed(seed)
+            row = augmentation(make_row(width=60, height=40, boxes=[]))
+            sides = sorted((row["width"], row["height"]))
+            assert row["resized"]
+            assert sides[1] <= 1333
+            assert sides[0] in range(480, 801, 32)
+            shortest.add(sides[0])
+        assert shortest == set(range(480, 801, 32))
+
+    def test_half_are_mirrored_and_half_are_cropped(self):
+        """Seen on a mark in the left half, and on how much of the image's width there is."""
+        augmentation = paper_augmentation({"height": 64, "width": 64})
+        whole = mirrored = 0
+        for seed in range(400):
+            torch.manual_seed(seed)
+            row = augmentation(make_row(width=61, height=41, boxes=[]))
+            whole += (row["width"], row["height"]) == (61, 41)
+            boxes = augmentation(make_row(width=61, height=41, boxes=[[0.0, 0.0, 20.0, 41.0]]))["objects"]["bbox"]
+            mirrored += bool(boxes) and boxes[0][0] > 0
+            assert "resized" not in row
+        assert whole == pytest.approx(200, abs=35)
+        assert mirrored == pytest.approx(180, abs=60)
+
+    def test_crops_have_the_papers_sides(self):
+        """At the scale at which the shortest edge is 400, 500 or 600: 384 to 600, as `datasets/coco.py` draws them."""
+        crop = RandomSizeCrop(shortest_edges=(500,))
+        image = torch.zeros(3, 1000, 1400, dtype=torch.uint8)
+        heights, widths, tops = set(), set(), set()
+        for seed in range(300):
+            torch.manual_seed(seed)
+            sample = crop({"image": v2.functional.to_image(image)})
+            heights.add(sample["image"].shape[1])
+            widths.add(sample["image"].shape[2])
+            tops.add(crop.make_params([v2.functional.to_image(image)])["top"])
+        assert 768 <= min(heights) < 780
+        assert 980 < max(heights) <= 1000
+        assert 768 <= min(widths) < 780
+        assert 1185 < max(widths) <= 1200
+        assert min(tops) == 0
+
+    @pytest.mark.parametrize("shape", [(1, 1), (1, 50), (50, 3), (7, 2000)])
+    def test_any_image_can_be_cropped(self, shape):
+        for seed in range(30):
+            torch.manual_seed(seed)
+            image = v2.functional.to_image(torch.zeros(3, *shape, dtype=torch.uint8))
+            cropped = RandomSizeCrop()({"image": image})["image"]
+            assert 1 <= cropped.shape[1] <= shape[0]
+            assert 1 <= cropped.shape[2] <= shape[1]
+
+    def test_all_numbers_scale_with_the_resolution(self):
+        augmentation = paper_augmentation({"shortest_edge": 400, "longest_edge": 666})
+        sides = set()
+        for seed in range(100):
+            torch.manual_seed(seed)
+            row = augmentation(make_row(width=200, height=40, boxes=[]))
+            sides.add(min(row["width"], row["height"]))
+            assert max(row["width"], row["height"]) <= 666
+        assert max(sides) <= 400
+        assert {240, 256} & sides
+
+    def test_a_limit_at_the_shortest_edge_is_kept(self):
+        augmentation = paper_augmentation({"shortest_edge": 96, "longest_edge": 96})
+        for seed in range(20):
+            torch.manual_seed(seed)
+            row = augmentation(make_row())
+            assert max(row["width"], row["height"]) <= 96
+
+    def test_labels_stay_consistent(self):
+        augmentation = paper_augmentation({"shortest_edge": 96, "longest_edge": 160})
+        row, lost = make_row(), 0
+        for seed in range(100):
+            torch.manual_seed(seed)
+            new = augmentation(row)
+            lost += 4 - len(objects_agree(new, row))
+            for (x, y, w, h), object_id in zip(new["objects"]["bbox"], new["objects"]["id"], strict=True):
+                value = new["image"][0, int(y + h / 2), int(x + w / 2)].item()
+                if object_id != 102 and min(w, h) > 6:  # the middle of the box shows the object's grey value
+                    assert value == 40 * (object_id - 99)
+        assert lost > 5
+
+    def test_the_processor_does_not_undo_the_scale(self):
+        torch.manual_seed(0)
+        processor = DetrImageProcessor(size={"shortest_edge": 96, "longest_edge": 160})
+        rows = [paper_augmentation(processor.size)(make_row()) for _ in range(4)]
+        batch = DetectionCollator(processor)(rows)
+        assert [label["size"].tolist() for label in batch["labels"]] == [[row["height"], row["width"]] for row in rows]
+        with pytest.raises(ValueError, match="Some rows of this batch are resized"):
+            DetectionCollator(processor)([rows[0], make_row()])
+
+
+class TestAlbumentations:
+    @pytest.mark.parametrize("box_format", ["coco", "pascal_voc", "yolo", "albumentations"])
+    @pytest.mark.parametrize("fields", [[], ["category"], ["labels", "ids"]])
+    def test_any_box_format_and_label_fields(self, box_format, fields):
+        alb = pytest.importorskip("albumentations")
+        params = alb.BboxParams(format=box_format, label_fields=fields)
+        steps = [alb.HorizontalFlip(p=1.0), alb.Crop(x_min=0, y_min=10, x_max=60, y_max=70)]
+        row = Augmentation(alb.Compose(steps, bbox_params=params))(make_row())
+        # after the flip, boxes begin at 80, 10, 111.5 and 0; the crop shows columns below 60 and rows 10 to 69
+        assert row["objects"]["id"] == [101, 103]
+        np.testing.assert_allclose(row["objects"]["bbox"], [[10, 0, 50, 25], [0, 50, 20, 10]], atol=1e-4)
+        assert row["objects"]["area"] == pytest.approx([0.5 * 50 * 25, 0.5 * 20 * 10], rel=1e-5)
+        assert row["objects"]["iscrowd"] == [0, 1]
+        assert row["image"].dtype == torch.uint8
+        assert (row["width"], row["height"]) == (60, 60)
+
+    def test_images_without_objects_work(self):
+        alb = pytest.importorskip("albumentations")
+        transform = alb.Compose([alb.RandomCrop(40, 40)], bbox_params=alb.BboxParams(format="coco"))
+        assert Augmentation(transform)(make_row(boxes=[]))["objects"]["bbox"] == []
+
+    def test_boxes_dropped_by_its_own_rules_are_gone_everywhere(self):
+        alb = pytest.importorskip("albumentations")
+        params = alb.BboxParams(format="coco", min_visibility=0.6)
+        transform = alb.Compose([alb.Crop(x_min=0, y_min=0, x_max=84, y_max=80)], bbox_params=params)
+        row = Augmentation(transform)(make_row())
+        assert objects_agree(row, make_row()) == [0, 2]
+
+    def test_a_transform_that_ignores_boxes_is_refused(self):
+        alb = pytest.importorskip("albumentations")
+        for transform in (alb.Compose([alb.HorizontalFlip()]), alb.HorizontalFlip()):
+            with pytest.raises(ValueError, match="bbox_params"):
+                Augmentation(transform)
+
+    def test_the_package_does_not_need_it(self):
+        import subprocess
+        import sys
+
+        code = "import sys; sys.modules['albumentations'] = None; import hf_detr.data.augment, hf_detr.data.batches"
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def random_albumentations():
+    alb = pytest.importorskip("albumentations")
+    steps = [alb.RandomSizedBBoxSafeCrop(64, 96, p=0.5), alb.HorizontalFlip(), alb.RandomBrightnessContrast(p=1.0)]
+    return Augmentation(alb.Compose(steps, bbox_params=alb.BboxParams(format="coco", label_fields=["category"])))
+
+
+def draws_from_everywhere(row):
+    """A user's function instead of a transform."""
+    numbers = [torch.rand(()).item(), np.random.rand(), random.random()]
+    return row | {"image": row["image"], "objects": row["objects"] | {"area": [numbers[i % 3] for i in range(4)]}}
+
+
+AUGMENTATIONS = {
+    "paper": lambda: paper_augmentation({"shortest_edge": 64, "longest_edge": 107}),
+    "square": lambda: paper_augmentation({"height": 64, "width": 64}),
+    "albumentations": random_albumentations,
+    "function": lambda: draws_from_everywhere,
+}
+
+
+def epochs_of(loader, dataset, epochs=(0, 1)):
+    found = []
+    for epoch in epochs:
+        dataset.set_epoch(epoch)
+        found.append(list(loader))
+    return found
+
+
+def assert_equal(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["pixel_values"].equal(b["pixel_values"])
+        assert a["pixel_mask"].equal(b["pixel_mask"])
+        for x, y in zip(a["labels"], b["labels"], strict=True):
+            assert all(x[key].equal(y[key]) for key in x)
+
+
+class TestAugmentedDataset:
+    @pytest.mark.parametrize("name", AUGMENTATIONS)
+    def test_an_epoch_is_the_same_with_any_number_of_workers(self, name):
+        rows = [make_row(image_id=index) for index in range(10)]
+        collate = DetectionCollator(DetrImageProcessor(size={"height": 64, "width": 64}))
+        expected = None
+        for workers in (0, 1, 2):
+            dataset = AugmentedDataset(rows, AUGMENTATIONS[name](), seed=3)
+            loader = DataLoader(
+                dataset, batch_size=4, collate_fn=collate, num_workers=workers, persistent_workers=workers > 0
+            )
+            first, second = epochs_of(loader, dataset)
+            if expected is None:
+                expected = first, second
+                with pytest.raises(AssertionError):
+                    assert_equal(first, second)
+            assert_equal(first, expected[0])
+            assert_equal(second, expected[1])
+            assert_equal(epochs_of(loader, dataset, epochs=[0])[0], expected[0])
+
+    def test_workers_that_are_spawned_see_the_epoch_too(self):
+        rows = [make_row(image_id=index) for index in range(2)]
+        dataset = AugmentedDataset(rows, paper_augmentation({"height": 64, "width": 64}), seed=3)
+        loader = DataLoader(
+            dataset, batch_size=None, num_workers=1, persistent_workers=True, multiprocessing_context="spawn"
+        )
+        for epoch in (0, 1):
+            dataset.set_epoch(epoch)
+            for ours, theirs in zip(loader, (dataset[index] for index in range(2)), strict=True):
+                assert ours["image"].equal(theirs["image"])
+
+    def test_rows_differ_by_seed_epoch_and_index(self):
+        rows = [make_row()] * 2
+        draws = set()
+        for seed in (0, 1):
+            dataset = AugmentedDataset(rows, draws_from_everywhere, seed)
+            for epoch in (0, 1):
+                dataset.set_epoch(epoch)
+                draws |= {number for index in (0, 1) for number in dataset[index]["objects"]["area"][:3]}
+        assert len(draws) == 2 * 2 * 2 * 3
+
+    def test_the_callers_random_numbers_are_left_alone(self):
+        dataset = AugmentedDataset([make_row()], draws_from_everywhere, seed=0)
+        numbers = []
+        for look in (False, True):
+            torch.manual_seed(5)
+            np.random.seed(5)
+            random.seed(5)
+            if look:
+                _ = dataset[0]
+            numbers.append((torch.rand(()).item(), np.random.rand(), random.random()))
+        assert numbers[0] == numbers[1]
+
+    def test_also_when_the_augmentation_fails(self):
+        def fail(row):
+            torch.rand(())
+            raise KeyError("no")
+
+        before = torch.get_rng_state()
+        with pytest.raises(KeyError):
+            AugmentedDataset([make_row()], fail)[0]
+        assert torch.get_rng_state().equal(before)
+
+    def test_a_datasets_dataset_gives_the_rows_of_a_list(self):
+        rows = [make_row(image_id=index) for index in range(3)]
+        stored = Dataset.from_list(rows, features=detection_info(["a", "b", "c"], [1, 2, 3], "test").features)
+        augmentation = paper_augmentation({"shortest_edge": 64, "longest_edge": 107})
+        for ours, theirs in zip(
+            AugmentedDataset(rows, augmentation, 1), AugmentedDataset(stored, augmentation, 1), strict=True
+        ):
+            assert ours["image"].equal(theirs["image"])
+            assert ours["objects"] == theirs["objects"]
+
+    def test_a_negative_seed_is_refused(self):
+        with pytest.raises(ValueError, match="seed must not be negative"):
+            AugmentedDataset([], draws_from_everywhere, seed=-1)
+
+
+class TestCollator:
+    def test_rows_become_what_the_model_takes(self):
+        batch = DetectionCollator(DetrImageProcessor(do_resize=False))([make_row(), make_row(width=140, image_id=8)])
+        assert set(batch) == {"pixel_values", "pixel_mask", "labels"}
+        assert batch["pixel_values"].shape == (2, 3, 80, 140)
+        assert batch["pixel_mask"].sum((1, 2)).tolist() == [80 * 120, 80 * 140]
+        label = batch["labels"][0]
+        assert label["image_id"].tolist() == [7]
+        assert label["class_labels"].tolist() == [0, 1, 2]  # the fourth is a crowd
+        torch.testing.assert_close(label["boxes"][0], torch.tensor([25 / 120, 40 / 80, 30 / 120, 40 / 80]))
+        assert label["area"].tolist() == [600, 750, 36]
+
+    def test_tensors_and_pil_images_are_the_same(self):
+        collate = DetectionCollator(DetrImageProcessor(size={"height": 64, "width": 64}))
+        row = make_row()
+        tensor = torch.from_numpy(np.array(row["image"])).permute(2, 0, 1)
+        assert_equal([collate([row])], [collate([row | {"image": tensor}])])
+
+    def test_optional_columns_may_be_missing(self):
+        row = make_row()
+        row["objects"] = {key: row["objects"][key] for key in ("bbox", "category")}
+        assert DetectionCollator(DetrImageProcessor())([row])["labels"][0]["class_labels"].tolist() == [0, 1, 2, 0]
