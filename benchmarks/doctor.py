@@ -1,0 +1,83 @@
+"""Seconds and peak memory of the doctor and of loading, on a data set of 640 x 480 photos drawn for the purpose.
+
+python benchmarks/doctor.py [--images 5000]
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm.auto import tqdm
+
+from hf_detr.data import load_detection_dataset
+from hf_detr.doctor import examine
+
+
+def draw(folder: Path, count: int) -> None:
+    """Photos with gradients and noise, which compress about as photos do, and 1 to 15 boxes each."""
+    rng = np.random.default_rng(0)
+    (folder / "train").mkdir(parents=True)
+    images, annotations = [], []
+    y, x = np.mgrid[:480, :640]
+    for number in tqdm(range(count), desc="Drawing", leave=False):
+        base = rng.uniform(0, 255, 3) + np.stack([x, y, x + y], -1) * rng.uniform(-0.2, 0.2, 3)
+        noise = rng.normal(0, 12, (60, 80, 3)).repeat(8, 0).repeat(8, 1)
+        image = Image.fromarray((base + noise).clip(0, 255).astype(np.uint8))
+        pen = ImageDraw.Draw(image)
+        for _ in range(int(rng.integers(1, 16))):
+            w, h = rng.uniform(20, 250, 2)
+            left, top = rng.uniform(0, 640 - w), rng.uniform(0, 480 - h)
+            pen.rectangle((left, top, left + w, top + h), fill=tuple(int(v) for v in rng.integers(0, 256, 3)))
+            annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": int(rng.integers(1, 11)),
+                                "bbox": [left, top, w, h], "area": w * h, "iscrowd": 0})  # fmt: skip
+        image.save(folder / "train" / f"{number:06}.jpg", quality=90)
+        images.append({"id": number, "file_name": f"{number:06}.jpg", "width": 640, "height": 480})
+    categories = [{"id": i, "name": f"class {i}"} for i in range(1, 11)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "train.json").write_text(json.dumps(content))
+
+
+def peak() -> float:
+    """Most memory this process and its largest child have held, in MB."""
+    own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return (own + child) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=5000)
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp())
+    try:
+        draw(folder / "data", args.images)
+        size = sum(path.stat().st_size for path in (folder / "data").rglob("*")) / 1e6
+        rows = [("at the start", 0.0, peak())]
+
+        def measure(name, work) -> None:
+            started = time.perf_counter()
+            work()
+            rows.append((name, time.perf_counter() - started, peak()))
+
+        def load() -> None:
+            load_detection_dataset(folder / "data", cache_dir=folder / "cache", progress=False)
+
+        measure("load, first time (headers checked, Arrow written)", load)
+        measure("load, from the cache", load)
+        measure("the doctor (all pixels, 2 processes)", lambda: examine(folder / "data", num_workers=2, progress=False))
+        print(
+            f"{args.images} images of 640 x 480, {size:.0f} MB\n\n| step | seconds | peak memory, MB |\n|---|---|---|"
+        )
+        for name, seconds, memory in rows:
+            print(f"| {name} | {seconds:.1f} | {memory:.0f} |")
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
