@@ -1,6 +1,6 @@
-"""Print the COCO table of a checkpoint on a data set.
+"""Print the COCO table of a checkpoint on a data set; with --report, write a page about where it goes wrong.
 
-accelerate launch examples/evaluate.py --model CHECKPOINT --dataset FOLDER
+accelerate launch examples/evaluate.py --model CHECKPOINT --dataset FOLDER --report report
 """
 
 import argparse
@@ -11,29 +11,45 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from hf_detr import DetrForDetection, DetrImageProcessor
-from hf_detr.data import CocoDetection, DetectionCollator
-from hf_detr.evaluation import evaluate_detection, format_metrics
+from hf_detr.data import DetectionCollator, load_detection_dataset, source_of
+from hf_detr.evaluation import (
+    best_thresholds,
+    evaluate_detection,
+    f1_by_threshold,
+    format_metrics,
+    save_class_thresholds,
+    write_report,
+)
 from hf_detr.training import use_all_cores
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint, a folder or a Hub id")
-    parser.add_argument("--dataset", required=True, help="folder with COCO annotations")
+    parser.add_argument("--dataset", required=True, help="annotated folder, or a data set on the Hub")
     parser.add_argument("--split", default="val")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--num_workers", type=int, default=1)
     parser.add_argument("--output", type=Path, help="write the numbers to this JSON file as well")
+    parser.add_argument("--report", type=Path, help="write report.html and report.json into this folder")
+    parser.add_argument(
+        "--save_thresholds",
+        action="store_true",
+        help='store the best threshold of each class in the checkpoint (a local folder), for threshold="per_class"',
+    )
     args = parser.parse_args()
+    if args.save_thresholds and not (Path(args.model) / "preprocessor_config.json").is_file():
+        parser.error(f"--save_thresholds writes into a local folder with a preprocessor, and {args.model} is none.")
 
     accelerator = Accelerator()
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)
     model = DetrForDetection.from_pretrained(args.model)
     processor = DetrImageProcessor.from_pretrained(args.model)
-    dataset = CocoDetection(
-        args.dataset, args.split, id2label=model.config.id2label, progress=accelerator.is_main_process
-    )
+    with accelerator.main_process_first():  # the others find it in the cache
+        dataset = load_detection_dataset(
+            args.dataset, args.split, id2label=model.config.id2label, progress=accelerator.is_main_process
+        )
     loader = DataLoader(
         dataset, batch_size=args.batch_size, collate_fn=DetectionCollator(processor), num_workers=args.num_workers
     )
@@ -41,9 +57,19 @@ def main() -> None:
     evaluator = evaluate_detection(model, loader, dataset, processor, progress=accelerator.is_main_process)
     if accelerator.is_main_process:
         metrics = evaluator.compute()
-        print(f"{args.model} on {len(dataset)} images of {dataset.file}\n{format_metrics(metrics)}")
+        print(f"{args.model} on {len(dataset)} images of {source_of(dataset)}\n{format_metrics(metrics)}")
         if args.output:
             args.output.write_text(json.dumps(metrics, indent=2))
+        if args.report:
+            write_report(args.report, evaluator, dataset, f"{Path(args.model).name} on {Path(args.dataset).name}")
+            print(f"\n{args.report / 'report.html'} shows where it goes wrong.")
+        if args.save_thresholds:
+            f1 = f1_by_threshold(evaluator.annotations, evaluator.predictions(), evaluator.id2label)
+            path = save_class_thresholds(args.model, best_thresholds(f1))
+            print(f'\n{path} has a threshold for each class now; threshold="per_class" uses them:')
+            for name, row in f1["best"].items():
+                found = row["threshold"] is not None
+                print(f"  {name}: {row['threshold']:.3f}" if found else f"  {name}: 0.500, no true detection to go by")
     accelerator.end_training()
 
 

@@ -97,6 +97,30 @@ def test_names_of_classes_are_the_models(detector):
     assert {found["label"] for found in detector(photo(), threshold=0.0)} <= {"cat", "dog"}
 
 
+def test_thresholds_of_each_class_are_used_when_asked(folder, detector):
+    with pytest.raises(ValueError, match="needs class_thresholds"):
+        detector(photo(), threshold="per_class")
+    everything = detector(photo(), threshold=0.0)
+    scores = {name: sorted(f["score"] for f in everything if f["label"] == name) for name in ("cat", "dog")}
+    limits = [values[len(values) // 2] if values else 0.5 for values in scores.values()]
+    processor = DetrImageProcessor.from_pretrained(folder)
+    processor.class_thresholds = limits
+    found = pipeline("object-detection", model=detector.model, image_processor=processor)(
+        photo(), threshold="per_class"
+    )
+    limit = dict(zip(("cat", "dog"), limits, strict=True))
+    assert found == [f for f in everything if f["score"] >= limit[f["label"]]]
+    assert 0 < len(found) < len(everything)
+
+
+def test_boxes_are_whole_pixels_unless_asked_otherwise(detector):
+    rounded, exact = detector(photo(), threshold=0.0), detector(photo(), threshold=0.0, round_boxes=False)
+    assert any(value % 1 for f in exact for value in f["box"].values())
+    for a, b in zip(rounded, exact, strict=True):
+        assert a["box"] == {key: int(value) for key, value in b["box"].items()}
+        assert all(isinstance(value, int) for value in a["box"].values())
+
+
 def test_other_models_get_the_pipeline_they_had():
     theirs = transformers_twin(tiny_model(auxiliary_loss=False))
     detector = pipeline(

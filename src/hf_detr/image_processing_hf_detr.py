@@ -48,6 +48,9 @@ class HfDetrImageProcessor(TorchvisionBackend):
     do_normalize = True
     do_pad = True
 
+    # The score at which a detection of each class counts, for `threshold="per_class"`; saved with the processor.
+    class_thresholds: list[float] | None = None
+
     # How to read the configuration of another DETR processor; set by `hf_detr.interop`.
     translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]] | None] = None
 
@@ -155,12 +158,32 @@ class HfDetrImageProcessor(TorchvisionBackend):
     def post_process_object_detection(
         self,
         outputs: Any,
-        threshold: float = 0.5,
+        threshold: float | str = 0.5,
         target_sizes: Tensor | list[tuple[int, int]] | None = None,
     ) -> list[dict[str, Tensor]]:
         """Model outputs to `scores`, `labels` and `boxes` (xyxy, in pixels of `target_sizes` and clipped to it) of each
-        image. See `hf_detr.post_processing.post_process_detection`."""
-        return post_process_detection(outputs.logits, outputs.pred_boxes, threshold, target_sizes)
+        image. See `hf_detr.post_processing.post_process_detection`.
+
+        Args:
+            threshold: detections with a score above it stay. "per_class": those whose score reaches the threshold of
+                their class, from `class_thresholds`.
+
+        Raises:
+            ValueError: "per_class" without `class_thresholds`; the message says how to get them.
+        """
+        limit: float | list[float]
+        if not isinstance(threshold, str):
+            limit = threshold
+        elif threshold != "per_class":
+            raise ValueError(f'threshold must be a number or "per_class", got {threshold!r}.')
+        elif self.class_thresholds is None:
+            raise ValueError(
+                'threshold="per_class" needs class_thresholds in preprocessor_config.json. Measure them with '
+                "examples/evaluate.py --save_thresholds, or set processor.class_thresholds, one number for each class."
+            )
+        else:
+            limit = list(self.class_thresholds)
+        return post_process_detection(outputs.logits, outputs.pred_boxes, limit, target_sizes)
 
 
 def _height_width(image: Tensor) -> tuple[int, int]:

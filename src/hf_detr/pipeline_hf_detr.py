@@ -11,9 +11,11 @@ from .images import to_rgb_tensor
 
 
 class DetrDetectionPipeline(ObjectDetectionPipeline):
-    """transformers' pipeline, called and answering the same way, with three differences: images may also be numpy
+    """transformers' pipeline, called and answering the same way, with these differences: images may also be numpy
     arrays, tensors and `Path`s, of any mode; `batch_size` > 1 takes images of different sizes and gives what one by
-    one gives; boxes end at the image's edge.
+    one gives; boxes end at the image's edge; `threshold="per_class"` uses the thresholds saved with the processor;
+    `round_boxes=False` gives box corners as the model says them, not cut to whole pixels as transformers does, which
+    moves a COCO number measured from them, that of small objects most.
 
     An image travels through the pipeline's loader on its own, in a list so that nothing tries to stack it, and is
     padded together with its batch in `_forward`.
@@ -23,6 +25,10 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
 
     def check_model_type(self, supported_models: Any) -> None:
         """Our models are supported; transformers only knows its own names."""
+
+    def _sanitize_parameters(self, round_boxes: bool | None = None, **kwargs: Any) -> tuple[dict[str, Any], ...]:
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        return preprocess, forward, postprocess | ({} if round_boxes is None else {"round_boxes": round_boxes})
 
     def preprocess(self, image: Any, timeout: float | None = None) -> dict[str, Any]:
         pixels = to_rgb_tensor(image, timeout)
@@ -39,6 +45,18 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
             mask[: image.shape[1], : image.shape[2]] = 1
         outputs = self.model(pixel_values=pixel_values, pixel_mask=pixel_mask)
         return ModelOutput(target_size=torch.tensor(sizes), logits=outputs.logits, pred_boxes=outputs.pred_boxes)
+
+    def postprocess(
+        self, model_outputs: ModelOutput, threshold: float | str = 0.5, round_boxes: bool = True
+    ) -> list[dict[str, Any]]:
+        sizes = model_outputs["target_size"]
+        [result] = self.image_processor.post_process_object_detection(model_outputs, threshold, sizes)
+        boxes = (result["boxes"].int() if round_boxes else result["boxes"]).tolist()
+        names = [self.model.config.id2label[label] for label in result["labels"].tolist()]
+        return [
+            {"score": score, "label": name, "box": dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))}
+            for score, name, box in zip(result["scores"].tolist(), names, boxes, strict=True)
+        ]
 
 
 def _flatten(entries: list[Any]) -> list[Any]:
