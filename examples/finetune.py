@@ -1,4 +1,5 @@
-"""Fine-tune DETR on a folder of images with COCO annotations. Without arguments: on a data set drawn on the spot.
+"""Fine-tune DETR on annotated images: COCO, YOLO, Pascal VOC, an imagefolder, a Hub data set. Without arguments: on a
+data set drawn on the spot.
 
     accelerate launch examples/finetune.py
     accelerate launch examples/finetune.py --dataset FOLDER --model CHECKPOINT
@@ -18,14 +19,26 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import set_seed
 from huggingface_hub import create_repo
-from torch.utils.data import DataLoader, Subset
+from torchvision.transforms import v2
 from tqdm.auto import tqdm
 from transformers import get_wsd_schedule
 
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
-from hf_detr.data import CocoDetection, DetectionCollator, draw_shapes_dataset
+from hf_detr.data import (
+    Augmentation,
+    AugmentedDataset,
+    DetectionCollator,
+    build_loader,
+    draw_shapes_dataset,
+    id2label,
+    image_sizes,
+    load_detection_dataset,
+    padding_share,
+    paper_augmentation,
+    resized_sizes,
+)
 from hf_detr.evaluation import evaluate_detection, format_metrics
 from hf_detr.hub import hash_of_weights, push_folder
 from hf_detr.training import parameter_groups, preferred_precision, use_all_cores
@@ -59,6 +72,7 @@ SHAPES_RATES = {
     "backbone_learning_rate": 1.2e-3,
     "eval_every": 8,
     "num_workers": 0,  # images stay in memory, and the cores are busy with the model
+    "augmentation": "flip",
 }
 # The paper's rates, for a model that starts from a checkpoint or a pretrained backbone.
 PAPER_RATES = {
@@ -68,12 +82,13 @@ PAPER_RATES = {
     "backbone_learning_rate": 1e-5,
     "eval_every": 1,
     "num_workers": 2,
+    "augmentation": "paper",
 }
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", help="folder with COCO annotations; default: draw shapes into data/shapes")
+    parser.add_argument("--dataset", help="annotated folder or Hub id; default: draw shapes into data/shapes")
     parser.add_argument("--model", help="checkpoint to start from, a folder or a Hub id")
     parser.add_argument("--backbone", help="without --model: timm network to start from, default resnet50")
     parser.add_argument("--backbone_weights", help='a local file, or "none" for random; default: from the Hub')
@@ -94,6 +109,7 @@ def parse_args() -> argparse.Namespace:
         "--decay", type=float, default=0.35, help="share of all steps in which it falls to 0 at the end"
     )
     parser.add_argument("--image_size", type=int, help="shortest edge in pixels, default 800 (shapes: 96 x 96)")
+    parser.add_argument("--augmentation", choices=("paper", "flip", "none"), help="default: paper (shapes: flip)")
     parser.add_argument("--eval_every", type=int, help="epochs between evaluations; the last epoch always has one")
     parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), help="default: bf16 where it is fast")
     parser.add_argument("--num_workers", type=int, help="processes that load images")
@@ -117,6 +133,7 @@ def parse_args() -> argparse.Namespace:
         args.epochs, args.eval_every = 2, 1
     # for the model card: where the weights are from, if others can get them there
     args.base_model = args.model if args.model and not Path(args.model).exists() else None
+    args.datasets = [args.dataset] if args.dataset and not Path(args.dataset).exists() else None
     return args
 
 
@@ -126,51 +143,55 @@ def main() -> None:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision or (preferred_precision() if launched_with == "no" else None),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
     threads = use_all_cores(accelerator.num_processes) if accelerator.device.type == "cpu" else None
     set_seed(args.seed)
 
-    # data
-    with accelerator.main_process_first():
-        folder = args.dataset or embedded_dataset(args.quick, progress=accelerator.is_main_process)
+    # data: read in full and checked, before anything is computed
     progress = accelerator.is_main_process
-    options = {"keep_in_memory": args.dataset is None, "progress": progress}
-    train_set = CocoDetection(folder, "train", **options)
-    val_set = CocoDetection(folder, "val", id2label=train_set.id2label, **options)
+    with accelerator.main_process_first():
+        folder = args.dataset or embedded_dataset(args.quick, progress=progress)
+        train_set = load_detection_dataset(folder, "train", seed=args.seed, progress=progress)
+        names = id2label(train_set)
+        val_set = load_detection_dataset(folder, "val", id2label=names, seed=args.seed, progress=progress)
 
     # model
-    model, processor, start = build(args, train_set.id2label)
+    model, processor, start = build(args, names)
     if args.push_to_hub and accelerator.is_main_process:  # not to find out after the training that it is not allowed
         args.push_to_hub = create_repo(args.push_to_hub, private=args.hub_private or None, exist_ok=True).repo_id
     output_dir = claim_output_dir(args, accelerator)  # when all that can be wrong with the arguments has been found
+    if args.quick:
+        train_set = train_set.select(range(min(64, len(train_set))))
+    # small images stay decoded in memory
+    train_rows = list(train_set) if args.dataset is None else train_set
+    val_rows = list(val_set) if args.dataset is None else val_set
+    collate = DetectionCollator(processor)
+    train_loader = build_loader(
+        AugmentedDataset(train_rows, augmentation(args.augmentation, processor), seed=args.seed),
+        collate,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        num_workers=args.num_workers,
+        accelerator=accelerator,
+        training=True,
+    )
+    val_loader = build_loader(
+        val_rows, collate, batch_size=args.batch_size, num_workers=args.num_workers, accelerator=accelerator,
+        training=False,
+    )  # fmt: skip
     accelerator.print(
-        f"{len(train_set)} training and {len(val_set)} validation images of {', '.join(train_set.id2label.values())}\n"
+        f"{len(train_set)} training and {len(val_set)} validation images of {', '.join(names.values())}\n"
         f"{start}\n"
         f"{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f} M parameters train on "
         f"{accelerator.num_processes} x {accelerator.device}{f' with {threads} threads' if threads else ''}, "
-        f"precision {accelerator.mixed_precision}. Output: {output_dir}"
-    )
-    train_images = Subset(train_set, range(min(64, len(train_set)))) if args.quick else train_set
-    train_loader = DataLoader(
-        train_images,
-        batch_size=args.batch_size,
-        shuffle=True,
-        drop_last=len(train_images) >= args.batch_size * accelerator.num_processes,
-        collate_fn=DetectionCollator(processor, flip_probability=0.5),
-        num_workers=args.num_workers,
-        persistent_workers=args.num_workers > 0,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    val_loader = DataLoader(
-        val_set, batch_size=args.batch_size, collate_fn=DetectionCollator(processor), num_workers=args.num_workers
+        f"precision {accelerator.mixed_precision}. {padding(train_set, train_loader, processor)}Output: {output_dir}"
     )
 
     # optimisation: the paper's AdamW, clipping at 0.1 and a lower rate for the backbone
     optimizer = torch.optim.AdamW(
         parameter_groups(model, args.learning_rate, args.backbone_learning_rate, args.weight_decay), fused=True
     )
-    model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, train_loader, val_loader)
+    model, optimizer = accelerator.prepare(model, optimizer)
     steps_per_epoch = math.ceil(len(train_loader) / args.gradient_accumulation_steps)
     total_steps = args.epochs * steps_per_epoch
     # up, level, and down over the last third: the level stretch is where DETR leaves its plateau
@@ -202,7 +223,7 @@ def main() -> None:
             if metrics["AP"] >= history.best_ap:
                 history.best_ap = metrics["AP"]
                 if accelerator.is_main_process:
-                    about = {"epoch": epoch, "dataset": Path(folder).resolve().name, "split": "val"}
+                    about = {"epoch": epoch, "dataset": dataset_name(folder), "split": "val"}
                     about["num_images"] = len(val_set)
                     save(accelerator.unwrap_model(model), processor, output_dir, metrics | about)
                     compare_with_truth(val_set, evaluator.detections()).save(output_dir / "validation.png")
@@ -227,6 +248,26 @@ def embedded_dataset(quick: bool, progress: bool) -> Path:
     return draw_shapes_dataset("data/shapes", progress=progress)
 
 
+def dataset_name(path: str | Path) -> str:
+    return Path(path).resolve().name if Path(path).exists() else str(path).replace("/", "-")
+
+
+def augmentation(kind: str, processor: DetrImageProcessor) -> Augmentation:
+    if kind == "paper":
+        return paper_augmentation(processor.size)
+    return Augmentation(v2.RandomHorizontalFlip(0.5 if kind == "flip" else 0.0))
+
+
+def padding(train_set, loader, processor: DetrImageProcessor) -> str:
+    """What grouping by aspect ratio saves, at the sizes before augmentation."""
+    sizes = resized_sizes(image_sizes(train_set), processor.size)
+    grouped = padding_share(loader.batch_sampler.batches(), sizes)
+    order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(0)).tolist()
+    count = max(len(batch) for batch in loader.batch_sampler.batches())
+    plain = padding_share([order[i : i + count] for i in range(0, len(order), count)], sizes)
+    return f"Padding before augmentation: {grouped:.1%} of the pixels (ungrouped {plain:.1%}). " if plain > 0 else ""
+
+
 class Progress:
     """What has to survive an interruption besides weights, optimizer, schedule and random numbers."""
 
@@ -248,7 +289,7 @@ def claim_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> Path
         if not args.resume and output_dir.exists() and any(output_dir.iterdir()):
             raise SystemExit(f"{output_dir} is not empty. Name another --output_dir, or --resume the run in it.")
     else:
-        name = Path(args.dataset).resolve().name if args.dataset else "shapes"
+        name = dataset_name(args.dataset) if args.dataset else "shapes"
         number = 1
         while Path(f"runs/{name}-{number}").exists():
             number += 1

@@ -109,7 +109,8 @@ model = AutoModelForObjectDetection.from_pretrained("ann/pets", trust_remote_cod
 assert type(model).__module__.startswith("transformers_modules."), type(model)
 with torch.no_grad():
     outputs = model(wanted["images"])
-assert torch.equal(outputs.logits, wanted["logits"]) and torch.equal(outputs.pred_boxes, wanted["pred_boxes"])
+for name in ("logits", "pred_boxes"):  # to rounding: the processes may have different numbers of threads
+    assert torch.allclose(outputs[name], wanted[name], atol=1e-6), name
 processor = AutoImageProcessor.from_pretrained("ann/pets", trust_remote_code=True)
 assert processor(Image.new("RGB", (300, 200)), return_tensors="pt")["pixel_values"].shape == (1, 3, 64, 96)
 detector = pipeline("object-detection", model="ann/pets", trust_remote_code=True)

@@ -19,8 +19,8 @@ logger = logging.get_logger(__name__)
 # What a run's args.json says about where things were, which is nobody's business, or how the run was handled. The data
 # set and the base model have their own places in the card.
 _NOT_SETTINGS = (
-    "backbone_weights", "base_model", "dataset", "hub_private", "license", "model", "output_dir", "push_to_hub",
-    "resume",
+    "backbone_weights", "base_model", "dataset", "datasets", "hub_private", "license", "model", "output_dir",
+    "push_to_hub", "resume",
 )  # fmt: skip
 # Weights of earlier pushes that were split differently. A pattern's star would reach into folders that are not ours.
 _WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
@@ -72,7 +72,7 @@ def _card(
         settings={n: v for n, v in settings.items() if v is not None and v is not False and n not in _NOT_SETTINGS},
         picture=metrics is not None and (folder / PICTURE).is_file(),
         base_model=base_model or settings.get("base_model"),
-        datasets=datasets,
+        datasets=datasets or settings.get("datasets"),
         license=license or settings.get("license"),
         template=template,
     )
