@@ -25,13 +25,16 @@ def main() -> int:
     parser.add_argument("--num_queries", type=int, default=100, help="object queries of the model")
     parser.add_argument("--feature_stride", type=int, default=32, help="pixels to a cell of the feature map")
     parser.add_argument("--image_size", type=int, default=800, help="shortest edge in training")
-    parser.add_argument("--bbox_format", choices=("xywh", "xyxy"), default="xywh")
+    parser.add_argument("--bbox_format", choices=("xywh", "xyxy"), help="how boxes are stored, if it is known")
     parser.add_argument("--num_workers", type=int, help="processes that read images; default: one a core")
     parser.add_argument("--strict", action="store_true", help="exit with 1 for warnings, too")
     parser.add_argument("--show", type=int, default=3, help="examples to print of each kind of finding")
     args = parser.parse_args()
     if not args.folder.exists():
         parser.error(f"There is no {args.folder}.")
+    for file in (args.report, args.json):
+        if file is not None and file.resolve().is_relative_to(args.folder.resolve()):
+            parser.error(f"{file} lies in {args.folder}, which is only read. Name another --report.")
 
     examination = examine(
         args.folder,

@@ -151,9 +151,9 @@ def main() -> None:
     progress = accelerator.is_main_process
     with accelerator.main_process_first():
         folder = args.dataset or embedded_dataset(args.quick, progress=progress)
-        train_set = load_detection_dataset(folder, "train", seed=args.seed, progress=progress)
+        train_set = load_detection_dataset(folder, "train", progress=progress)
         names = id2label(train_set)
-        val_set = load_detection_dataset(folder, "val", id2label=names, seed=args.seed, progress=progress)
+        val_set = load_detection_dataset(folder, "val", id2label=names, progress=progress)
 
     # model
     model, processor, start = build(args, names)
@@ -174,7 +174,13 @@ def main() -> None:
         num_workers=args.num_workers,
         accelerator=accelerator,
         training=True,
+        group_by_aspect_ratio="shortest_edge" in {key for key, value in dict(processor.size).items() if value},
     )
+    most = max(len(objects["bbox"]) for objects in train_set["objects"])
+    if most > model.config.num_queries:
+        accelerator.print(
+            f"Up to {most} objects in an image, but {model.config.num_queries} queries: some are not learned."
+        )
     val_loader = build_loader(
         val_rows, collate, batch_size=args.batch_size, num_workers=args.num_workers, accelerator=accelerator,
         training=False,
@@ -226,13 +232,19 @@ def main() -> None:
                     about = {"epoch": epoch, "dataset": dataset_name(folder), "split": "val"}
                     about["num_images"] = len(val_set)
                     save(accelerator.unwrap_model(model), processor, output_dir, metrics | about)
-                    compare_with_truth(val_set, evaluator.detections()).save(output_dir / "validation.png")
         history.epoch = epoch
         save_state(accelerator, output_dir)
         if accelerator.is_main_process:
             report(line, args.epochs, output_dir)
     accelerator.wait_for_everyone()
-    metrics = json.loads((output_dir / "metrics.json").read_text())
+
+    # the numbers that count: of the weights as they are saved, in float32, as evaluate.py and the pipeline run them
+    best = DetrForDetection.from_pretrained(output_dir).to(accelerator.device)
+    evaluator = evaluate_detection(best, val_loader, val_set, processor, progress=progress)
+    metrics = json.loads((output_dir / "metrics.json").read_text()) | evaluator.compute()
+    if accelerator.is_main_process:
+        (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
+        compare_with_truth(val_set, evaluator.detections()).save(output_dir / "validation.png")
     accelerator.print(
         f"\nBest checkpoint, epoch {metrics['epoch']}\n{format_metrics(metrics)}\n\nSaved in {output_dir}"
     )

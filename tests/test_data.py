@@ -306,10 +306,148 @@ def test_yolo_as_roboflow_writes_it(load, tmp_path):
     Image.new("RGB", (100, 50)).save(tmp_path / "d" / "train" / "images" / "a.jpg")
     (tmp_path / "d" / "train" / "labels" / "a.txt").write_text("0 0.5 0.5 0.2 0.4")
     (tmp_path / "d" / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\nnc: 1\nnames: ['x']\n")
-    with pytest.raises(ValueError, match=r"the val images are said to be in \.\./valid/images"):
-        load(tmp_path / "d", "val")
+    Image.new("RGB", (100, 50), "red").save(tmp_path / "d" / "train" / "images" / "b.jpg")
+    assert len(load(tmp_path / "d", "val")) == 1, "a split that is named but not there is cut from train"
     (tmp_path / "d" / "data.yaml").write_text("train: ../train/images\nnc: 1\nnames: ['x']\n")
     assert load(tmp_path / "d", validation_share=0)[0]["objects"]["bbox"][0] == pytest.approx([40, 15, 20, 20])
+    (tmp_path / "d" / "data.yaml").write_text("train: nowhere\nnames: ['x']\n")
+    with pytest.raises(ValueError, match="the train images are said to be in nowhere"):
+        load(tmp_path / "d")
+
+
+def yolo(folder: Path, yaml: str, label: str) -> Path:
+    for name in ("images", "labels"):
+        (folder / name).mkdir(parents=True)
+    Image.new("RGB", (64, 48)).save(folder / "images" / "a.png")
+    (folder / "labels" / "a.txt").write_text(label)
+    (folder / "data.yaml").write_text("train: images\n" + yaml)
+    return folder
+
+
+def test_yolo_classes_are_numbered_by_their_keys_and_key_points_are_left_out(load, tmp_path):
+    rows = load(yolo(tmp_path / "d", "names: {1: cat, 2: dog}\n", "1 .5 .5 .2 .2\n"), validation_share=0)
+    assert id2label(rows)[rows[0]["objects"]["category"][0]] == "cat"
+    assert category_ids(rows) == {0: 1, 1: 2}
+    rows = load(
+        yolo(tmp_path / "p", "kpt_shape: [2, 2]\nnames: [tiger]\n", "0 .5 .5 .2 .2 .45 .45 .55 .55\n"),
+        validation_share=0,
+    )
+    assert rows[0]["objects"]["bbox"][0] == pytest.approx([25.6, 19.2, 12.8, 9.6])
+
+
+def test_labels_that_are_nowhere_to_be_found_are_an_error(load, tmp_path):
+    folder = yolo(tmp_path / "d", "names: [x]\n", "0 .5 .5 .2 .2\n")
+    (folder / "labels").rename(folder / "label")
+    with pytest.raises(ValueError, match="1 images without a single box"):
+        load(folder, validation_share=0)
+
+
+def test_changes_outside_the_folder_and_behind_links_are_seen(load, tmp_path):
+    real = yolo(tmp_path / "real", "names: [x]\n", "0 .5 .5 .2 .2\n")
+    (tmp_path / "named").mkdir()
+    (tmp_path / "named" / "data.yaml").write_text("path: ../real\ntrain: images\nnames: [x]\n")
+    (tmp_path / "linked").mkdir()
+    for name in ("images", "labels"):
+        (tmp_path / "linked" / name).symlink_to(real / name)
+    shutil.copy(real / "data.yaml", tmp_path / "linked")
+    folders = [tmp_path / "named", tmp_path / "linked"]
+    before = [load(folder, validation_share=0)[0]["objects"]["bbox"][0] for folder in folders]
+    (real / "labels" / "a.txt").write_text("0 .5 .5 .4 .4\n")
+    after = [load(folder, validation_share=0)[0]["objects"]["bbox"][0] for folder in folders]
+    for one, other in zip(before, after, strict=True):
+        assert other[2] == pytest.approx(2 * one[2])
+    (tmp_path / "linked" / "images").unlink()
+    (tmp_path / "linked" / "images").mkdir()
+    (tmp_path / "linked" / "images" / "deeper").symlink_to(real / "images")
+    (tmp_path / "linked" / "labels").unlink()
+    (tmp_path / "linked" / "labels" / "deeper").mkdir(parents=True)
+    shutil.copy(real / "labels" / "a.txt", tmp_path / "linked" / "labels" / "deeper")
+    assert len(load(tmp_path / "linked", validation_share=0)) == 1
+
+
+@pytest.mark.parametrize("name", ["voc", "imagefolder", "coco"])
+def test_a_split_with_fewer_classes_has_the_classes_of_train(name, load, tmp_path):
+    contents = shapes(tmp_path / "coco", 12, 6)
+    contents["val"]["annotations"] = [r for r in contents["val"]["annotations"] if r["category_id"] == 3]
+    contents["val"]["categories"] = contents["val"]["categories"][2:]
+    (tmp_path / "coco" / "annotations" / "instances_val.json").write_text(json.dumps(contents["val"]))
+    if name != "coco":
+        WRITERS[name](tmp_path / "coco", contents, tmp_path / name)
+    train, val = load(tmp_path / name, "train"), load(tmp_path / name, "val")
+    assert id2label(train) == id2label(val)
+    triangle = {label: index for index, label in id2label(train).items()}["triangle"]
+    assert {c for row in val for c in row["objects"]["category"]} == {triangle}
+
+
+def test_a_category_that_is_its_own_parent_is_a_class(coco, load):
+    folder = coco(lambda c, f: c["categories"].append({"id": 9, "name": "person", "supercategory": "person"}))
+    assert "person" in id2label(load(folder)).values()
+
+
+def test_few_senseless_boxes_among_many_are_left_out_and_said(coco, load, warnings):
+    def many(content, _):
+        image = content["images"][0]
+        content["annotations"] += [
+            {"id": 1000 + i, "image_id": image["id"], "category_id": 1, "bbox": [i % 40, i // 40, 20, 20]}
+            for i in range(2100)
+        ]
+        content["annotations"][0]["bbox"] = [9, 18, 15, 0]
+
+    rows = load(coco(many))
+    assert 1 not in [i for row in rows for i in row["objects"]["id"]]
+    assert "1 boxes are left out" in warnings.text
+    assert "annotation 1: bbox [9, 18, 15, 0] has no area" in warnings.text
+
+
+def test_ids_that_are_no_numbers_or_not_unique(coco, load, tmp_path):
+    def text_ids(content, _):
+        for image in content["images"]:
+            image["id"] = f"i{image['id']}"
+        for record in content["annotations"]:
+            record["image_id"] = f"i{record['image_id']}"
+
+    rows = load(coco(text_ids))
+    assert sorted(rows["image_id"]) == list(range(8))
+    assert sum(len(row["objects"]["bbox"]) for row in rows) > 0
+    contents = shapes(tmp_path / "s", 4, 2)
+    WRITERS["imagefolder"](tmp_path / "s", contents, tmp_path / "i")
+    file = tmp_path / "i" / "train" / "metadata.jsonl"
+    file.write_text(file.read_text().replace('"image_id": 2', '"image_id": 1'))
+    with pytest.raises(ValueError, match="has the id of line 1"):
+        load(tmp_path / "i")
+
+
+def test_a_rare_class_of_a_data_set_without_class_labels_survives_the_cut(load, tmp_path):
+    rows = [
+        {"image": Image.new("RGB", (40, 30), (i, 0, 0)), "objects": [{"bbox": [1, 2, 3, 4], "category_id": name}]}
+        for i, name in enumerate(["rare"] + ["common"] * 19)
+    ]
+    datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "saved")
+    train, val = load(tmp_path / "saved", "train"), load(tmp_path / "saved", "val")
+    assert id2label(train) == id2label(val) == {0: "common", 1: "rare"}
+    assert (len(train), len(val)) == (17, 3)
+
+
+@pytest.mark.parametrize(
+    ("json_place", "image_place", "prefix"),
+    [
+        ("result.json", "images", ""),
+        ("annotations/instances_default.json", "images/default", ""),
+        ("annotations/instances_train2017.json", "train2017", "train2017/"),
+    ],
+)
+def test_layouts_of_other_tools_are_found(json_place, image_place, prefix, load, tmp_path):
+    source = tmp_path / "s"
+    content = shapes(source, 4, 2)["train"]
+    folder = tmp_path / "d"
+    for path in (folder / json_place, folder / image_place / "x"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    for image in content["images"]:
+        shutil.copy(source / "train" / image["file_name"], folder / image_place / image["file_name"])
+        image["file_name"] = prefix + image["file_name"]
+    (folder / json_place).write_text(json.dumps(content))
+    assert len(load(folder, validation_share=0)) == 4
+    assert len(load(folder / json_place, validation_share=0)) == 4
 
 
 def test_pixels_of_the_voc_challenge_count_from_one(load, tmp_path):
@@ -373,6 +511,14 @@ def coco(tmp_path):
         (lambda c, f: c["images"][0].update(width=1), "recorded as 1 x"),
         (lambda c, f: c["images"].append(c["images"][0]), "has the id of"),
         (lambda c, f: [a.update(bbox=_corners(a["bbox"])) for a in c["annotations"]], 'bbox_format="xyxy"'),
+        (
+            lambda c, f: (
+                [a.update(bbox=_corners(a["bbox"])) for a in c["annotations"]]
+                and [c["annotations"].append(a | {"id": 900 + i}) for i, a in enumerate(c["annotations"][:9] * 20)]
+                and c["annotations"][0].update(bbox=[1, 1, 400, 300])
+            ),
+            'bbox_format="xyxy"',
+        ),
         (lambda c, f: [a.update(bbox=[0.1, 0.2, 0.3, 0.3]) for a in c["annotations"]], "multiply by width and height"),
     ],
 )

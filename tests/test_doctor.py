@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from formats import WRITERS, rotated_jpeg, shapes
 from PIL import Image
@@ -129,7 +130,7 @@ def relative(folder):
             record |= {"bbox": [x / width, y / height, w / width, h / height], "area": w * h / width / height}
 
     edit(folder, change)
-    return "box-relative", "all", "largest value"
+    return "box-relative", "all", "at most 1.05"
 
 
 def unknown_category(folder):
@@ -240,6 +241,11 @@ def only_in_validation(folder):
     return "class-only-in-val", "'hexagon'", "none in train"
 
 
+def nothing_annotated(folder):
+    edit(folder, lambda c: c.update(annotations=[]))
+    return "boxes-none", "COCO", "without a single box"
+
+
 def broken_json(folder):
     annotations_of(folder).write_text("{")
     return "annotation-unreadable", "annotations", "not valid JSON"
@@ -249,7 +255,7 @@ FAULTS = [
     truncated, unreadable, missing, wrong_size, turned, exif, outside, over_edge, empty, negative, nan, three_numbers,
     text_box, corners, relative, unknown_category, same_name, orphan, same_image_id, nameless_record,
     same_annotation_id, wrong_area, same_box, duplicate, leak, unannotated, crowded, tiny, no_boxes, rare,
-    only_in_validation, broken_json,
+    only_in_validation, nothing_annotated, broken_json,
 ]  # fmt: skip
 # what a fault brings along: a record that another kind of finding is right about, too
 ALSO = {
@@ -258,6 +264,7 @@ ALSO = {
     "missing": {"image-missing"},
     "broken_json": {"class-only-in-val", "annotation-unreadable"},
     "only_in_validation": {"class-only-in-val"},
+    "nothing_annotated": {"boxes-none", "class-empty", "class-only-in-val"},
     "crowded": {"objects-too-many", "class-rare", "box-over-edge"},
 }
 
@@ -329,19 +336,20 @@ def test_faults_of_yolo_and_voc_files_are_found_too(clean_folder, tmp_path):
 
 
 def test_all_faults_together_are_all_found_and_the_cleaned_copy_is_clean(folder, tmp_path):
-    apart = (corners, relative, broken_json, negative, three_numbers, text_box, turned, over_edge, wrong_area, tiny)
-    together = [plant for plant in FAULTS if plant not in (*apart, rare, outside, no_boxes)]
+    apart = {corners, relative, broken_json, nothing_annotated, negative, three_numbers, text_box, turned, over_edge}
+    apart |= {wrong_area, tiny, rare, outside, no_boxes}
+    together = [plant for plant in FAULTS if plant not in apart]
     expected = {plant(folder)[0] for plant in together}
     examination = look(folder)
     assert expected <= set(examination.counts())
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     done = write_clean_copy(examination, tmp_path / "out", progress=False)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before, "only read"
-    assert {"image-truncated", "image-missing", "image-twice", "image-in-both", "box-empty"} <= done.keys()
+    assert {"image-truncated", "image-missing", "image-id-twice", "image-in-both", "box-empty"} <= done.keys()
     again = look(tmp_path / "out")
     assert {f.code for f in again.errors} <= {"class-only-in-val"}, [str(f) for f in again.errors]
     assert len(again.sources["val"].photos) == 13, "of a leak, the training image goes"
-    assert len(again.sources["train"].photos) == 62 - 6  # truncated, unreadable, missing, size, copy, leak
+    assert len(again.sources["train"].photos) == 62 - 6  # truncated, unreadable, missing, size, leak, id
     load_detection_dataset(tmp_path / "out", cache_dir=tmp_path / "cache", progress=False)
 
 
@@ -359,6 +367,37 @@ def test_what_can_be_put_right_is_put_right(plant, folder, tmp_path):
             assert record["area"] == 800
         else:
             assert record["bbox"] == pytest.approx(original["bbox"], abs=1e-6)
+
+
+def test_a_still_camera_takes_different_images(tmp_path):
+    rng = np.random.default_rng(0)
+    background = rng.uniform(60, 180, (480, 640, 3))
+    contents = {}
+    for split, count in (("train", 12), ("val", 4)):
+        (tmp_path / "d" / split).mkdir(parents=True)
+        images, annotations = [], []
+        for i in range(count):
+            frame = background + rng.normal(0, 6, background.shape)
+            x, y = int(rng.integers(0, 600)), int(rng.integers(0, 440))
+            frame[y : y + 40, x : x + 40] = (220, 20, 20)
+            Image.fromarray(frame.clip(0, 255).astype(np.uint8)).save(tmp_path / "d" / split / f"{i}.jpg")
+            images.append({"id": i, "file_name": f"{i}.jpg", "width": 640, "height": 480})
+            annotations.append({"id": i, "image_id": i, "category_id": 1, "bbox": [x, y, 40, 40]})
+        contents[split] = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
+        (tmp_path / "d" / f"{split}.json").write_text(json.dumps(contents[split]))
+    assert look(tmp_path / "d").counts() == {}
+
+
+def test_a_cleaned_copy_has_one_table_of_categories(clean_folder, tmp_path):
+    contents = {s: json.loads(annotations_of(clean_folder, s).read_text()) for s in ("train", "val")}
+    contents["val"]["annotations"] = [r for r in contents["val"]["annotations"] if r["category_id"] == 3]
+    WRITERS["voc"](clean_folder, contents, tmp_path / "voc")
+    write_clean_copy(look(tmp_path / "voc"), tmp_path / "out", progress=False)
+    tables = [
+        {c["name"]: c["id"] for c in json.loads(annotations_of(tmp_path / "out", s).read_text())["categories"]}
+        for s in ("train", "val")
+    ]
+    assert tables[1].items() <= tables[0].items()
 
 
 def test_a_cleaned_copy_never_goes_over_something(folder, tmp_path):
@@ -441,3 +480,6 @@ def test_the_script_guards_a_pipeline_and_fixes(folder, tmp_path):
     exif(folder)
     assert run("cleaned", "--strict", "--num_workers", 1)[0] == 0
     assert run(tmp_path / "nowhere")[0] == 2
+    code, output = run(folder, "--report", folder / "report.html")
+    assert code == 2
+    assert "which is only read" in output

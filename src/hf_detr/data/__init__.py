@@ -12,7 +12,7 @@ from .batches import (
 )
 from .collate import DetectionCollator
 from .export import export_coco
-from .find import find_source, find_splits
+from .find import find_source
 from .load import load_detection_dataset
 from .schema import category_ids, detection_features, detection_info, id2label, source_of
 from .shapes import draw_shapes_dataset
@@ -31,7 +31,6 @@ __all__ = [
     "draw_shapes_dataset",
     "export_coco",
     "find_source",
-    "find_splits",
     "id2label",
     "image_sizes",
     "load_detection_dataset",

@@ -8,10 +8,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from transformers.utils import logging
+
 from .source import Box, Photo, Source
 
+logger = logging.get_logger(__name__)
+
 TOLERANCE = 1.0  # pixels by which a box may reach over the edge without a word: rounding
-RELATIVE = 1.0  # the largest value of a box that is taken for relative to the image, if all boxes are like that
+RELATIVE = 1.05  # the largest value of a box that is taken for relative to the image, if
+MOST = 0.98  # of all boxes are like that; the same for boxes that are corners
+FEW = 0.001  # of all boxes: so many that make no sense are left out when loading, with a word, like COCO's own two
 
 KINDS: dict[str, tuple[str, str, str]] = {
     # code: (severity, what it is, what to do)
@@ -60,6 +66,7 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "class-empty": ("warning", "a class has no boxes", "It cannot be learned."),
     "class-rare": ("warning", "a class has few boxes", "Expect little of it, or collect more."),
     "class-only-in-val": ("error", "a class is in validation but not in training", "It cannot be learned."),
+    "boxes-none": ("error", "no image has a box", "Check where the annotations are looked for."),
     "split-empty": ("error", "there are no images", "Check the folder."),
 }
 
@@ -93,19 +100,29 @@ class Finding:
         return f"{self.file}: {self.record}: {self.message}"
 
 
-def quick_checks(source: Source, *, bbox_format: str = "xywh") -> list[Finding]:
-    """All checks of one split that need its records and the headers of its images, which must have been read."""
+def quick_checks(source: Source, *, bbox_format: str | None = None) -> list[Finding]:
+    """All checks of one split that need its records and the headers of its images, which must have been read.
+
+    Args:
+        bbox_format: None also asks whether the boxes are stored in another form than ours; otherwise that is known.
+    """
 
     def find(code: str, record: str, message: str, photo: Photo | None = None, box: Box | None = None) -> Finding:
         return Finding(code, source.split, str(source.file), record, message, photo, box)
 
     findings = [find(code, record, message) for code, record, message in source.stray]
-    if not source.photos:
+    if not source.photos and not findings:
         findings.append(find("split-empty", source.kind, "there are no images"))
+    if source.split == "train" and source.photos and not any(photo.boxes for photo in source.photos):
+        findings.append(find("boxes-none", source.kind, f"{len(source.photos)} images without a single box"))
+    first: dict[int, Photo] = {}
+    for photo in source.photos:
+        if first.setdefault(photo.id, photo) is not photo:
+            findings.append(find("image-id-twice", photo.where, f"has the id of {first[photo.id].where}", photo))
     for name, count in Counter(source.names).items():
         if count > 1:
             findings.append(find("category-name-twice", "categories", f"{count} categories are called {name!r}"))
-    suspicion = _whole_set_is_off(source) if bbox_format == "xywh" else None
+    suspicion = _whole_set_is_off(source) if bbox_format is None else None
     if suspicion is not None:
         findings.append(find(*suspicion))
     for photo in source.photos:
@@ -180,20 +197,43 @@ def _whole_set_is_off(source: Source) -> tuple[str, str, str] | None:
     ]
     if len(boxes) < 5:
         return None
-    if all(max(map(abs, bbox)) <= RELATIVE for _, bbox in boxes):
-        return "box-relative", f"all {len(boxes)} boxes", f"their largest value is {max(max(b) for _, b in boxes):.3f}"
+    if sum(max(map(abs, bbox)) <= RELATIVE for _, bbox in boxes) >= MOST * len(boxes):
+        return "box-relative", f"all {len(boxes)} boxes", f"most values are at most {RELATIVE}"
     over = sum(x + w > width + TOLERANCE or y + h > height + TOLERANCE for (width, height), (x, y, w, h) in boxes)
-    fits_as_corners = all(
+    fit = sum(
         x < right <= width + TOLERANCE and y < bottom <= height + TOLERANCE
         for (width, height), (x, y, right, bottom) in boxes
     )
-    if fits_as_corners and over >= max(3, len(boxes) // 10):
-        message = f"read as [x, y, width, height], {over} of {len(boxes)} reach out of their images; as corners, none"
-        return "box-xyxy", f"all {len(boxes)} boxes", message
+    if fit >= MOST * len(boxes) and over >= max(3, len(boxes) // 10):
+        message = f"read as [x, y, width, height], {over} of {len(boxes)} reach out of their images; as corners, "
+        return "box-xyxy", f"all {len(boxes)} boxes", message + ("none" if fit == len(boxes) else f"{len(boxes) - fit}")
     return None
 
 
-def refuse(findings: list[Finding]) -> None:
+def leave_out_few(source: Source, findings: list[Finding]) -> list[Finding]:
+    """Take boxes that make no sense out of the source if they are fewer than one in a thousand, and say so; returns
+    the other findings."""
+    bad = [f for f in findings if f.code in ("box-empty", "box-outside", "box-not-numbers") and f.box is not None]
+    if not bad or len(bad) > FEW * sum(len(photo.boxes) for photo in source.photos):
+        return findings
+    gone = {id(finding.box) for finding in bad}
+    for photo in source.photos:
+        photo.boxes = [box for box in photo.boxes if id(box) not in gone]
+    logger.warning(
+        f"{source.file}: {len(bad)} boxes are left out. {'; '.join(f'{f.record}: {f.message}' for f in bad[:5])}"
+    )
+    return [finding for finding in findings if finding not in bad]
+
+
+def mention(source: Source, findings: list[Finding]) -> None:
+    """Say in one line of the log what is worth a look."""
+    counts = Counter(KINDS[finding.code][1] for finding in findings if finding.severity == "warning")
+    if counts:
+        listed = "; ".join(f"{count} times: {what}" for what, count in counts.most_common())
+        logger.warning(f"{source.file}: {listed}. examples/check_dataset.py shows where.")
+
+
+def refuse(findings: list[Finding], *, on_disk: bool = True) -> None:
     """Raise a ValueError with the first few of the findings that would break training, by kind, and the fix of each."""
     errors = [finding for finding in findings if finding.severity == "error"]
     if not errors:
@@ -203,7 +243,5 @@ def refuse(findings: list[Finding]) -> None:
         examples = [f for f in errors if f.code == code][:3]
         more = f" (and {count - len(examples)} more)" if count > len(examples) else ""
         lines.append(f"  {'; '.join(f'{f.record}: {f.message}' for f in examples)}{more}. {KINDS[code][2]}")
-    raise ValueError(
-        f"{errors[0].file}: {len(errors)} problems.\n" + "\n".join(lines) + "\n"
-        "`python examples/check_dataset.py FOLDER` shows all of them; with --fix OUT it writes a cleaned copy."
-    )
+    doctor = "\n`python examples/check_dataset.py FOLDER` shows all of them; with --fix OUT it writes a cleaned copy."
+    raise ValueError(f"{errors[0].file}: {len(errors)} problems.\n" + "\n".join(lines) + (doctor if on_disk else ""))

@@ -17,7 +17,8 @@ def find_source(path: str | Path, split: str) -> Source | None:
     Looked for, in this order:
 
     - **COCO**: `annotations/instances_SPLIT*.json`, `SPLIT/_annotations.coco.json` (Roboflow), `SPLIT.json`; a single
-      `.json` file, or a folder with only one, is the split "train".
+      `.json` file, or a folder with only one, is the split "train". Images are looked for beside it and in the usual
+      folders.
     - **YOLO**: a `.yaml` file that names splits (`data.yaml`), with labels in `labels/` beside `images/`.
     - **Pascal VOC**: XML files in `Annotations/` with `ImageSets/Main/SPLIT.txt`, or in `SPLIT/`.
     - **imagefolder**: `SPLIT/metadata.jsonl` or, for "train", `metadata.jsonl`, each line with `file_name` and
@@ -35,8 +36,3 @@ def find_source(path: str | Path, split: str) -> Source | None:
         if source is not None:
             return source
     return None
-
-
-def find_splits(path: str | Path) -> list[str]:
-    """Names of the splits that [`find_source`] finds among train, val and test."""
-    return [split for split in ("train", "val", "test") if find_source(path, split) is not None]

@@ -9,7 +9,8 @@ import datasets
 from datasets import DatasetDict, Image, IterableDataset, concatenate_datasets
 
 from .checks import Finding, quick_checks, refuse
-from .imagefolder import objects_as_records
+from .coco import own_id
+from .imagefolder import OTHER_NAMES, objects_as_records
 from .schema import DetectionDataset, detection_info, set_apart, unique_names
 from .source import Box, Header, Photo, Source, read_header
 
@@ -19,7 +20,7 @@ def load_rows(
     split: str,
     *,
     id2label: dict[int, str] | None,
-    bbox_format: str,
+    bbox_format: str | None,
     validation_share: float,
     seed: int,
     streaming: bool,
@@ -31,17 +32,13 @@ def load_rows(
     names = {"val": ("val", "valid", "validation")}.get(split, (split,))
     name = next((name for name in names if name in loaded), None)
     no_validation = not {"val", "valid", "validation"} & set(loaded)
-    if name is None and split == "val" and "train" in loaded and validation_share:
-        if streaming:
-            raise ValueError(f"{path} has no validation split, and none can be set apart while streaming.")
-        rows = set_apart(loaded["train"], validation_share, seed)["test"]
-    elif name is None:
-        raise FileNotFoundError(f'{path} has no split "{split}", only {sorted(loaded)}.')
-    elif split == "train" and no_validation and validation_share and not streaming:
-        rows = set_apart(loaded["train"], validation_share, seed)["train"]
-    else:
-        rows = loaded[name]
-    return to_schema(rows, f"{path} ({name or 'train'})", id2label=id2label, bbox_format=bbox_format)
+    cut = bool(validation_share) and no_validation and "train" in loaded and split in ("train", "val") and not streaming
+    if name is None and not cut:
+        hint = "; none can be set apart while streaming" if streaming else ""
+        raise FileNotFoundError(f'{path} has no split "{split}", only {sorted(loaded)}{hint}.')
+    part = "train" if cut else str(name)
+    rows = to_schema(loaded[part], f"{path} ({part})", id2label=id2label, bbox_format=bbox_format)
+    return set_apart(rows, validation_share, seed)["train" if split == "train" else "test"] if cut else rows
 
 
 def _open(path: str, streaming: bool, cache_dir: str | Path | None, **kwargs: Any) -> Any:
@@ -56,7 +53,7 @@ def _open(path: str, streaming: bool, cache_dir: str | Path | None, **kwargs: An
 
 
 def to_schema(
-    rows: DetectionDataset, source: str, *, id2label: dict[int, str] | None = None, bbox_format: str = "xywh"
+    rows: DetectionDataset, source: str, *, id2label: dict[int, str] | None = None, bbox_format: str | None = None
 ) -> DetectionDataset:
     """Rows with `image` and `objects` (boxes and categories, as lists or as dicts) to the schema.
 
@@ -86,7 +83,7 @@ def to_schema(
     about = raw.map(
         convert, with_indices=True, remove_columns=rows.column_names, features=_without_image(info.features)
     )
-    refuse(_check(about, given, source, bbox_format))
+    refuse(_check(about, given, source, bbox_format), on_disk=False)
     result = concatenate_datasets([raw.select_columns("image").cast_column("image", Image()), about], axis=1)
     result = result.select_columns(list(info.features))
     result.info.description = info.description
@@ -102,7 +99,7 @@ def _category_feature(rows: DetectionDataset) -> Any:
     if objects is None:
         return None
     inner = getattr(objects, "feature", objects)
-    for name in ("category", "categories", "category_id", "label", "labels"):
+    for name in OTHER_NAMES["category"]:
         if isinstance(inner, dict) and name in inner:
             return getattr(inner[name], "feature", inner[name])
     return None
@@ -128,21 +125,20 @@ def _keys(rows: DetectionDataset, names: list[Any]) -> dict[Any, Any]:
     return dict(enumerate(names)) if isinstance(_category_feature(rows), datasets.ClassLabel) else {n: n for n in names}
 
 
-def _convert(row: dict[str, Any], index: int, class_of: dict[Any, int], bbox_format: str) -> dict[str, Any]:
+def _convert(row: dict[str, Any], index: int, class_of: dict[Any, int], bbox_format: str | None) -> dict[str, Any]:
     records = objects_as_records(row["objects"] or {})
     boxes = [[float(value) for value in record["bbox"]] for record in records]
     if bbox_format == "xyxy":
         boxes = [[x, y, right - x, bottom - y] for x, y, right, bottom in boxes]
     width, height = _size(row["image"])
     name = row.get("file_name") or (row["image"].get("path") if isinstance(row["image"], dict) else None)
-    image_id = row.get("image_id")
     return {
-        "image_id": image_id if isinstance(image_id, int) else index,
+        "image_id": own_id(row.get("image_id"), index),
         "file_name": Path(name).name if name else f"{index}.png",
         "width": width,
         "height": height,
         "objects": {
-            "id": [record.get("id", number) for number, record in enumerate(records)],
+            "id": [own_id(record.get("id"), number) for number, record in enumerate(records)],
             "bbox": boxes,
             "category": [class_of[record["category"]] for record in records],
             "area": [
@@ -161,7 +157,7 @@ def _size(image: Any) -> tuple[int, int]:
     return read_header(BytesIO(image["bytes"]) if image.get("bytes") else Path(image["path"])).size
 
 
-def _check(about: Iterable[dict[str, Any]], names: list[str], source: str, bbox_format: str) -> list[Finding]:
+def _check(about: Iterable[dict[str, Any]], names: list[str], source: str, bbox_format: str | None) -> list[Finding]:
     """The quick checks, on rows that were converted already."""
     photos = []
     for row in about:

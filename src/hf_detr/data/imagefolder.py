@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .coco import own_id
 from .source import Box, Photo, Source, read_text
 
 
@@ -20,7 +21,7 @@ def read_imagefolder(file: Path, split: str) -> Source:
     `categories`), names or class ids, as lists or as a list of dicts; `image_id`, `id`, `area`, `iscrowd` if there."""
     rows: list[tuple[str, dict[str, Any]]] = []
     stray: list[tuple[str, str, str]] = []
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -41,7 +42,7 @@ def read_imagefolder(file: Path, split: str) -> Source:
         name = str(row.get("file_name", ""))
         width, height = row.get("width"), row.get("height")
         size = (width, height) if isinstance(width, int) and isinstance(height, int) else None
-        photo = Photo(file.parent / name, name, row.get("image_id", index), f"{where} ({name})", size)
+        photo = Photo(file.parent / name, name, own_id(row.get("image_id"), index), f"{where} ({name})", size)
         for position, record in enumerate(row["objects"]):
             number += 1
             category = class_of.get(record.get("category"))
@@ -50,7 +51,7 @@ def read_imagefolder(file: Path, split: str) -> Source:
                     f"{where} object {position}",
                     record.get("bbox"),
                     category,
-                    record.get("id", number),
+                    own_id(record.get("id"), number),
                     record.get("area"),
                     int(bool(record.get("iscrowd") or 0)),
                     category_name=record.get("category"),
@@ -60,7 +61,7 @@ def read_imagefolder(file: Path, split: str) -> Source:
     return Source("imagefolder", split, file, names, [int(i) for i in ids], photos, file.parent, stray)
 
 
-_OTHER_NAMES = {
+OTHER_NAMES = {
     "bbox": ("bbox", "bboxes", "box", "boxes"),
     "category": ("category", "categories", "category_id", "category_ids", "label", "labels", "class_labels"),
     "area": ("area", "areas"),
@@ -78,9 +79,9 @@ def objects_as_records(objects: Any) -> list[dict[str, Any]]:
     """
     if isinstance(objects, list):
         return [
-            {key: _pick(record, key) for key in _OTHER_NAMES if _pick(record, key) is not None} for record in objects
+            {key: _pick(record, key) for key in OTHER_NAMES if _pick(record, key) is not None} for record in objects
         ]
-    columns = {key: _pick(objects, key) for key in _OTHER_NAMES if _pick(objects, key) is not None}
+    columns = {key: _pick(objects, key) for key in OTHER_NAMES if _pick(objects, key) is not None}
     if not columns:
         return []
     if "bbox" not in columns or "category" not in columns:
@@ -92,4 +93,4 @@ def objects_as_records(objects: Any) -> list[dict[str, Any]]:
 
 
 def _pick(record: dict[str, Any], key: str) -> Any:
-    return next((record[name] for name in _OTHER_NAMES[key] if record.get(name) is not None), None)
+    return next((record[name] for name in OTHER_NAMES[key] if record.get(name) is not None), None)

@@ -12,11 +12,13 @@ from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 from tqdm.auto import tqdm
 
-from .checks import quick_checks, refuse
+from .checks import leave_out_few, mention, quick_checks, refuse
 from .find import find_source
 from .hub import load_rows
 from .schema import DetectionDataset, detection_info, set_apart, unique_names
-from .source import Source, read_headers
+from .schema import id2label as names_of
+from .source import Source, read_headers, walk_files
+from .yolo import yolo_places
 
 FORMAT_VERSION = 1  # of the cached rows; raised when they change
 
@@ -26,7 +28,7 @@ def load_detection_dataset(
     split: str = "train",
     *,
     id2label: dict[int, str] | None = None,
-    bbox_format: Literal["xywh", "xyxy"] = "xywh",
+    bbox_format: Literal["xywh", "xyxy"] | None = None,
     validation_share: float = 0.15,
     seed: int = 0,
     streaming: bool = False,
@@ -44,8 +46,10 @@ def load_detection_dataset(
         path: folder, annotation file or Hub id.
         split: "train", "val" or "test". Without a validation split, a share of the training split is set apart by
             `seed`; "train" is then the rest. This is said in the log.
-        id2label: names of the classes, if another split or a model gives them; classes are matched to them by name.
-        bbox_format: "xyxy" if boxes are stored as corners. Data that look as if they were are refused otherwise.
+        id2label: names of the classes, if a model gives them; classes are matched to them by name, and others are an
+            error. Without them, all splits have the classes of the training split, and further ones after these.
+        bbox_format: "xyxy" if boxes are stored as corners, "xywh" if they are certainly not. None takes them as they
+            should be, and refuses data that look like corners.
         validation_share: how much is set apart; 0 leaves "train" whole.
         streaming: an `IterableDataset`, which reads as it goes. From the Hub only what is used is fetched, and nothing
             is checked beforehand.
@@ -58,7 +62,8 @@ def load_detection_dataset(
 
     Raises:
         FileNotFoundError: there is nothing at `path`, or no such split.
-        ValueError: the data would break training. The message names the first records, and the fix.
+        ValueError: the data would break training. The message names the first records, and the fix. Less than one box
+            in a thousand without an area, or outside its image, is left out, and said in the log.
     """
     folder = Path(path)
     if not folder.exists() or _is_known_to_datasets(folder):
@@ -68,6 +73,9 @@ def load_detection_dataset(
         )  # fmt: skip
     cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
     reader = _FolderReader(folder, cache, id2label, bbox_format, progress)
+    if id2label is None and split != "train":
+        train = reader.read("train")
+        reader.known = [] if train is None else list(names_of(train).values())
     dataset = reader.read(split)
     if validation_share and split == "val" and dataset is None:
         whole = reader.read("train")
@@ -87,18 +95,20 @@ class _FolderReader:
     """Splits of one folder, each parsed at most once, and from the cache if it has not changed."""
 
     def __init__(
-        self, folder: Path, cache: Path, id2label: dict[int, str] | None, bbox_format: str, progress: bool
+        self, folder: Path, cache: Path, id2label: dict[int, str] | None, bbox_format: str | None, progress: bool
     ) -> None:
         self.folder = folder
         self.cache = cache
         self.id2label = id2label
+        self.known: list[str] = []  # classes of the training split
         self.bbox_format = bbox_format
         self.progress = progress
         self._state = _state_of(folder)
 
     def _note(self, split: str) -> Path:
         """A file beside the cached rows that says what they are, so that the annotations need not be parsed again."""
-        key = [FORMAT_VERSION, str(self.folder.resolve()), split, self.id2label, self.bbox_format, self._state]
+        known = self.known if split != "train" else []
+        key = [FORMAT_VERSION, str(self.folder.resolve()), split, self.id2label, known, self.bbox_format, self._state]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
         return self.cache / "hf_detr" / f"{digest}.json"
 
@@ -126,12 +136,14 @@ class _FolderReader:
         about = {}
         dataset = None
         if source is not None:
-            names, ids, classes = _classes(source, self.id2label)
+            names, ids, classes = _classes(source, self.id2label, self.known if split != "train" else [])
             about = {"names": names, "category_ids": ids, "file": str(source.file)}
             if self.bbox_format == "xyxy":
                 _corners_to_sizes(source)
             read_headers(source.photos, lambda it: self._bar(it, "Reading image headers", len(source.photos)))
-            refuse(quick_checks(source, bbox_format=self.bbox_format))
+            findings = leave_out_few(source, quick_checks(source, bbox_format=self.bbox_format))
+            refuse(findings)
+            mention(source, findings)
             dataset = self._arrow(note.stem, split, (source, classes), about)
         self._write(note, about)
         return dataset
@@ -171,36 +183,46 @@ class _FolderReader:
 
 
 def _is_known_to_datasets(folder: Path) -> bool:
-    """Saved by `save_to_disk`, or a folder of Parquet files."""
+    """Saved by `save_to_disk`, or a folder of Parquet files as on the Hub."""
     marks = ("dataset_dict.json", "state.json")
-    return any((folder / mark).is_file() for mark in marks) or any(folder.rglob("*.parquet"))
+    return any((folder / mark).is_file() for mark in marks) or any(
+        any(place.glob("*.parquet")) for place in (folder, folder / "data")
+    )
 
 
 def _state_of(path: Path) -> str:
     """A digest of the names, sizes and times of all files: what changes when a folder does."""
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    if path.is_file():
-        files += sorted(p for p in path.parent.rglob("*") if p.is_file())
-    for file in files:
-        stat = file.stat()
+    files = [path] if path.is_file() else sorted(walk_files(path))
+    for file in (*files, *yolo_places(path)):
+        try:
+            stat = file.stat()
+        except OSError:  # gone meanwhile, or a label file that an image does not have
+            continue
         digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
-def _classes(source: Source, id2label: dict[int, str] | None) -> tuple[list[str], list[int], dict[int, int]]:
+def _classes(
+    source: Source, id2label: dict[int, str] | None, known: list[str]
+) -> tuple[list[str], list[int], dict[int, int]]:
     """Names and source ids by class id, and from the source's class ids to these.
 
     Raises:
         ValueError: the source has a class that `id2label` does not.
     """
     if id2label is None:
-        return source.names, source.category_ids, {index: index for index in range(len(source.names))}
-    given = [id2label[index] for index in sorted(id2label)]
+        given = [*known, *(name for name in source.names if name not in known)]
+    else:
+        given = [id2label[index] for index in sorted(id2label)]
     unknown = [name for name in source.names if name not in given]
     if unknown:
         raise ValueError(f"{source.file} has a category {unknown[0]!r}, which is none of the classes {given[:20]}.")
+    if given == source.names:
+        return unique_names(given), source.category_ids, {index: index for index in range(len(given))}
     classes = {index: given.index(name) for index, name in enumerate(source.names)}
+    if source.category_ids == list(range(len(source.names))):  # numbers that the reader gave
+        return unique_names(given), list(range(len(given))), classes
     # a class that the source does not have gets an id that it does not use
     ids = {classes[index]: category_id for index, category_id in enumerate(source.category_ids)}
     free = iter(i for i in range(len(given) + len(source.names) + 1) if i not in source.category_ids)

@@ -4,7 +4,8 @@ A reader changes nothing and drops nothing: a record that makes no sense comes t
 to judge. Boxes are [x_min, y_min, width, height] in pixels whatever the format has.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +78,7 @@ class Source:
         names, category_ids: of the classes, by class id.
         image_folder: where images without a record would lie.
         stray: (code, record, message) of what belongs to no image; see `checks`.
+        ambiguous: ids that several image records share, so that it cannot be told whose the boxes are.
     """
 
     kind: str
@@ -87,6 +89,7 @@ class Source:
     photos: list[Photo]
     image_folder: Path
     stray: list[tuple[str, str, str]] = field(default_factory=list)
+    ambiguous: set[int] = field(default_factory=set)
 
 
 def read_header(path: Path | BinaryIO) -> Header:
@@ -117,5 +120,18 @@ def read_text(file: Path) -> str:
         raise ValueError(f"{file} is not UTF-8 text: {error}") from error
 
 
+def walk_files(folder: Path) -> Iterator[Path]:
+    """All files below a folder, those behind links as well, each folder once."""
+    seen: set[Path] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        place = Path(root)
+        real = place.resolve()
+        if real in seen:  # a link in a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (place / name for name in names)
+
+
 def image_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return sorted(path for path in walk_files(folder) if path.suffix.lower() in IMAGE_SUFFIXES)

@@ -17,8 +17,9 @@ def find_voc(path: Path, split: str, names: tuple[str, ...]) -> Source | None:
 def _files_of_split(annotations: Path, lists: Path, split: str, names: tuple[str, ...]) -> list[Path]:
     for name in names:
         if (lists / f"{name}.txt").is_file():
-            lines = read_text(lists / f"{name}.txt").splitlines()
-            return [annotations / f"{line.split()[0]}.xml" for line in lines if line.strip()]
+            lines = [line.strip() for line in read_text(lists / f"{name}.txt").splitlines() if line.strip()]
+            whole = [annotations / f"{line}.xml" for line in lines]  # a name may have spaces, or a flag behind it
+            return [f if f.is_file() else annotations / f"{f.stem.split()[0]}.xml" for f in whole]
         if any((annotations / name).glob("*.xml")):
             return sorted((annotations / name).glob("*.xml"))
     return sorted(annotations.glob("*.xml")) if split == "train" and not lists.is_dir() else []
@@ -33,16 +34,9 @@ def read_voc(files: list[Path], folder: Path, split: str) -> Source:
             roots.append((file, ET.fromstring(file.read_bytes()), ""))
         except (ET.ParseError, OSError) as error:
             roots.append((file, None, str(error)))
-    # one order of the classes for all splits: read them from every file there is
-    everything = {f for f, root, _ in roots if root is not None}
     names = {
         (o.findtext("name") or "").strip() for _, root, _ in roots if root is not None for o in root.iter("object")
     }
-    for file in sorted(set(folder.glob("*.xml")) - everything):
-        try:
-            names |= {(o.findtext("name") or "").strip() for o in ET.fromstring(file.read_bytes()).iter("object")}
-        except ET.ParseError:
-            continue  # reported with its own split
     class_names = sorted(names - {""})
     class_of = {name: index for index, name in enumerate(class_names)}
     photos: list[Photo] = []
@@ -50,13 +44,14 @@ def read_voc(files: list[Path], folder: Path, split: str) -> Source:
     places = [d for d in (folder, folder.parent / "JPEGImages", folder.parent / "images", folder.parent) if d.is_dir()]
     if folder.parent.name in ("Annotations", "annotations"):
         places += [folder.parents[1] / "images" / folder.name, folder.parents[1] / "images", folder.parents[1]]
+    by_stem = [{p.stem: p for p in place.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES} for place in places]
     number = 0
     for index, (file, root, problem) in enumerate(roots):
         if root is None:
             stray.append(("annotation-unreadable", file.name, problem))
             continue
         name = (root.findtext("filename") or "").strip() or f"{file.stem}.jpg"
-        path = _voc_image(name, file.stem, places)
+        path = _voc_image(name, file.stem, places, by_stem)
         first = 1.0 if "VOC2" in (root.findtext("source/database") or "") else 0.0
         photo = Photo(path, path.name, index, f"image {path.name} ({file.name})", _voc_size(root))
         for position, element in enumerate(root.iter("object"), start=1):
@@ -67,14 +62,12 @@ def read_voc(files: list[Path], folder: Path, split: str) -> Source:
     return Source("Pascal VOC", split, folder, class_names, list(range(len(class_names))), photos, image_folder, stray)
 
 
-def _voc_image(name: str, stem: str, places: list[Path]) -> Path:
+def _voc_image(name: str, stem: str, places: list[Path], by_stem: list[dict[str, Path]]) -> Path:
     for place in places:
         if (place / name).is_file():
             return place / name
-        beside = [path for path in place.glob(f"{stem}.*") if path.suffix.lower() in IMAGE_SUFFIXES]
-        if beside:
-            return beside[0]
-    return places[1 if len(places) > 1 else 0] / name
+    found = next((files[stem] for files in by_stem if stem in files), None)
+    return found or places[1 if len(places) > 1 else 0] / name
 
 
 def _voc_size(root: ET.Element) -> tuple[int, int] | None:

@@ -1,13 +1,17 @@
 """Reading YOLO data sets."""
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.utils import logging
 
 from .source import Box, Photo, Source, image_files, read_headers, read_text
+
+logger = logging.get_logger(__name__)
 
 
 def find_yolo(path: Path, split: str, names: tuple[str, ...]) -> Source | None:
@@ -21,29 +25,63 @@ def find_yolo(path: Path, split: str, names: tuple[str, ...]) -> Source | None:
             raise ValueError(f"{file} is not valid YAML: {error}") from error
         if isinstance(content, dict) and "names" in content:
             key = next((name for name in names if content.get(name)), None)
-            return None if key is None else read_yolo(file, content, content[key], split)
+            entries = [] if key is None else content[key] if isinstance(content[key], list) else [content[key]]
+            if not entries:
+                return None
+            if split != "train" and not any(_place_of(file, content, entry) for entry in entries):
+                # Roboflow names splits that it does not write
+                logger.warning_once(f"{file} says that {split} images are in {entries[0]}, which is not there.")
+                return None
+            return read_yolo(file, content, entries, split)
     return None
 
 
-def read_yolo(file: Path, content: dict[str, Any], images: str | list[str], split: str) -> Source:
-    """A split of a YOLO data set: a label file an image, each line `class cx cy w h` in [0, 1], or a polygon
-    `class x1 y1 x2 y2 ...`, of which the surrounding box is taken."""
-    names = content["names"]
-    names = [str(names[key]) for key in sorted(names)] if isinstance(names, dict) else [str(name) for name in names]
+def _place_of(file: Path, content: dict[str, Any], entry: str) -> Path | None:
     root = Path(content.get("path") or "")
     root = root if root.is_absolute() else file.parent / root
+    # Roboflow writes ../train/images relative to a folder that does not exist; what it means is beside the yaml
+    places = [root / entry, file.parent / entry, file.parent / entry.removeprefix("../")]
+    return next((place for place in places if place.exists()), None)
+
+
+def _images_of(place: Path) -> list[Path]:
+    if place.is_dir():
+        return image_files(place)
+    lines = [line.strip() for line in read_text(place).splitlines() if line.strip()]  # a list of images
+    return [path if path.is_absolute() else place.parent / path for path in map(Path, lines)]
+
+
+def yolo_places(folder: Path) -> Iterator[Path]:
+    """Folders and lists outside `folder` that its yaml files name, with the files in them: what must not have changed
+    for the rows in the cache to be right."""
+    for file in [folder] if folder.is_file() else sorted((*folder.glob("*.yaml"), *folder.glob("*.yml"))):
+        try:
+            content = yaml.safe_load(read_text(file))
+        except (yaml.YAMLError, ValueError):
+            continue
+        if not isinstance(content, dict) or "names" not in content:
+            continue
+        for key in ("train", "val", "valid", "validation", "test"):
+            for entry in [content[key]] if isinstance(content.get(key), str) else content.get(key) or []:
+                place = _place_of(file, content, entry)
+                if place is not None:
+                    yield from (path for image in _images_of(place) for path in (image, _label_file(image)))
+
+
+def read_yolo(file: Path, content: dict[str, Any], entries: list[str], split: str) -> Source:
+    """A split of a YOLO data set: a label file an image, each line `class cx cy w h` in [0, 1], or a polygon
+    `class x1 y1 x2 y2 ...`, of which the surrounding box is taken. Key points after a box are left out."""
+    names = content["names"]
+    ids = sorted(names) if isinstance(names, dict) else list(range(len(names)))
+    class_of = {int(key): index for index, key in enumerate(ids)}
+    labels_of = [str(names[key]) for key in ids]
     paths: list[Path] = []
-    for entry in [images] if isinstance(images, str) else images:
-        # Roboflow writes ../train/images relative to a folder that does not exist; what it means is beside the yaml
-        places = [root / entry, file.parent / entry, file.parent / entry.removeprefix("../")]
-        place = next((place for place in places if place.exists()), None)
+    for entry in entries:
+        place = _place_of(file, content, entry)
         if place is None:
             raise ValueError(f"{file}: the {split} images are said to be in {entry}, which is not there.")
-        if place.is_dir():
-            paths += image_files(place)
-        else:  # a list of images
-            lines = [line.strip() for line in read_text(place).splitlines() if line.strip()]
-            paths += [p if p.is_absolute() else place.parent / p for p in map(Path, lines)]
+        paths += _images_of(place)
+    paths = [path.absolute() for path in paths]
     common = _common_folder(paths, file.parent)
     photos = [
         Photo(path, _relative(path, common), number, f"image {_relative(path, common)}")
@@ -52,7 +90,7 @@ def read_yolo(file: Path, content: dict[str, Any], images: str | list[str], spli
     read_headers(photos)
     labels = {photo.file_name: _label_file(photo.path) for photo in photos}
     for photo in photos:
-        photo.boxes = list(_yolo_boxes(labels[photo.file_name], photo, len(names)))
+        photo.boxes = list(_yolo_boxes(labels[photo.file_name], photo, class_of, "kpt_shape" in content))
     number = 0
     for photo in photos:
         for box in photo.boxes:
@@ -65,7 +103,12 @@ def read_yolo(file: Path, content: dict[str, Any], images: str | list[str], spli
         for label in sorted(folder.glob("*.txt"))
         if label not in with_image and label.name != "classes.txt"
     ]
-    return Source("YOLO", split, file, names, list(range(len(names))), photos, common, stray)
+    stray += [
+        ("image-without-record", photo.where, f"there is no label file {labels[photo.file_name]}")
+        for photo in photos
+        if not labels[photo.file_name].is_file()
+    ]
+    return Source("YOLO", split, file, labels_of, [int(key) for key in ids], photos, common, stray)
 
 
 def _label_file(image: Path) -> Path:
@@ -77,7 +120,7 @@ def _label_file(image: Path) -> Path:
     return image.with_suffix(".txt")
 
 
-def _yolo_boxes(label: Path, photo: Photo, num_classes: int) -> Iterator[Box]:
+def _yolo_boxes(label: Path, photo: Photo, class_of: dict[int, int], with_points: bool) -> Iterator[Box]:
     if not label.is_file():
         return
     width, height = photo.header.size if photo.header else (0, 0)
@@ -90,7 +133,8 @@ def _yolo_boxes(label: Path, photo: Photo, num_classes: int) -> Iterator[Box]:
         except ValueError:
             yield Box(where, line.strip(), None, 0, problem=f"is not numbers: {line.strip()[:60]!r}")
             continue
-        category = int(kind) if kind == int(kind) and 0 <= kind < num_classes else None
+        category = class_of.get(int(kind)) if math.isfinite(kind) and kind == int(kind) else None
+        values = values[:4] if with_points else values
         problem = None
         if len(values) == 4:
             cx, cy, w, h = values
@@ -106,13 +150,7 @@ def _yolo_boxes(label: Path, photo: Photo, num_classes: int) -> Iterator[Box]:
 
 
 def _common_folder(paths: list[Path], default: Path) -> Path:
-    if not paths:
-        return default
-    parents = [path.parent for path in paths]
-    common = parents[0]
-    while not all(parent.is_relative_to(common) for parent in parents):
-        common = common.parent
-    return common
+    return Path(os.path.commonpath([path.parent for path in paths])) if paths else default
 
 
 def _relative(path: Path, folder: Path) -> str:

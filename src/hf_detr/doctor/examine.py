@@ -21,7 +21,8 @@ from ..data.source import Box, Photo, Source, image_files, read_headers
 
 THUMB = 16  # pixels a side of what is kept of each image to compare it with others
 MAX_HASH_DISTANCE = 3  # of 64 bits, and
-MAX_THUMB_DISTANCE = 2.0  # of 255 in the mean: two files show the same image
+MAX_THUMB_DISTANCE = 2.0  # of 255 in the mean, and
+MAX_CELL_DISTANCE = 16.0  # in each of its cells: a thing that has moved before a still background is another image
 RARE = 0.02  # of the boxes of the most frequent class
 
 
@@ -66,7 +67,7 @@ def examine(
     feature_stride: int = 32,
     shortest_edge: int = 800,
     longest_edge: int = 1333,
-    bbox_format: str = "xywh",
+    bbox_format: str | None = None,
     num_workers: int | None = None,
     progress: bool = True,
 ) -> Examination:
@@ -179,7 +180,8 @@ def _alike(one: _Look, other: _Look) -> bool:
     if (one.hash ^ other.hash).bit_count() > MAX_HASH_DISTANCE:
         return False
     a, b = (np.frombuffer(look.thumb, dtype=np.uint8).astype(np.float32) for look in (one, other))
-    return float(np.abs(a - b).mean()) <= MAX_THUMB_DISTANCE
+    difference = np.abs(a - b)
+    return float(difference.mean()) <= MAX_THUMB_DISTANCE and float(difference.max()) <= MAX_CELL_DISTANCE
 
 
 # -- the data as a whole ---------------------------------------------------------------------------------------------
@@ -249,16 +251,17 @@ def _without_record(sources: dict[str, Source]) -> Iterator[Finding]:
 
 # -- a cleaned copy --------------------------------------------------------------------------------------------------
 
-_DROP_PHOTO = {"image-missing", "image-unreadable", "image-truncated", "image-size", "image-turned", "image-twice"}
+_DROP_PHOTO = {"image-missing", "image-unreadable", "image-truncated", "image-size", "image-turned", "image-id-twice"}
 _DROP_BOX = {"box-not-numbers", "box-empty", "box-outside", "category-unknown", "box-twice"}
 
 
 def clean(examination: Examination) -> tuple[dict[str, Source], dict[str, int]]:
     """The sources without what cannot be used, and how often each kind of finding was dealt with.
 
-    Left out: images that cannot be read or whose recorded size is not theirs (their boxes cannot be trusted), second
-    copies of an image, training images that are in validation too, and boxes that make no sense. Put right: boxes over
-    the edge (clipped), corners and relative values (converted), wrong areas, ids and equal category names.
+    Left out: images that cannot be read, or whose recorded size or id is not theirs alone (their boxes cannot be
+    trusted), second copies of an image with the same boxes, training images that are in validation too, and boxes that
+    make no sense. Put right: boxes over the edge (clipped), corners and relative values (converted), wrong areas, ids
+    and equal category names.
     """
     done: Counter[str] = Counter()
     by_photo: dict[int, set[str]] = {}
@@ -271,6 +274,11 @@ def clean(examination: Examination) -> tuple[dict[str, Source], dict[str, int]]:
             by_photo.setdefault(id(finding.photo), set()).add(finding.code)
         else:
             whole.setdefault(finding.split, set()).add(finding.code)
+    copies = {
+        id(finding.photo)
+        for finding in examination.findings
+        if finding.code == "image-twice" and finding.photo and finding.twin and _same_boxes(finding.photo, finding.twin)
+    }
     twins = {id(finding.twin) for finding in examination.findings if finding.code == "image-in-both"}
     sources = {}
     for split, source in examination.sources.items():
@@ -279,6 +287,10 @@ def clean(examination: Examination) -> tuple[dict[str, Source], dict[str, int]]:
         photos = []
         for photo in source.photos:
             bad = by_photo.get(id(photo), set()) & _DROP_PHOTO
+            if id(photo) in copies:
+                bad = bad | {"image-twice"}
+            if photo.id in source.ambiguous:
+                bad = bad | {"image-id-twice"}
             if split == "train" and id(photo) in twins:
                 bad = bad | {"image-in-both"}
             done.update(bad)
@@ -287,7 +299,30 @@ def clean(examination: Examination) -> tuple[dict[str, Source], dict[str, int]]:
                 photos.append(replace(photo, boxes=[box for box in boxes if box is not None]))
         done.update(code for code, _, _ in source.stray)
         sources[split] = _with_own_ids(_with_unique_names(replace(source, photos=photos, stray=[])))
-    return sources, dict(done)
+    return _with_one_table(sources), dict(done)
+
+
+def _same_boxes(photo: Photo, twin: Photo) -> bool:
+    """Whether two copies of an image, perhaps of different sizes, are annotated alike, to 2 % of the image."""
+
+    def relative(one: Photo) -> np.ndarray:
+        width, height = one.header.size if one.header else (1, 1)
+        boxes = sorted((box.category or 0, *box.bbox) for box in _good_boxes(one))
+        return np.array(boxes, dtype=float).reshape(-1, 5) / (1, width, height, width, height)
+
+    a, b = relative(photo), relative(twin)
+    return a.shape == b.shape and bool(np.allclose(a, b, atol=0.02))
+
+
+def _with_one_table(sources: dict[str, Source]) -> dict[str, Source]:
+    """The same category ids in all splits, where the source has none of its own and the reader numbered each split."""
+    if all(source.category_ids == list(range(len(source.names))) for source in sources.values()):
+        names = list(dict.fromkeys(name for source in sources.values() for name in source.names))
+        return {
+            split: replace(source, category_ids=[names.index(name) for name in source.names])
+            for split, source in sources.items()
+        }
+    return sources
 
 
 def _clean_box(box: Box, photo: Photo, codes: set[str], frame: set[str], done: Counter[str]) -> Box | None:

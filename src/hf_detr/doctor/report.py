@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
+import PIL.ImageOps
 
 from ..data.checks import KINDS, Finding
 from ..data.source import Source
@@ -119,7 +120,7 @@ def _picture(finding: Finding) -> PIL.Image.Image | None:
     if photo is None:
         return None
     try:
-        image = PIL.Image.open(photo.path).convert("RGB")
+        image = PIL.ImageOps.exif_transpose(PIL.Image.open(photo.path)).convert("RGB")
     except (OSError, SyntaxError, ValueError):
         return None
     scale = 480 / max(image.size)

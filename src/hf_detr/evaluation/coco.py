@@ -292,6 +292,8 @@ def evaluate_detection(
         loader: batches as `DetectionCollator` makes them, on the model's device.
         progress: show a bar.
     """
+    # without DistributedDataParallel around it, which would wait for processes that have no image left
+    model = getattr(model, "module", model)
     was_training = model.training
     model.eval()
     evaluator = CocoEvaluator(dataset)
