@@ -7,6 +7,8 @@ import argparse
 import json
 import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -43,38 +45,47 @@ def draw(folder: Path, count: int) -> None:
     (folder / "train.json").write_text(json.dumps(content))
 
 
-def peak() -> float:
-    """Most memory this process and its largest child have held, in MB."""
-    own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return (own + child) / 1024
+def load(folder: Path) -> None:
+    load_detection_dataset(folder / "data", cache_dir=folder / "cache", progress=False)
+
+
+def doctor(folder: Path) -> None:
+    examine(folder / "data", num_workers=2, progress=False)
+
+
+STEPS = {
+    "nothing but the imports": lambda folder: None,
+    "load, first time (headers checked, Arrow written)": load,
+    "load, from the cache": load,
+    "the doctor (all pixels, 2 workers)": doctor,
+}
+
+
+def run_step(name: str, folder: Path) -> None:
+    """One step in this process; prints seconds and the most memory that this process and its largest worker held."""
+    started = time.perf_counter()
+    STEPS[name](folder)
+    seconds = time.perf_counter() - started
+    own, worker = (resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print(f"| {name} | {seconds:.1f} | {own:.0f} | {f'{worker:.0f}' if worker > 50 else '-'} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.step:
+        run_step(args.step[0], Path(args.step[1]))
+        return
     folder = Path(tempfile.mkdtemp())
     try:
         draw(folder / "data", args.images)
         size = sum(path.stat().st_size for path in (folder / "data").rglob("*")) / 1e6
-        rows = [("at the start", 0.0, peak())]
-
-        def measure(name, work) -> None:
-            started = time.perf_counter()
-            work()
-            rows.append((name, time.perf_counter() - started, peak()))
-
-        def load() -> None:
-            load_detection_dataset(folder / "data", cache_dir=folder / "cache", progress=False)
-
-        measure("load, first time (headers checked, Arrow written)", load)
-        measure("load, from the cache", load)
-        measure("the doctor (all pixels, 2 processes)", lambda: examine(folder / "data", num_workers=2, progress=False))
-        print(
-            f"{args.images} images of 640 x 480, {size:.0f} MB\n\n| step | seconds | peak memory, MB |\n|---|---|---|"
-        )
-        for name, seconds, memory in rows:
-            print(f"| {name} | {seconds:.1f} | {memory:.0f} |")
+        print(f"{args.images} images of 640 x 480, {size:.0f} MB\n", flush=True)
+        print("| step | seconds | peak memory, MB | of the largest worker, MB |\n|---|---|---|---|", flush=True)
+        for name in STEPS:
+            subprocess.run([sys.executable, __file__, "--step", name, str(folder)], check=True)
     finally:
         shutil.rmtree(folder)
 
