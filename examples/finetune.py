@@ -240,8 +240,9 @@ def main() -> None:
 
     # the numbers that count: of the weights as they are saved, in float32, as evaluate.py and the pipeline run them
     best = DetrForDetection.from_pretrained(output_dir).to(accelerator.device)
+    metrics = json.loads((output_dir / "metrics.json").read_text())  # before the evaluation, where processes meet again
     evaluator = evaluate_detection(best, val_loader, val_set, processor, progress=progress)
-    metrics = json.loads((output_dir / "metrics.json").read_text()) | evaluator.compute()
+    metrics |= evaluator.compute()
     if accelerator.is_main_process:
         (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
         compare_with_truth(val_set, evaluator.detections()).save(output_dir / "validation.png")

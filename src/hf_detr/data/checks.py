@@ -222,7 +222,7 @@ def leave_out_few(source: Source, findings: list[Finding]) -> list[Finding]:
     logger.warning(
         f"{source.file}: {len(bad)} boxes are left out. {'; '.join(f'{f.record}: {f.message}' for f in bad[:5])}"
     )
-    return [finding for finding in findings if finding not in bad]
+    return [finding for finding in findings if id(finding.box) not in gone]
 
 
 def mention(source: Source, findings: list[Finding]) -> None:

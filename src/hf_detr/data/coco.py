@@ -99,7 +99,7 @@ def read_coco(file: Path, folder: Path, split: str) -> Source:
                 where,
                 record.get("bbox"),
                 category,
-                record["id"] if isinstance(record.get("id"), int) else number,
+                own_id(record.get("id"), number),
                 float(area) if isinstance(area, (int, float)) else None,
                 int(bool(record.get("iscrowd", 0))),
                 category_name=record.get("category_id"),

@@ -92,7 +92,7 @@ def load_detection_dataset(
 
 
 class _FolderReader:
-    """Splits of one folder, each parsed at most once, and from the cache if it has not changed."""
+    """Splits of one folder; from the cache, without parsing annotations again, while no file of it has changed."""
 
     def __init__(
         self, folder: Path, cache: Path, id2label: dict[int, str] | None, bbox_format: str | None, progress: bool
