@@ -5,13 +5,18 @@
     step 2  backbone                   timm features -> feature_map and its mask
     step 3  position_embedding         where each cell of the feature map lies
     step 4  transformer                encoder and decoder
+            anchors                    the other decoder, whose queries are boxes
     step 5  heads                      class logits and boxes
     step 6  matcher                    which query answers for which object
     step 7  loss                       the set loss
+            class_loss                 its class term, and that of the matching
+            denoising                  further queries that restore spoilt objects, in training
+            dense_supervision          a loss on every cell of the feature map, in training
     step 8  post_processing            boxes in pixels
 
-`modeling_hf_detr` wires steps 2 to 7, `pipeline_hf_detr` all of them for prediction. Importing this package registers
-the classes with transformers' Auto classes and `pipeline("object-detection")`.
+`initialization` has the weights to start from, `modeling_hf_detr` wires steps 2 to 7, `pipeline_hf_detr` all of them
+for prediction. Importing this package registers the classes with transformers' Auto classes and
+`pipeline("object-detection")`.
 """
 
 from typing import Any

@@ -53,6 +53,12 @@ def _plan(name: str, feature_stride: int | None, kwargs: dict[str, Any]) -> tupl
     return kwargs | {"features_only": True, "out_indices": (index,)}, [dict(level) for level in levels[: index + 1]]
 
 
+def feature_strides(name: str) -> list[int]:
+    """The strides in pixels of the feature levels that a timm network has; errors as of [`Backbone`]."""
+    _, levels = _plan(name, None, {})
+    return [int(level["reduction"]) for level in levels]
+
+
 class Backbone(nn.Module):
     """Features of one level of any timm network that supports `features_only=True`.
 

@@ -36,10 +36,38 @@ class DetrConfig(PreTrainedConfig):
         pre_norm: layer norm before each block instead of after it; one more norm then closes the encoder.
         position_embedding_type: `"sine"` or `"learned"`.
         init_xavier_std: gain of the Xavier-uniform initialisation of the transformer's matrices.
+        query_type: `"learned"`, the paper's queries, or `"anchor"`: queries are boxes (x, y, w, h) that start attention
+            at their place, and that every decoder layer moves, `box = sigmoid(head + inverse_sigmoid(anchor))`
+            (DAB-DETR, arXiv 2201.12329; cross-attention scores are content · content + place · place, arXiv
+            2108.06152). Learns many times faster: the right choice wherever training does not start from a plain
+            checkpoint.
+        modulate_attention: with anchors, the sines of x are scaled by `wanted width / w` and those of y by
+            `wanted height / h`, so that attention is as wide and as high as the box (DAB-DETR, equation 6). For
+            objects of very different sizes.
+        query_groups: in training, so many sets of `num_queries` queries that do not see each other, each matched to
+            all objects; the loss is the mean over the sets, and the first one predicts (Group DETR, arXiv 2207.13085).
+            For long trainings with few objects an image. Decoder and matching work as many times. 1 is the paper.
+        denoising_groups: in training, so many spoilt copies of the objects (centres moved, sides scaled, a fifth of the
+            classes changed) as further queries that have to restore them, with the same loss and no matching (DN-DETR,
+            arXiv 2203.01305). Needs anchors. For short trainings, in which the matching has no time to settle. Each
+            copy costs as many decoder queries as an image has objects. 0 is the paper.
+        dense_loss_coefficient: in training, weight of a loss that asks every cell of the feature map, before and after
+            the encoder, for the object in whose middle it lies (after Co-DETR, arXiv 2211.12860; formula:
+            [`~hf_detr.dense_supervision.DenseHead`]). With a backbone from random weights nothing speeds up learning
+            as much. Costs one small head on all cells, twice. 0, the paper, is off; 1 is a good value.
+
+            What each of these adds to a training step is measured in `benchmarks/README.md`.
         auxiliary_loss: each decoder layer gets its own loss when labels are given. Predictions do not depend on it.
         class_cost, bbox_cost, giou_cost: weights of the matching cost.
-        bbox_loss_coefficient, giou_loss_coefficient: weights of the box losses; the class loss has weight 1.
+        bbox_loss_coefficient, giou_loss_coefficient: weights of the box losses.
         eos_coefficient: weight of the no-object class in the class loss.
+        class_loss: `"cross_entropy"`, the paper's, `"focal"`, or `"iou_aware"`, whose scores tell how good the box is
+            (formulas: [`~hf_detr.class_loss.class_loss`]). Costs nothing. The latter two ignore `eos_coefficient`, and
+            want `prior_probability`.
+        class_loss_coefficient: weight of the class loss.
+        prior_probability: an untrained model gives objects this probability (arXiv 1708.02002, section 4.1), so that
+            it does not begin with unlearning: the bias of "no object" is `log(C (1 - p) / p)`, the others 0, for C
+            classes. For the class losses other than the paper's; costs nothing. `None`, the paper, leaves it to chance.
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: a field has the wrong type or an impossible value.
@@ -79,6 +107,12 @@ class DetrConfig(PreTrainedConfig):
     init_xavier_std: float | int = 1.0
     is_encoder_decoder: bool = True
 
+    query_type: str = "learned"
+    modulate_attention: bool = True
+    query_groups: int = 1
+    denoising_groups: int = 0
+    dense_loss_coefficient: float | int = 0
+
     auxiliary_loss: bool = True
     class_cost: float | int = 1
     bbox_cost: float | int = 5
@@ -86,6 +120,9 @@ class DetrConfig(PreTrainedConfig):
     bbox_loss_coefficient: float | int = 5
     giou_loss_coefficient: float | int = 2
     eos_coefficient: float | int = 0.1
+    class_loss: str = "cross_entropy"
+    class_loss_coefficient: float | int = 1
+    prior_probability: float | None = None
 
     @classmethod
     def translate(cls, stored: dict[str, Any]) -> dict[str, Any]:
@@ -134,6 +171,31 @@ class DetrConfig(PreTrainedConfig):
             raise ValueError(
                 f'`position_embedding_type` must be "sine" or "learned", got "{self.position_embedding_type}".'
             )
+
+    def validate_accelerators(self) -> None:
+        for name, known in (
+            ("query_type", ("learned", "anchor")),
+            ("class_loss", ("cross_entropy", "focal", "iou_aware")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+        for name, least in (("query_groups", 1), ("denoising_groups", 0), ("dense_loss_coefficient", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        if self.denoising_groups and self.query_type != "anchor":
+            raise ValueError(
+                '`denoising_groups` needs `query_type="anchor"`: a spoilt box is an anchor to start from, which a '
+                "learned query has no place for."
+            )
+        if self.query_type == "anchor" and self.d_model % 8:
+            raise ValueError(f"`d_model` ({self.d_model}) must be a multiple of 8 for anchors.")
+        if self.query_type == "anchor" and self.position_embedding_type != "sine":
+            raise ValueError(
+                "Anchors are compared with the image's places by their sines: `position_embedding_type` must be "
+                '"sine".'
+            )
+        if self.prior_probability is not None and not 0 < self.prior_probability < 1:
+            raise ValueError(f"`prior_probability` must be between 0 and 1, got {self.prior_probability}.")
 
     def validate_costs(self) -> None:
         costs = (self.class_cost, self.bbox_cost, self.giou_cost)

@@ -1,30 +1,50 @@
 """Step 5: what each query says: a class, and a box. The same two heads serve every decoder layer."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 
-class BoxHead(nn.Module):
-    """Three linear layers with ReLU between (paper, section 3.2, "prediction feed-forward networks")."""
+def inverse_sigmoid(values: Tensor, eps: float = 1e-5) -> Tensor:
+    """log(x / (1 - x)) of numbers in [0, 1], kept finite by staying `eps` away from both ends."""
+    values = values.clamp(eps, 1 - eps)
+    return (values / (1 - values)).log()
 
-    def __init__(self, d_model: int, num_layers: int = 3) -> None:
+
+class MLP(nn.Module):
+    """Linear layers of the given widths (input first) with ReLU between."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
-        widths = [d_model] * num_layers + [4]
         self.layers = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(widths))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., widths[0]) to (..., widths[-1])"""
+        for layer in self.layers[:-1]:
+            hidden_states = layer(hidden_states).relu()
+        return self.layers[-1](hidden_states)
+
+
+class BoxHead(MLP):
+    """Three linear layers with ReLU between (paper, section 3.2, "prediction feed-forward networks")."""
+
+    def __init__(self, d_model: int, num_layers: int = 3) -> None:
+        super().__init__([d_model] * num_layers + [4])
+
+    def forward(self, hidden_states: Tensor, anchors: Tensor | None = None) -> Tensor:
         """(..., d_model) to boxes (..., 4): cxcywh in [0, 1] of the image without its padding.
+
+        With `anchors` (..., 4), boxes in the same frame, the head says what to change: sigmoid(head +
+        inverse_sigmoid(anchor)).
 
         Runs in the precision of its weights whatever the autocast: bfloat16 knows 256 places between 0.5 and 1, steps
         of 3 pixels in an image of 800.
         """
         with torch.autocast(hidden_states.device.type, enabled=False):
-            hidden_states = hidden_states.to(next(self.parameters()).dtype)
-            for layer in self.layers[:-1]:
-                hidden_states = layer(hidden_states).relu()
-            return self.layers[-1](hidden_states).sigmoid()
+            offsets = super().forward(hidden_states.to(next(self.parameters()).dtype))
+            return (offsets if anchors is None else offsets + inverse_sigmoid(anchors)).sigmoid()
 
 
 def build_class_head(d_model: int, num_labels: int) -> nn.Linear:

@@ -6,7 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .boxes import cxcywh_to_xyxy, giou
+from .boxes import cxcywh_to_xyxy, giou, iou
+from .class_loss import class_loss as judge_classes
+from .denoising import DenoisingQueries
 from .matcher import hungarian_matching
 
 BOX_TOLERANCE = 1e-5  # rounding of float32 divisions by the image size
@@ -76,13 +78,13 @@ def _where(labels: list[dict[str, Any]], image: int) -> str:
     return f"Image {image} of the batch" + ("" if image_id is None else f" (image_id {image_id})")
 
 
-def average_over_processes(count: int, device: torch.device) -> Tensor:
-    """Number of boxes in the batch, averaged over processes, at least 1, as a scalar on `device`.
+def average_over_processes(count: int | Tensor, device: torch.device) -> Tensor:
+    """Number of boxes (or cells) in the batch, averaged over processes, at least 1, as a scalar on `device`.
 
     Gradients are averaged over processes too, so that together they give the loss of the whole global batch divided
     by all of its boxes. No transfer to the host.
     """
-    boxes = torch.tensor(float(count), device=device)
+    boxes = torch.as_tensor(count, dtype=torch.float32, device=device).clone()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(boxes)
         boxes = boxes / dist.get_world_size()
@@ -97,38 +99,53 @@ def set_loss(
     class_cost: float = 1.0,
     bbox_cost: float = 5.0,
     giou_cost: float = 2.0,
+    class_loss_coefficient: float = 1.0,
     bbox_loss_coefficient: float = 5.0,
     giou_loss_coefficient: float = 2.0,
     eos_coefficient: float = 0.1,
+    class_loss: str = "cross_entropy",
+    query_groups: int = 1,
+    denoised: tuple[Tensor, Tensor, DenoisingQueries] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of DETR (paper, section 3.1), for all decoder layers together.
 
-    Each layer is matched on its own (see `hungarian_matching`). Per layer, with `w = eos_coefficient` for queries whose
-    target is "no object" and 1 for the others:
+    Each layer is matched on its own (see `hungarian_matching`). Per layer:
 
-        loss_ce   = sum(w · cross_entropy) / sum(w)                over all queries of the batch
+        loss_ce   = class loss over all queries of the batch       see `class_loss.class_loss`; the paper's is
+                    sum(w · cross_entropy) / sum(w), w = eos_coefficient for "no object" and 1 for the others
         loss_bbox = sum(|box - object|_1) / boxes                  over matched pairs
         loss_giou = sum(1 - GIoU(box, object)) / boxes             over matched pairs
-        loss     += loss_ce + bbox_loss_coefficient · loss_bbox + giou_loss_coefficient · loss_giou
+        loss     += class_loss_coefficient · loss_ce + bbox_loss_coefficient · loss_bbox
+                    + giou_loss_coefficient · loss_giou
 
-    `boxes` is the number of objects in the batch, averaged over processes once, at least 1.
+    `boxes` is the number of objects in the batch, averaged over processes once, at least 1. With query groups each
+    group is matched and judged like this, and terms are means over groups. Denoising queries add the same terms, with
+    the objects they were made from in place of a matching, and `boxes` times the number of copies.
 
     Args:
-        logits: (L, B, Q, num_labels+1) of L decoder layers, the last one last; computed in float32 or wider.
-        pred_boxes: (L, B, Q, 4) cxcywh in [0, 1] of the image without its padding.
+        logits: (L, B, query_groups * Q, num_labels+1) of L decoder layers, the last one last; computed in float32 or
+            wider.
+        pred_boxes: (L, B, query_groups * Q, 4) cxcywh in [0, 1] of the image without its padding.
         labels: one dict an image with `class_labels` (N,) and `boxes` (N, 4), on any device; see `check_labels`.
+        denoised: logits (L, B, T, num_labels+1) and boxes (L, B, T, 4) of denoising queries, and what they are.
 
     Returns:
-        the weighted sum over layers, and the unweighted terms by name: `loss_ce`, `loss_bbox`, `loss_giou` and
-        `cardinality_error` (for logging: mean |queries that are not "no object" - objects|) of the last layer, and
-        the same with `_0`, `_1`, ... of the earlier ones. The terms carry gradients; `cardinality_error` does not.
+        the weighted sum over layers, and the unweighted terms by name: `loss_ce`, `loss_bbox`, `loss_giou` and, for
+        logging, `cardinality_error` (mean |queries that are not "no object" - objects|) of the last layer, the same
+        with `_0`, `_1`, ... of the earlier ones, and the losses with `_denoising` of the denoising queries. Losses
+        carry gradients; `cardinality_error` does not.
 
     Raises:
         FloatingPointError: a prediction is NaN or infinite.
     """
-    logits, pred_boxes = (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in (logits, pred_boxes))
-    layers, _, _, classes = logits.shape
-    device = logits.device
+    logits, pred_boxes = (_widen(t) for t in (logits, pred_boxes))
+    layers = len(logits)
+    # (L, B, G·Q, ...) to (L·G, B, Q, ...): to the matching a group is one more prediction, like a layer
+    logits, pred_boxes = (
+        t.unflatten(2, (query_groups, -1)).movedim(2, 1).flatten(0, 1) if query_groups > 1 else t
+        for t in (logits, pred_boxes)
+    )
+    device, no_object = logits.device, logits.shape[-1] - 1
     counts = [len(label["class_labels"]) for label in labels]
     class_labels = torch.cat([label["class_labels"] for label in labels]).to(device, torch.int64)
     boxes = torch.cat([label["boxes"] for label in labels]).to(device, pred_boxes.dtype)
@@ -141,33 +158,74 @@ def set_loss(
         class_cost=class_cost,
         bbox_cost=bbox_cost,
         giou_cost=giou_cost,
+        class_loss=class_loss,
     )
-    layer = torch.arange(layers, device=device)[:, None]  # (L, 1) beside image (M,) and query (L, M)
+    layer = torch.arange(len(logits), device=device)[:, None]  # (L, 1) beside image (M,) and query (L, M)
     num_boxes = average_over_processes(sum(counts), device)
 
-    no_object = classes - 1
     target_classes = torch.full(logits.shape[:3], no_object, dtype=torch.int64, device=device)
     target_classes[layer, image, query] = class_labels[target]
-    log_likelihood = logits.log_softmax(-1).gather(-1, target_classes[..., None])[..., 0]  # (L, B, Q)
-    weight = torch.where(target_classes == no_object, eos_coefficient, 1.0).to(logits.dtype)
-    loss_ce = -(weight * log_likelihood).sum((1, 2)) / weight.sum((1, 2))
-
-    matched, objects = pred_boxes[layer, image, query], boxes[target]  # (L, M, 4)
-    loss_bbox = (matched - objects).abs().sum((1, 2)) / num_boxes
-    loss_giou = (1 - giou(cxcywh_to_xyxy(matched), cxcywh_to_xyxy(objects))).sum(1) / num_boxes
-
+    matched, objects = cxcywh_to_xyxy(pred_boxes[layer, image, query]), cxcywh_to_xyxy(boxes[target])  # (L, M, 4)
     with torch.no_grad():
+        quality = torch.zeros_like(target_classes, dtype=logits.dtype)
+        quality[layer, image, query] = iou(matched, objects)
         found = (logits.argmax(-1) != no_object).sum(2)  # (L, B)
-        cardinality_error = (found - torch.tensor(counts, device=device)).abs().to(logits.dtype).mean(1)
-
-    loss = (loss_ce + bbox_loss_coefficient * loss_bbox + giou_loss_coefficient * loss_giou).sum()
     terms = {
-        "loss_ce": loss_ce,
-        "loss_bbox": loss_bbox,
-        "loss_giou": loss_giou,
-        "cardinality_error": cardinality_error,
+        "loss_ce": judge_classes(
+            class_loss, logits, target_classes, quality, num_boxes, eos_coefficient=eos_coefficient
+        ),
+        "loss_bbox": (pred_boxes[layer, image, query] - boxes[target]).abs().sum((1, 2)) / num_boxes,
+        "loss_giou": (1 - giou(matched, objects)).sum(1) / num_boxes,
+        "cardinality_error": (found - torch.tensor(counts, device=device)).abs().to(logits.dtype).mean(1),
     }
+    loss_dict = _by_layer({name: values.unflatten(0, (layers, -1)).mean(1) for name, values in terms.items()})
+    if denoised is not None:
+        of_denoising = _denoising_terms(*denoised, class_loss, num_boxes)
+        loss_dict |= {f"{name}_denoising": value for name, value in _by_layer(of_denoising).items()}
+    coefficients = {
+        "loss_ce": class_loss_coefficient,
+        "loss_bbox": bbox_loss_coefficient,
+        "loss_giou": giou_loss_coefficient,
+    }
+    weighted = [
+        coefficient * value
+        for term, coefficient in coefficients.items()
+        for name, value in loss_dict.items()
+        if name.startswith(term)
+    ]
+    return torch.stack(weighted).sum(), loss_dict
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _by_layer(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Terms (L,) to scalars: the last layer's by the plain name, the earlier ones' with `_0`, `_1`, ..."""
     loss_dict = {name: values[-1] for name, values in terms.items()}
-    for index in range(layers - 1):
+    for index in range(len(terms["loss_ce"]) - 1):
         loss_dict |= {f"{name}_{index}": values[index] for name, values in terms.items()}
-    return loss, loss_dict
+    return loss_dict
+
+
+def _denoising_terms(
+    logits: Tensor, pred_boxes: Tensor, queries: DenoisingQueries, class_loss: str, num_boxes: Tensor
+) -> dict[str, Tensor]:
+    """Each term of the loss, (L,), for queries that know their object."""
+    logits, pred_boxes = _widen(logits), _widen(pred_boxes)
+    valid, objects = queries.valid, queries.target_boxes.to(pred_boxes.dtype)
+    num_boxes = num_boxes * queries.copies
+    a, b = cxcywh_to_xyxy(pred_boxes), cxcywh_to_xyxy(objects)
+    return {
+        "loss_ce": judge_classes(
+            class_loss,
+            logits,
+            queries.target_classes.expand(logits.shape[:3]),
+            iou(a, b).detach(),
+            num_boxes,
+            eos_coefficient=1.0,
+            valid=valid,
+        ),
+        "loss_bbox": ((pred_boxes - objects).abs().sum(-1) * valid).sum((1, 2)) / num_boxes,
+        "loss_giou": ((1 - giou(a, b)) * valid).sum((1, 2)) / num_boxes,
+    }

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.utils import is_scipy_available
 
 from .boxes import cxcywh_to_xyxy, giou
+from .class_loss import class_matching_cost
 
 if is_scipy_available():
     from scipy.optimize import linear_sum_assignment
@@ -23,11 +24,13 @@ def matching_costs(
     class_cost: float,
     bbox_cost: float,
     giou_cost: float,
+    class_loss: str = "cross_entropy",
 ) -> Tensor:
     """Cost of every query of an image for every object *of that image* (paper, section 3.1 and A.2).
 
     `cost = class_cost · (-p[class]) + bbox_cost · |box - object|_1 + giou_cost · (-GIoU)`. The paper's class term is
-    `1 - p`; the constant 1 does not change the matching.
+    `1 - p`; the constant 1 does not change the matching. Other class losses have class terms of their own
+    ([`~hf_detr.class_loss.class_matching_cost`]).
 
     Args:
         logits: (L, B, Q, num_labels+1) of L decoder layers; `pred_boxes` (L, B, Q, 4) cxcywh in [0, 1].
@@ -42,7 +45,7 @@ def matching_costs(
     objects = boxes[:, None]  # (T, 1, 4)
     distance = (predicted - objects).abs().sum(-1)
     overlap = giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(objects))
-    return bbox_cost * distance - class_cost * probabilities - giou_cost * overlap
+    return class_cost * class_matching_cost(class_loss, probabilities) + bbox_cost * distance - giou_cost * overlap
 
 
 @torch.no_grad()
@@ -56,6 +59,7 @@ def hungarian_matching(
     class_cost: float = 1.0,
     bbox_cost: float = 5.0,
     giou_cost: float = 2.0,
+    class_loss: str = "cross_entropy",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Optimal one-to-one matching of queries to objects for all decoder layers and images of a batch.
 
@@ -89,6 +93,7 @@ def hungarian_matching(
         class_cost=class_cost,
         bbox_cost=bbox_cost,
         giou_cost=giou_cost,
+        class_loss=class_loss,
     )
     finite = logits.isfinite().all() & pred_boxes.isfinite().all()
     on_host = torch.cat((costs.flatten(), finite.to(costs.dtype)[None])).cpu().numpy()

@@ -1,7 +1,5 @@
 """`DetrModel` and `DetrForDetection`: steps 2 to 7 wired together, as in figure 2 of the paper."""
 
-import re
-from collections import Counter
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,40 +8,19 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 
+from .anchors import AnchorDecoder
 from .backbone import Backbone
 from .configuration_hf_detr import DetrConfig
+from .denoising import DenoisingQueries, denoising_queries, group_mask
+from .dense_supervision import CELL_PRIOR, DenseHead, cell_centers, dense_loss
 from .heads import BoxHead, build_class_head
+from .initialization import init_as_torch, init_class_head, init_mlp, init_queries, init_transformer
 from .loss import check_labels, set_loss
 from .outputs import DetrDetectionOutput, DetrModelOutput
 from .position_embedding import LearnedPositionEmbedding, build_position_embedding
-from .pretrained import DetrPreTrainedModel, fit_rows
-from .transformer import Decoder, Encoder, FeedForward, MultiHeadAttention
-
-
-def _init_as_torch(layer: nn.Linear | nn.Conv2d) -> None:
-    """PyTorch's default for linear layers and convolutions; leaves alone what a checkpoint filled."""
-    bound = layer.weight[0].numel() ** -0.5
-    init.uniform_(layer.weight, -bound, bound)
-    init.uniform_(layer.bias, -bound, bound)
-
-
-def _init_transformer(stack: Encoder | Decoder, gain: float) -> None:
-    """Xavier-uniform matrices as in the paper's code, where query, key and value form one (3d, d) matrix: its bound is
-    the square root of 1/2 of the one for a (d, d) matrix. Attention biases are 0, those of feed-forward PyTorch's."""
-    for module in stack.modules():
-        if isinstance(module, MultiHeadAttention):
-            for projection in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
-                fused = projection is not module.o_proj
-                init.xavier_uniform_(projection.weight, gain=gain * (0.5**0.5 if fused else 1.0))
-                init.zeros_(projection.bias)
-        elif isinstance(module, FeedForward):
-            for layer in (module.fc1, module.fc2):
-                init.xavier_uniform_(layer.weight, gain=gain)
-                bound = layer.in_features**-0.5
-                init.uniform_(layer.bias, -bound, bound)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
+from .pretrained import DetrPreTrainedModel
+from .resizing import resize_class_head, resize_queries
+from .transformer import Decoder, Encoder
 
 
 class DetrModel(DetrPreTrainedModel):
@@ -60,10 +37,20 @@ class DetrModel(DetrPreTrainedModel):
             frozen_stages=config.frozen_stages,
             kwargs=config.backbone_kwargs,
         )
-        self.position_embedding = build_position_embedding(config.position_embedding_type, config.d_model)
+        anchors = config.query_type == "anchor"
+        self.position_embedding = build_position_embedding(
+            "anchor" if anchors else config.position_embedding_type, config.d_model
+        )
         self.input_projection = nn.Conv2d(self.backbone.channels, config.d_model, kernel_size=1)
-        self.query_position_embeddings = nn.Embedding(config.num_queries, config.d_model)
-        layer = {
+        # learned queries are position embeddings; anchors are inverse_sigmoid(cxcywh)
+        query_width = 4 if anchors else config.d_model
+        self.query_position_embeddings = nn.Embedding(config.num_queries, query_width)
+        self.further_query_groups = (
+            nn.Embedding((config.query_groups - 1) * config.num_queries, query_width)
+            if config.query_groups > 1
+            else None
+        )
+        layer: dict[str, Any] = {
             "dropout": config.dropout,
             "attention_dropout": config.attention_dropout,
             "activation_dropout": config.activation_dropout,
@@ -73,8 +60,11 @@ class DetrModel(DetrPreTrainedModel):
         self.encoder = Encoder(
             config.encoder_layers, config.d_model, config.encoder_attention_heads, config.encoder_ffn_dim, **layer
         )
-        self.decoder = Decoder(
-            config.decoder_layers, config.d_model, config.decoder_attention_heads, config.decoder_ffn_dim, **layer
+        decoder = (config.decoder_layers, config.d_model, config.decoder_attention_heads, config.decoder_ffn_dim)
+        self.decoder = (
+            AnchorDecoder(*decoder, modulate_attention=config.modulate_attention, **layer)
+            if anchors
+            else Decoder(*decoder, **layer)
         )
         self.post_init()
 
@@ -86,26 +76,22 @@ class DetrModel(DetrPreTrainedModel):
             return
         self.backbone.reset_parameters()
         self.backbone.freeze()
-        _init_as_torch(self.input_projection)
-        init.normal_(self.query_position_embeddings.weight)
+        init_as_torch(self.input_projection)
+        anchors = self.config.query_type == "anchor"
+        init_queries(self.query_position_embeddings, anchors)
+        if self.further_query_groups is not None:
+            init_queries(self.further_query_groups, anchors, first=self.config.num_queries)
         if isinstance(self.position_embedding, LearnedPositionEmbedding):
             init.uniform_(self.position_embedding.row_embeddings.weight)
             init.uniform_(self.position_embedding.column_embeddings.weight)
         for stack in (self.encoder, self.decoder):
-            _init_transformer(stack, self.config.init_xavier_std)
+            init_transformer(stack, self.config.init_xavier_std)
         self._is_hf_initialized = True
 
-    @torch.no_grad()
     def resize_queries(self, num_queries: int) -> str:
-        """Change the number of object queries, in place: the first ones keep their weights, further ones are drawn
-        from N(0, 1) as in a new model. Returns one sentence that says what was done."""
-        old = self.query_position_embeddings
-        kept = {row: row for row in range(min(num_queries, old.num_embeddings))}
-        new = nn.Embedding(num_queries, old.embedding_dim)
-        self.query_position_embeddings = fit_rows(new, old, kept)
-        before, self.config.num_queries = self.config.num_queries, num_queries
-        rest = f"{num_queries - len(kept)} new ones start at random" if num_queries > before else "the rest is dropped"
-        return f"Object queries: {before} to {num_queries}, the first {len(kept)} keep their weights, {rest}."
+        """Change the number of object queries, in place: the first ones keep their weights, further ones are as in a
+        new model. The same in every further query group. Returns one sentence that says what was done."""
+        return resize_queries(self, num_queries)
 
     def forward(
         self,
@@ -114,6 +100,7 @@ class DetrModel(DetrPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        denoising: tuple[DenoisingQueries, Tensor] | None = None,
     ) -> DetrModelOutput | tuple[Any, ...]:
         """Args:
             pixel_values: (B, 3, H, W), normalised, padded at the bottom and the right.
@@ -123,6 +110,9 @@ class DetrModel(DetrPreTrainedModel):
                 implementation that has them.
             output_hidden_states: also return every layer's hidden states.
             return_dict: `False` returns a plain tuple.
+            denoising: in training, T further queries and their content (B, T, d); they come after all others.
+
+        In training mode hidden states are of `query_groups` times `num_queries` queries, the first group first.
 
         Raises:
             ValueError: `pixel_values` is not (B, num_channels, H, W), or `pixel_mask` does not fit it.
@@ -138,23 +128,37 @@ class DetrModel(DetrPreTrainedModel):
         features = self.input_projection(feature_map).flatten(2).transpose(1, 2)  # (B, hw, d)
         positions = self.position_embedding(height, width, mask, features.device).to(features.dtype)
 
+        dense = self.training and bool(config.dense_loss_coefficient)
         attention = "eager" if output_attentions else config._attn_implementation
         encoder_states, encoder_attentions = self.encoder(
             features, positions, self._attention_mask(mask, features, features, attention), attention
         )
         memory = encoder_states[-1]
-        queries = self.query_position_embeddings.weight
-        decoder_states, intermediate, decoder_attentions, cross_attentions = self.decoder(
-            queries,
-            memory,
-            positions,
-            self._attention_mask(mask, memory.new_empty(len(memory), *queries.shape), memory, attention),
-            attention,
-        )
+        queries, query_mask = self._queries(denoising)
+        if isinstance(self.decoder, AnchorDecoder) and attention != "eager":
+            attention = "sdpa"
+        cross_mask = self._attention_mask(mask, memory.new_empty(len(memory), len(queries), 1), memory, attention)
+        boxes = None
+        if isinstance(self.decoder, AnchorDecoder):
+            anchors = queries.float().sigmoid().expand(len(memory), -1, -1)
+            content = memory.new_zeros(*anchors.shape[:2], config.d_model)
+            if denoising is not None:
+                anchors = torch.cat((anchors, denoising[0].anchors), dim=1)
+                content = torch.cat((content, denoising[1].to(content.dtype)), dim=1)
+            decoder_states, intermediate, boxes, decoder_attentions, cross_attentions = self.decoder(
+                content, anchors, memory, positions, query_mask, cross_mask, attention
+            )
+        else:
+            decoder_states, intermediate, decoder_attentions, cross_attentions = self.decoder(
+                queries, memory, positions, query_mask, cross_mask, attention
+            )
         output = DetrModelOutput(
             last_hidden_state=decoder_states[-1],
             encoder_last_hidden_state=memory,
             intermediate_hidden_states=intermediate if config.auxiliary_loss else None,
+            intermediate_boxes=boxes,
+            encoder_input=features if dense else None,
+            cell_centers=cell_centers(height, width, mask, features.device) if dense else None,
             decoder_hidden_states=decoder_states if output_hidden_states else None,
             decoder_attentions=decoder_attentions if output_attentions else None,
             cross_attentions=cross_attentions if output_attentions else None,
@@ -162,6 +166,21 @@ class DetrModel(DetrPreTrainedModel):
             encoder_attentions=encoder_attentions if output_attentions else None,
         )
         return output if return_dict else output.to_tuple()
+
+    def _queries(self, denoising: tuple[DenoisingQueries, Tensor] | None) -> tuple[Tensor, Tensor | None]:
+        """All queries but denoising ones, (Q, d) or (Q, 4), and the mask among all, (1 or B, 1, T, T) or None."""
+        queries = self.query_position_embeddings.weight
+        group = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+        if self.training and self.further_query_groups is not None:
+            queries = torch.cat((queries, self.further_query_groups.weight))
+            group = torch.arange(len(queries), device=queries.device) // self.config.num_queries
+        if denoising is None:
+            return queries, None if len(queries) == self.config.num_queries else group_mask(group, None)
+        extra = denoising[0]
+        ordinary = torch.ones(len(extra.valid), len(queries), dtype=torch.bool, device=queries.device)
+        return queries, group_mask(
+            torch.cat((group, extra.group + self.config.query_groups)), torch.cat((ordinary, extra.valid), dim=1)
+        )
 
     def _attention_mask(self, mask: Tensor | None, queries: Tensor, keys: Tensor, attention: str | None) -> Any:
         """(B, h, w) to what the attention implementation wants; None where nothing is padded."""
@@ -185,7 +204,11 @@ class DetrForDetection(DetrPreTrainedModel):
         super().__init__(config)
         self.model = DetrModel(config)
         self.class_labels_classifier = build_class_head(config.d_model, config.num_labels)
-        self.bbox_predictor = BoxHead(config.d_model)
+        # with anchors it is part of the decoder, which moves the anchors with it
+        self.bbox_predictor = BoxHead(config.d_model) if config.query_type == "learned" else None
+        # in training only
+        self.denoising_content = nn.Embedding(config.num_labels, config.d_model) if config.denoising_groups else None
+        self.dense_head = DenseHead(config.d_model, config.num_labels) if config.dense_loss_coefficient else None
         self.post_init()
 
     @torch.no_grad()
@@ -194,8 +217,14 @@ class DetrForDetection(DetrPreTrainedModel):
         if getattr(self, "_is_hf_initialized", False):
             return
         self.model.initialize_weights()
-        for layer in (self.class_labels_classifier, *self.bbox_predictor.layers):
-            _init_as_torch(layer)
+        init_class_head(self.class_labels_classifier, self.config.prior_probability)
+        if self.bbox_predictor is not None:
+            init_mlp(self.bbox_predictor)
+        if self.dense_head is not None:
+            init_class_head(self.dense_head.class_labels_classifier, CELL_PRIOR)
+            init_mlp(self.dense_head.bbox_predictor)
+        if self.denoising_content is not None:
+            init.normal_(self.denoising_content.weight)
         self._is_hf_initialized = True
 
     @classmethod
@@ -217,7 +246,6 @@ class DetrForDetection(DetrPreTrainedModel):
         """See [`DetrModel.resize_queries`]."""
         return self.model.resize_queries(num_queries)
 
-    @torch.no_grad()
     def resize_class_head(self, id2label: dict[int, str]) -> str:
         """Predict these classes from now on, in place. A class that the model knows by name keeps its weights, and so
         does "no object"; the others start at random. Names that say nothing (`LABEL_0`, or one that occurs twice, as
@@ -226,21 +254,7 @@ class DetrForDetection(DetrPreTrainedModel):
         Returns:
             one sentence that says what was done.
         """
-        old_names, old = self.config.id2label, self.class_labels_classifier
-        count = Counter(old_names.values())
-        row_of = {n: row for row, n in old_names.items() if count[n] == 1 and not re.fullmatch(r"LABEL_\d+", n)}
-        kept = {row: row_of[name] for row, name in id2label.items() if name in row_of}
-        no_object = {len(id2label): len(old_names)}
-        new = build_class_head(old.in_features, len(id2label))
-        self.class_labels_classifier = fit_rows(new, old, kept | no_object)
-        self.config.id2label = dict(id2label)
-        self.config.label2id = {name: row for row, name in id2label.items()}
-        fresh = [name for row, name in id2label.items() if row not in kept]
-        some = f" ({', '.join(fresh[:5])}{', ...' if len(fresh) > 5 else ''})" if fresh else ""
-        return (
-            f"Class head: {len(old_names)} to {len(id2label)} classes, {len(kept)} keep their weights by name, "
-            f"{len(fresh)} start at random{some}, {len(old_names) - len(kept)} are dropped."
-        )
+        return resize_class_head(self, id2label)
 
     def forward(
         self,
@@ -260,42 +274,52 @@ class DetrForDetection(DetrPreTrainedModel):
             ValueError: labels that do not fit, before anything is computed (see `hf_detr.loss.check_labels`).
             FloatingPointError: with labels, a prediction is NaN or infinite.
         """
-        return_dict = self.config.return_dict if return_dict is None else return_dict
+        config = self.config
+        return_dict = config.return_dict if return_dict is None else return_dict
         if labels is not None:
-            check_labels(labels, self.config.num_labels, len(pixel_values))
+            check_labels(labels, config.num_labels, len(pixel_values))
+        extra = denoising = None
+        if labels is not None and self.training and self.denoising_content is not None:
+            extra = denoising_queries(labels, config.num_labels, config.denoising_groups, pixel_values.device)
+            denoising = (extra, self.denoising_content(extra.class_labels))
         outputs = self.model(
             pixel_values,
             pixel_mask,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            denoising=denoising,
         )
         states = dict(outputs)
         intermediate = states.pop("intermediate_hidden_states", None)  # (L, B, Q, d), the last layer last
+        pred_boxes = states.pop("intermediate_boxes", None)  # (L, B, Q, 4)
+        encoder_input, centers = states.pop("encoder_input", None), states.pop("cell_centers", None)
         if labels is None or intermediate is None:
             intermediate = outputs.last_hidden_state[None]
+            pred_boxes = None if pred_boxes is None else pred_boxes[-1:]
         logits = self.class_labels_classifier(intermediate)  # (L, B, Q, num_labels+1)
-        pred_boxes = self.bbox_predictor(intermediate)  # (L, B, Q, 4)
+        if self.bbox_predictor is not None:
+            pred_boxes = self.bbox_predictor(intermediate)
 
         loss, loss_dict, auxiliary_outputs = None, None, None
         if labels is not None:
-            config = self.config
-            loss, loss_dict = set_loss(
-                logits,
-                pred_boxes,
-                labels,
-                class_cost=config.class_cost,
-                bbox_cost=config.bbox_cost,
-                giou_cost=config.giou_cost,
-                bbox_loss_coefficient=config.bbox_loss_coefficient,
-                giou_loss_coefficient=config.giou_loss_coefficient,
-                eos_coefficient=config.eos_coefficient,
-            )
-            if config.auxiliary_loss:
-                auxiliary_outputs = [
-                    {"logits": layer_logits, "pred_boxes": layer_boxes}
-                    for layer_logits, layer_boxes in zip(logits[:-1], pred_boxes[:-1], strict=True)
-                ]
+            loss, loss_dict = self._set_loss(logits, pred_boxes, labels, extra)
+            if self.dense_head is not None and centers is not None:
+                memory = outputs.encoder_last_hidden_state
+                terms = dense_loss(self.dense_head, (encoder_input, memory), centers, labels)
+                loss = loss + config.dense_loss_coefficient * (
+                    terms["loss_ce"]
+                    + config.bbox_loss_coefficient * terms["loss_bbox"]
+                    + config.giou_loss_coefficient * terms["loss_giou"]
+                )
+                loss_dict |= {f"{name}_dense": value for name, value in terms.items()}
+        # from here on the queries that predict
+        logits, pred_boxes = logits[:, :, : config.num_queries], pred_boxes[:, :, : config.num_queries]
+        if labels is not None and config.auxiliary_loss:
+            auxiliary_outputs = [
+                {"logits": layer_logits, "pred_boxes": layer_boxes}
+                for layer_logits, layer_boxes in zip(logits[:-1], pred_boxes[:-1], strict=True)
+            ]
         output = DetrDetectionOutput(
             loss=loss,
             loss_dict=loss_dict,
@@ -305,6 +329,28 @@ class DetrForDetection(DetrPreTrainedModel):
             **states,
         )
         return output if return_dict else output.to_tuple()
+
+    def _set_loss(
+        self, logits: Tensor, pred_boxes: Tensor, labels: list[dict[str, Any]], extra: DenoisingQueries | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.config
+        groups = config.query_groups if self.training else 1
+        ordinary = groups * config.num_queries
+        return set_loss(
+            logits[:, :, :ordinary],
+            pred_boxes[:, :, :ordinary],
+            labels,
+            class_cost=config.class_cost,
+            bbox_cost=config.bbox_cost,
+            giou_cost=config.giou_cost,
+            class_loss_coefficient=config.class_loss_coefficient,
+            bbox_loss_coefficient=config.bbox_loss_coefficient,
+            giou_loss_coefficient=config.giou_loss_coefficient,
+            eos_coefficient=config.eos_coefficient,
+            class_loss=config.class_loss,
+            query_groups=groups,
+            denoised=None if extra is None else (logits[:, :, ordinary:], pred_boxes[:, :, ordinary:], extra),
+        )
 
 
 def _check_images(pixel_values: Tensor, pixel_mask: Tensor | None, num_channels: int) -> None:

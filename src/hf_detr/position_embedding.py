@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+ANCHOR_TEMPERATURE = 20.0  # DAB-DETR, section 4.4: sharper than for language, since an image has few places
+
 
 class SinePositionEmbedding(nn.Module):
     """Fixed sines and cosines of the normalised row and column (paper, section A.4).
@@ -18,13 +20,18 @@ class SinePositionEmbedding(nn.Module):
 
     Args:
         d_model: length of the vector, a multiple of 4.
+        temperature: 10000 in the paper. The smaller, the more the vectors of neighbouring places differ.
+        centered: a cell's place is its centre (rows counted from 0.5), as that of a box is.
     """
 
-    def __init__(self, d_model: int, temperature: float = 10000.0, scale: float = 2 * math.pi) -> None:
+    def __init__(
+        self, d_model: int, temperature: float = 10000.0, scale: float = 2 * math.pi, centered: bool = False
+    ) -> None:
         super().__init__()
         self.features = d_model // 2
         self.temperature = temperature
         self.scale = scale
+        self.first = 0.5 if centered else 1.0
 
     def forward(self, height: int, width: int, mask: Tensor | None, device: torch.device) -> Tensor:
         """Embedding of a (height, width) grid.
@@ -39,17 +46,18 @@ class SinePositionEmbedding(nn.Module):
             mask = torch.ones(1, height, width, dtype=torch.bool, device=device)
         rows = mask.cumsum(1, dtype=torch.float32)
         columns = mask.cumsum(2, dtype=torch.float32)
-        rows = rows / (rows[:, -1:, :] + 1e-6) * self.scale
-        columns = columns / (columns[:, :, -1:] + 1e-6) * self.scale
-        # exponents 0, 0, 2, 2, 4, 4, ...: neighbours share a frequency, one takes its sine, the other its cosine
-        exponent = 2 * torch.arange(self.features // 2, dtype=torch.float32, device=device) / self.features
-        frequency = self.temperature**exponent
+        rows = (rows + (self.first - 1)) / (rows[:, -1:, :] + 1e-6) * self.scale
+        columns = (columns + (self.first - 1)) / (columns[:, :, -1:] + 1e-6) * self.scale
+        waves = [sine_waves(position, self.features, self.temperature) for position in (rows, columns)]
+        return torch.cat(waves, dim=-1).flatten(1, 2)
 
-        def waves(position: Tensor) -> Tensor:
-            angle = position[..., None] / frequency  # (B, height, width, features/2)
-            return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
-        return torch.cat((waves(rows), waves(columns)), dim=-1).flatten(1, 2)
+def sine_waves(position: Tensor, features: int, temperature: float) -> Tensor:
+    """(...) angles to (..., features): sines and cosines of `position / temperature^(2i/features)`. Neighbours share a
+    frequency: exponents are 0, 0, 2, 2, 4, 4, ...; one takes its sine, the other its cosine."""
+    exponent = 2 * torch.arange(features // 2, dtype=torch.float32, device=position.device) / features
+    angle = position[..., None] / temperature**exponent
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 
 class LearnedPositionEmbedding(nn.Module):
@@ -94,5 +102,7 @@ class LearnedPositionEmbedding(nn.Module):
 
 
 def build_position_embedding(kind: str, d_model: int) -> SinePositionEmbedding | LearnedPositionEmbedding:
-    """`"sine"` or `"learned"` to the module."""
+    """`"sine"`, `"learned"`, or `"anchor"` (the sines that anchor queries are compared with) to the module."""
+    if kind == "anchor":
+        return SinePositionEmbedding(d_model, temperature=ANCHOR_TEMPERATURE, centered=True)
     return SinePositionEmbedding(d_model) if kind == "sine" else LearnedPositionEmbedding(d_model)

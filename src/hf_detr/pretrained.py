@@ -5,10 +5,9 @@ import os
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file, logging
 
@@ -16,7 +15,8 @@ from .configuration_hf_detr import DetrConfig
 
 logger = logging.get_logger(__name__)
 WhereFrom = str | os.PathLike[str] | None
-RowLayer = TypeVar("RowLayer", nn.Linear, nn.Embedding)
+# modules that exist in training only, where their option is on; a model without the option does not miss them
+TRAINING_ONLY = ("further_query_groups", "denoising_content", "dense_head")
 # arguments of from_pretrained that say where a checkpoint is, and so are needed to look at its config first
 LOCATION = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -36,13 +36,13 @@ class DetrPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Backbone", "EncoderLayer", "DecoderLayer"]
+    _no_split_modules = ["Backbone", "EncoderLayer", "DecoderLayer", "AnchorDecoderLayer"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     # a count that only batch norm with momentum=None reads; frozen batch norm does not have it
     _keys_to_ignore_on_load_missing = [r"num_batches_tracked"]
-    _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked"]
+    _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked", *(rf"{name}\." for name in TRAINING_ONLY)]
 
     foreign_weight_names: ClassVar[dict[str, dict[str, str]]] = {}
     write_model_card: ClassVar[Callable[[Any, Path, str], None] | None] = None
@@ -114,7 +114,8 @@ class DetrPreTrainedModel(PreTrainedModel):
         model.config.label2id = {name: index for index, name in labels.items()}
         if num_queries != theirs.num_queries:
             changes.append(model.resize_queries(num_queries))
-            sizes = [torch.Size((n, theirs.d_model)) for n in (theirs.num_queries, num_queries)]
+            width = 4 if theirs.query_type == "anchor" else theirs.d_model
+            sizes = [torch.Size((n, width)) for n in (theirs.num_queries, num_queries)]
             info["mismatched_keys"].add(("query_position_embeddings.weight", *sizes))
         if changes:
             logger.warning(f"{pretrained_model_name_or_path}: {' '.join(changes)}")
@@ -205,19 +206,6 @@ def _check_sizes(where: str, theirs: DetrConfig, num_labels: int, num_queries: i
                 f"{where} has {has} {what}, not {wants}. With ignore_mismatched_sizes=True it is fitted: classes keep "
                 "their weights by name, the first queries keep theirs, the others start at random."
             )
-
-
-@torch.no_grad()
-def fit_rows(new: RowLayer, old: RowLayer, kept: dict[int, int]) -> RowLayer:
-    """`new` with the rows of `old` (weight and bias) that are kept, {row in new: row in old}, on the same device and of
-    the same dtype."""
-    if old.weight.is_meta:
-        raise ValueError("The weights to fit are offloaded to disk. Load them without offloading to resize them.")
-    new.to(old.weight)
-    parameters = dict(old.named_parameters())
-    for name, parameter in new.named_parameters():
-        parameter[list(kept)] = parameters[name][list(kept.values())]
-    return new
 
 
 __all__ = ["DetrPreTrainedModel"]

@@ -62,17 +62,30 @@ class MultiHeadAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, Q, d), (B, K, d), (B, K, d) to (B, Q, d) and, from "eager" only, the weights (B, heads, Q, K)."""
 
-        def heads(states: Tensor) -> Tensor:
-            return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, tokens, head_dim)
+        return self.attend(
+            self.heads(self.q_proj(query)),
+            self.heads(self.k_proj(key)),
+            self.heads(self.v_proj(value)),
+            attention_mask,
+            attn_implementation,
+        )
 
+    def heads(self, states: Tensor) -> Tensor:
+        """(B, tokens, d) to (B, heads, tokens, head_dim)"""
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, attn_implementation: str
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `forward` does after its projections; all of (B, heads, tokens, head_dim)."""
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             attn_implementation, eager_attention_forward
         )
         output, weights = attend(
             self,
-            heads(self.q_proj(query)),
-            heads(self.k_proj(key)),
-            heads(self.v_proj(value)),
+            query,
+            key,
+            value,
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
@@ -163,6 +176,7 @@ class DecoderLayer(EncoderLayer):
         query_position_embeddings: Tensor,
         encoder_last_hidden_state: Tensor,
         placed_encoder_state: Tensor,
+        query_mask: Tensor | None,
         attention_mask: Any,
         attn_implementation: str,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -171,6 +185,7 @@ class DecoderLayer(EncoderLayer):
             query_position_embeddings: (B, Q, d) or (1, Q, d).
             encoder_last_hidden_state: (B, hw, d), the values.
             placed_encoder_state: (B, hw, d), the same with its position added, the keys.
+            query_mask: for the self-attention, see [`self_attention_implementation`]; None: all see each other.
             attention_mask: for the cross-attention, hides padding.
 
         Returns:
@@ -178,7 +193,10 @@ class DecoderLayer(EncoderLayer):
             None for both.
         """
         hidden_states, self_weights = self._self_attention(
-            hidden_states, query_position_embeddings, None, attn_implementation
+            hidden_states,
+            query_position_embeddings,
+            query_mask,
+            self_attention_implementation(query_mask, attn_implementation),
         )
         entered = self._enter(self.encoder_attn_layer_norm, hidden_states)
         update, cross_weights = self.encoder_attn(
@@ -190,6 +208,12 @@ class DecoderLayer(EncoderLayer):
         )
         hidden_states = self._leave(self.encoder_attn_layer_norm, hidden_states, update)
         return self._feed_forward(hidden_states), self_weights, cross_weights
+
+
+def self_attention_implementation(query_mask: Tensor | None, attn_implementation: str) -> str:
+    """Which implementation takes a mask among the queries: bool, (1 or B, 1, Q, Q), True = attend. Only training has
+    one, and the queries are few: what "eager" does not do, "sdpa" does."""
+    return attn_implementation if query_mask is None or attn_implementation == "eager" else "sdpa"
 
 
 class Encoder(nn.Module):
@@ -234,12 +258,14 @@ class Decoder(nn.Module):
         query_position_embeddings: Tensor,
         encoder_last_hidden_state: Tensor,
         spatial_position_embeddings: Tensor,
+        query_mask: Tensor | None,
         attention_mask: Any,
         attn_implementation: str,
     ) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
         """Args:
             query_position_embeddings: (Q, d), the learned object queries; their content starts at zero.
             encoder_last_hidden_state: (B, hw, d); `spatial_position_embeddings` (B, hw, d) or (1, hw, d).
+            query_mask: who sees whom among the queries, see [`self_attention_implementation`].
 
         Returns:
             hidden states (zeros, after each layer but the last, the normed result; each (B, Q, d)), normed copies of
@@ -256,6 +282,7 @@ class Decoder(nn.Module):
                 query_positions,
                 encoder_last_hidden_state,
                 placed_encoder_state,
+                query_mask,
                 attention_mask,
                 attn_implementation,
             )

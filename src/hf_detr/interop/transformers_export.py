@@ -17,6 +17,7 @@ from transformers import (
 
 from ..image_processing_hf_detr import HfDetrImageProcessor
 from ..modeling_hf_detr import DetrForDetection
+from ..pretrained import TRAINING_ONLY
 from .transformers_checkpoints import PROCESSOR_FIELDS, SHARED_FIELDS
 
 _TABLE_TRANSFORMER_NAMES = {
@@ -37,6 +38,8 @@ def to_transformers(model: DetrForDetection) -> PreTrainedModel:
             outputs.
     """
     config = model.config
+    if config.query_type != "learned":
+        raise ValueError("transformers' DETR has no anchor queries; only models with learned queries fit.")
     backbone_config: dict[str, Any] = {
         "model_type": "timm_backbone",
         "backbone": config.backbone,
@@ -61,7 +64,8 @@ def to_transformers(model: DetrForDetection) -> PreTrainedModel:
         if config.pre_norm:
             for pattern, replacement in _TABLE_TRANSFORMER_NAMES.items():
                 name = re.sub(pattern, replacement, name)  # noqa: PLW2901
-        if not name.endswith("num_batches_tracked"):  # a count of trained batch norm; theirs is frozen
+        trained_only = any(f"{part}." in name for part in TRAINING_ONLY)
+        if not trained_only and not name.endswith("num_batches_tracked"):  # a count of trained batch norm
             state[name] = tensor
     theirs.load_state_dict(state)
     _check_outputs(model, theirs)
