@@ -13,9 +13,10 @@ import argparse
 import json
 import math
 import os
-import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +24,6 @@ from accelerate.utils import set_seed
 from huggingface_hub import create_repo
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
-from transformers import get_wsd_schedule
 
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
 from hf_detr.data import (
@@ -38,221 +38,278 @@ from hf_detr.data import (
     padding_share,
     paper_augmentation,
     resized_sizes,
+    turns_augmentation,
 )
 from hf_detr.evaluation import evaluate_detection, format_metrics
 from hf_detr.hub import hash_of_weights, push_folder
-from hf_detr.training import parameter_groups, preferred_precision, use_all_cores
+from hf_detr.training import (
+    TRAINING_VALUES,
+    DataSummary,
+    Progress,
+    Recipe,
+    TrainingProbe,
+    build_schedule,
+    choose_recipe,
+    claim_output_dir,
+    explain_overfit,
+    feature_strides,
+    hint,
+    newest_state,
+    parameter_groups,
+    parse_finetune_args,
+    preferred_precision,
+    save_state,
+    summarize,
+    use_all_cores,
+)
 from hf_detr.visualization import compare_with_truth
 
-# A small DETR that learns the drawn shapes from random weights in minutes on two cores. Everything is the paper's but
-# the sizes, pre-norm (the paper's other variant), and a backbone that learns faster than the transformer, since it is
-# new too. What mattered most when these values were chosen: few tokens (96 pixels at stride 16), few queries, three
-# encoder layers, a rate that is not too high (1e-3, tried at 128 pixels, was on its plateau after three minutes) and
-# that stays level until the last third.
-SHAPES_MODEL = {
-    "backbone": "test_resnet",
-    "feature_stride": 16,
-    "freeze_batch_norm": False,
-    "frozen_stages": -1,
-    "num_queries": 10,
-    "d_model": 128,
-    "encoder_layers": 3,
-    "decoder_layers": 3,
-    "encoder_ffn_dim": 512,
-    "decoder_ffn_dim": 512,
-    "dropout": 0.0,
-    "pre_norm": True,
-    "attn_implementation": "eager",  # the fastest on so few tokens
-}
+# The drawn images are small, and two cores have no time for a large backbone; the recipe chooses the rest.
 SHAPES_SIZE = {"height": 96, "width": 96}
-SHAPES_RATES = {
-    "epochs": 76,
-    "batch_size": 32,
-    "learning_rate": 4e-4,
-    "backbone_learning_rate": 1.2e-3,
-    "eval_every": 8,
-    "num_workers": 0,  # images stay in memory, and the cores are busy with the model
-    "augmentation": "flip",
-}
-# The paper's rates, for a model that starts from a checkpoint or a pretrained backbone.
-PAPER_RATES = {
-    "epochs": 50,
-    "batch_size": 4,
-    "learning_rate": 1e-4,
-    "backbone_learning_rate": 1e-5,
-    "eval_every": 1,
-    "num_workers": 2,
-    "augmentation": "paper",
-}
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", help="annotated folder or Hub id; default: draw shapes into data/shapes")
-    parser.add_argument("--model", help="checkpoint to start from, a folder or a Hub id")
-    parser.add_argument("--backbone", help="without --model: timm network to start from, default resnet50")
-    parser.add_argument("--backbone_weights", help='a local file, or "none" for random; default: from the Hub')
-    parser.add_argument("--output_dir", help="default: the next free runs/NAME-N")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue the run in --output_dir, with its settings, after its last epoch",
-    )
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--batch_size", type=int, help="images per process and step")
-    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    parser.add_argument("--learning_rate", type=float)
-    parser.add_argument("--backbone_learning_rate", type=float)
-    parser.add_argument("--weight_decay", type=float, default=1e-4)
-    parser.add_argument("--warmup", type=float, default=0.03, help="share of all steps in which the rate rises")
-    parser.add_argument(
-        "--decay", type=float, default=0.35, help="share of all steps in which it falls to 0 at the end"
-    )
-    parser.add_argument("--image_size", type=int, help="shortest edge in pixels, default 800 (shapes: 96 x 96)")
-    parser.add_argument("--augmentation", choices=("paper", "flip", "none"), help="default: paper (shapes: flip)")
-    parser.add_argument("--eval_every", type=int, help="epochs between evaluations; the last epoch always has one")
-    parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), help="default: bf16 where it is fast")
-    parser.add_argument("--num_workers", type=int, help="processes that load images")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="2 epochs on 64 images, to see that all works")
-    parser.add_argument("--push_to_hub", metavar="REPO_ID", help="push the best checkpoint and its model card")
-    parser.add_argument("--hub_private", action="store_true", help="make the repository private if it is new")
-    parser.add_argument("--license", help="for the model card, an identifier of the Hub such as apache-2.0")
-    args = parser.parse_args()
-    if args.resume:
-        if not args.output_dir or not (Path(args.output_dir) / "args.json").is_file():
-            parser.error("--resume needs the --output_dir of a run that was begun")
-        begun = json.loads((Path(args.output_dir) / "args.json").read_text())
-        parser.set_defaults(**begun | {"resume": True, "output_dir": args.output_dir})
-        return parser.parse_args()
-    rates = PAPER_RATES if args.dataset or args.model or args.backbone else SHAPES_RATES
-    for name, value in rates.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.quick:
-        args.epochs, args.eval_every = 2, 1
-    # for the model card: where the weights are from, if others can get them there
-    args.base_model = args.model if args.model and not Path(args.model).exists() else None
-    args.datasets = [args.dataset] if args.dataset and not Path(args.dataset).exists() else None
-    return args
+SHAPES_BACKBONE = "test_resnet"
+PROBED = 32  # training images that are looked at after every epoch
+OVERFIT_AP50 = 0.9
 
 
 def main() -> None:
-    args = parse_args()
+    args = parse_finetune_args(__doc__)
     launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # "no" also when nobody chose
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision or (preferred_precision() if launched_with == "no" else None),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.report_to,
+        project_dir="runs",
     )
+    check_trackers(args.report_to, accelerator)
     threads = use_all_cores(accelerator.num_processes) if accelerator.device.type == "cpu" else None
     set_seed(args.seed)
 
     # data: read in full and checked, before anything is computed
-    progress = accelerator.is_main_process
-    with accelerator.main_process_first():
-        folder = args.dataset or embedded_dataset(args.quick, progress=progress)
-        train_set = load_detection_dataset(folder, "train", progress=progress)
-        names = id2label(train_set)
-        val_set = load_detection_dataset(folder, "val", id2label=names, progress=progress)
+    folder, train_set, val_set = load_data(args, accelerator)
+    names = id2label(train_set)
+    data = summarize(train_set)
 
     # model
-    model, processor, start = build(args, names)
+    processor = build_processor(args)
+    recipe = settle(args, data, processor, accelerator)
+    model, start = build(args, recipe, names)
     if args.push_to_hub and accelerator.is_main_process:  # not to find out after the training that it is not allowed
         args.push_to_hub = create_repo(args.push_to_hub, private=args.hub_private or None, exist_ok=True).repo_id
-    output_dir = claim_output_dir(args, accelerator)  # when all that can be wrong with the arguments has been found
+    run_name = (dataset_name(args.dataset) if args.dataset else "shapes") + ("-overfit" if args.overfit else "")
+    # when all that can be wrong with the arguments has been found
+    output_dir = claim_output_dir(args.output_dir, run_name, vars(args), accelerator, resume=args.resume)
     if args.quick:
         train_set = train_set.select(range(min(64, len(train_set))))
-    # small images stay decoded in memory
-    train_rows = list(train_set) if args.dataset is None else train_set
-    val_rows = list(val_set) if args.dataset is None else val_set
-    collate = DetectionCollator(processor)
-    train_loader = build_loader(
-        AugmentedDataset(train_rows, augmentation(args.augmentation, processor), seed=args.seed),
-        collate,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        num_workers=args.num_workers,
-        accelerator=accelerator,
-        training=True,
-        group_by_aspect_ratio="shortest_edge" in {key for key, value in dict(processor.size).items() if value},
-    )
-    most = max(len(objects["bbox"]) for objects in train_set["objects"])
-    if most > model.config.num_queries:
-        accelerator.print(
-            f"Up to {most} objects in an image, but {model.config.num_queries} queries: some are not learned."
-        )
-    val_loader = build_loader(
-        val_rows, collate, batch_size=args.batch_size, num_workers=args.num_workers, accelerator=accelerator,
-        training=False,
-    )  # fmt: skip
+    train_loader, val_loader, probe = build_loaders(args, processor, train_set, val_set, accelerator)
     accelerator.print(
-        f"{len(train_set)} training and {len(val_set)} validation images of {', '.join(names.values())}\n"
-        f"{start}\n"
-        f"{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f} M parameters train on "
-        f"{accelerator.num_processes} x {accelerator.device}{f' with {threads} threads' if threads else ''}, "
-        f"precision {accelerator.mixed_precision}. {padding(train_set, train_loader, processor)}Output: {output_dir}"
+        f"{len(train_set)} training and {len(val_set)} validation images of {', '.join(names.values())}\n{start}\n"
+        f"{describe(model, data, accelerator)}{f' with {threads} threads' if threads else ''}, precision "
+        f"{accelerator.mixed_precision}. {padding(train_set, train_loader, processor)}Output: {output_dir}"
     )
 
-    # optimisation: the paper's AdamW, clipping at 0.1 and a lower rate for the backbone
+    num_queries = model.config.num_queries
+    facts = {"query_type": model.config.query_type, "stride": model.model.backbone.stride}
+
+    # optimisation: AdamW and clipping at 0.1, as the paper; rates and schedule are the recipe's
     optimizer = torch.optim.AdamW(
         parameter_groups(model, args.learning_rate, args.backbone_learning_rate, args.weight_decay), fused=True
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     steps_per_epoch = math.ceil(len(train_loader) / args.gradient_accumulation_steps)
-    total_steps = args.epochs * steps_per_epoch
-    # up, level, and down over the last third: the level stretch is where DETR leaves its plateau
-    scheduler = get_wsd_schedule(
-        optimizer,
-        num_warmup_steps=round(args.warmup * total_steps),
-        num_decay_steps=round(args.decay * total_steps),
-        num_training_steps=total_steps,
-        decay_type="linear",
+    scheduler = build_schedule(
+        optimizer, args.schedule, warmup=args.warmup, decay=args.decay, total_steps=args.epochs * steps_per_epoch
     )
     history = Progress()
-    accelerator.register_for_checkpointing(scheduler, history)
+    accelerator.register_for_checkpointing(scheduler, history, probe)
     if args.resume:
         accelerator.load_state(str(newest_state(output_dir)))
         accelerator.print(f"Resumed after epoch {history.epoch}; best AP so far {history.best_ap:.4f}")
-    else:
+    elif not args.overfit:
         save_state(accelerator, output_dir)  # from here on the run can be resumed
+    plain = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str))}
+    accelerator.project_configuration.logging_dir = str(output_dir)
+    accelerator.init_trackers("hf_detr", config=plain)
 
+    run = Run(args, accelerator, folder, output_dir, processor, val_set, val_loader, history, facts)
     for epoch in range(history.epoch + 1, args.epochs + 1):
         train_loader.set_epoch(epoch)
         started = time.perf_counter()
         losses = train_one_epoch(accelerator, model, train_loader, optimizer, scheduler, epoch)
-        seconds = time.perf_counter() - started
-        line = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0], "seconds": round(seconds, 1)} | losses
-        if epoch % args.eval_every == 0 or epoch == args.epochs:
-            evaluator = evaluate_detection(model, val_loader, val_set, processor, progress=progress)
-            metrics = evaluator.compute()
-            line |= {name: metrics[name] for name in ("AP", "AP50")}
-            if metrics["AP"] >= history.best_ap:
-                history.best_ap = metrics["AP"]
-                if accelerator.is_main_process:
-                    about = {"epoch": epoch, "dataset": dataset_name(folder), "split": "val"}
-                    about["num_images"] = len(val_set)
-                    save(accelerator.unwrap_model(model), processor, output_dir, metrics | about)
+        line = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
+        line |= {"seconds": round(time.perf_counter() - started, 1)} | losses
+        evaluated = epoch % args.eval_every == 0 or epoch == args.epochs
+        if accelerator.is_main_process and (evaluated or not args.overfit):
+            line |= probe.look(accelerator.unwrap_model(model))
+        if evaluated:
+            line |= evaluate_and_keep(run, model, epoch)
+            history.evaluations.append(line)
         history.epoch = epoch
-        save_state(accelerator, output_dir)
+        if not args.overfit:
+            save_state(accelerator, output_dir)
+        accelerator.log(line, step=epoch)
         if accelerator.is_main_process:
-            report(line, args.epochs, output_dir)
+            report(run, line)
+        if args.overfit and line.get("AP50", 0) > OVERFIT_AP50:
+            break
     accelerator.wait_for_everyone()
+    conclude(run)
+    if args.overfit:
+        conclude_overfit(run, data, num_queries, history.epoch * steps_per_epoch)
+    accelerator.end_training()
 
-    # the numbers that count: of the weights as they are saved, in float32, as evaluate.py and the pipeline run them
+
+def describe(model: DetrForDetection, data: DataSummary, accelerator: Accelerator) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    text = f"{trained:.1f} M parameters train on {accelerator.num_processes} x {accelerator.device}"
+    if data.most_objects > (queries := model.config.num_queries):
+        text = f"Up to {data.most_objects} objects in an image, but {queries} queries: some are not learned.\n{text}"
+    return text
+
+
+@dataclass
+class Run:
+    """What evaluating, keeping and reporting need."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    folder: str | Path
+    output_dir: Path
+    processor: DetrImageProcessor
+    val_set: Any
+    val_loader: Any
+    history: Progress
+    model_facts: dict[str, Any]
+
+    def evaluate(self, model: Any) -> Any:
+        progress = self.accelerator.is_main_process
+        return evaluate_detection(model, self.val_loader, self.val_set, self.processor, progress=progress)
+
+
+def evaluate_and_keep(run: Run, model: Any, epoch: int) -> dict[str, float]:
+    """AP and AP50; the best checkpoint so far is saved."""
+    metrics = run.evaluate(model).compute()
+    if metrics["AP"] >= run.history.best_ap:
+        run.history.best_ap = metrics["AP"]
+        if run.accelerator.is_main_process:
+            split = "train" if run.args.overfit else "val"
+            about = {"epoch": epoch, "dataset": dataset_name(run.folder), "split": split}
+            about["num_images"] = len(run.val_set)
+            save(run.accelerator.unwrap_model(model), run.processor, run.output_dir, metrics | about)
+    return {name: metrics[name] for name in ("AP", "AP50")}
+
+
+def conclude(run: Run) -> None:
+    """The numbers that count: of the weights as they are saved, in float32, as evaluate.py and the pipeline run them.
+    The best checkpoint is pushed if that was asked for."""
+    accelerator, args, output_dir = run.accelerator, run.args, run.output_dir
     best = DetrForDetection.from_pretrained(output_dir).to(accelerator.device)
     metrics = json.loads((output_dir / "metrics.json").read_text())  # before the evaluation, where processes meet again
-    evaluator = evaluate_detection(best, val_loader, val_set, processor, progress=progress)
+    evaluator = run.evaluate(best)
     metrics |= evaluator.compute()
     if accelerator.is_main_process:
         (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
-        compare_with_truth(val_set, evaluator.detections()).save(output_dir / "validation.png")
+        compare_with_truth(run.val_set, evaluator.detections()).save(output_dir / "validation.png")
     accelerator.print(
         f"\nBest checkpoint, epoch {metrics['epoch']}\n{format_metrics(metrics)}\n\nSaved in {output_dir}"
     )
     if args.push_to_hub and accelerator.is_main_process:
         address = push_folder(output_dir, args.push_to_hub, private=args.hub_private or None)
         accelerator.print(f"Pushed: {address}")
-    accelerator.end_training()
+
+
+def conclude_overfit(run: Run, data: DataSummary, num_queries: int, steps: int) -> None:
+    """Say whether the images were learned by heart, and if not, why; the exit code says it, too."""
+    evaluations = run.history.evaluations
+    learned = evaluations[-1]["AP50"] > OVERFIT_AP50
+    text = f"AP50 {evaluations[-1]['AP50']:.2f} on {data.num_images} images after {steps} steps"
+    if run.accelerator.is_main_process:
+        reason = explain_overfit(
+            evaluations,
+            object_pixels=data.object_side * seen_size(run.processor)[0],
+            stride=run.model_facts["stride"],
+            most_objects=data.most_objects,
+            num_queries=num_queries,
+        )
+        sound = "labels, model and learning rate work together."
+        print(f"Overfit: yes, {text}: {sound}" if learned else f"Overfit: NO, {text}. {reason}", flush=True)
+    run.accelerator.wait_for_everyone()  # none leaves, and has the others stopped, before that is said
+    run.accelerator.end_training()
+    if not learned:
+        raise SystemExit(1)
+
+
+def check_trackers(wanted: list[str] | None, accelerator: Accelerator) -> None:
+    """Accelerate leaves out what is not installed without a word."""
+    missing = {str(name) for name in wanted or ()} - {
+        "all",
+        *(str(getattr(t, "value", t)) for t in accelerator.log_with),
+    }
+    if missing:
+        raise SystemExit(f"--report_to {' '.join(sorted(missing))}: not installed. Install it, or leave it out.")
+
+
+def load_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[str | Path, Any, Any]:
+    """Where the data are, and both splits; to overfit, both are the first training images with objects."""
+    progress = accelerator.is_main_process
+    with accelerator.main_process_first():
+        folder = args.dataset or embedded_dataset(args.quick, progress=progress)
+        train_set = load_detection_dataset(folder, "train", progress=progress)
+        if args.overfit:
+            with_objects = [i for i, objects in enumerate(train_set["objects"]) if objects["bbox"]]
+            if not with_objects:
+                raise SystemExit(f"{folder}: no training image has an object; there is nothing to learn.")
+            train_set = train_set.select(with_objects[: args.overfit])
+            return folder, train_set, train_set
+        return folder, train_set, load_detection_dataset(folder, "val", id2label=id2label(train_set), progress=progress)
+
+
+def build_loaders(
+    args: argparse.Namespace, processor: DetrImageProcessor, train_set: Any, val_set: Any, accelerator: Accelerator
+) -> tuple[Any, Any, TrainingProbe]:
+    train_rows, val_rows = train_set, val_set
+    if args.dataset is None:  # small images stay in memory, decoded
+        train_rows, val_rows = list(train_set), list(val_set)
+    if args.embedded and not args.image_size:  # and for training as large as the model sees them
+        resize = Augmentation(v2.Resize([SHAPES_SIZE["height"], SHAPES_SIZE["width"]]))
+        train_rows = [resize(row) for row in train_rows]
+    collate = DetectionCollator(processor)
+    common = {"batch_size": args.batch_size, "num_workers": args.num_workers, "accelerator": accelerator}
+    train_loader = build_loader(
+        AugmentedDataset(train_rows, augmentation(args.augmentation, processor), seed=args.seed),
+        collate,
+        seed=args.seed,
+        training=True,
+        group_by_aspect_ratio="shortest_edge" in {key for key, value in dict(processor.size).items() if value},
+        **common,
+    )
+    probed = train_rows[:PROBED] if args.dataset is None else train_rows.select(range(min(PROBED, len(train_rows))))
+    probe = TrainingProbe(probed, collate, args.batch_size)
+    return train_loader, build_loader(val_rows, collate, training=False, **common), probe
+
+
+def settle(
+    args: argparse.Namespace, data: DataSummary, processor: DetrImageProcessor, accelerator: Accelerator
+) -> Recipe | None:
+    """Choose the recipe, print it, and fill in what the user left open."""
+    if args.resume:
+        return None
+    start = "scratch" if args.backbone_weights == "none" or args.embedded else "backbone"
+    try:
+        recipe = choose_recipe(
+            args.recipe,
+            data,
+            "checkpoint" if args.model else start,
+            seen_size(processor),
+            strides=[] if args.model else feature_strides(backbone_name(args)),
+            upright=args.dataset is not None,
+        )
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    given = {name: getattr(args, name) for name in TRAINING_VALUES if getattr(args, name) is not None}
+    accelerator.print(recipe.describe(args.set | {name: given[name] for name in args.chosen}))
+    for name, value in recipe.values("training", given).items():
+        setattr(args, name, value)
+    return recipe
 
 
 def embedded_dataset(quick: bool, progress: bool) -> Path:
@@ -268,6 +325,8 @@ def dataset_name(path: str | Path) -> str:
 def augmentation(kind: str, processor: DetrImageProcessor) -> Augmentation:
     if kind == "paper":
         return paper_augmentation(processor.size)
+    if kind == "turns":
+        return turns_augmentation()
     return Augmentation(v2.RandomHorizontalFlip(0.5 if kind == "flip" else 0.0))
 
 
@@ -281,90 +340,52 @@ def padding(train_set, loader, processor: DetrImageProcessor) -> str:
     return f"Padding before augmentation: {grouped:.1%} of the pixels (ungrouped {plain:.1%}). " if plain > 0 else ""
 
 
-class Progress:
-    """What has to survive an interruption besides weights, optimizer, schedule and random numbers."""
-
-    def __init__(self) -> None:
-        self.epoch = 0
-        self.best_ap = -1.0
-
-    def state_dict(self) -> dict[str, float]:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        vars(self).update(state)
+def backbone_name(args: argparse.Namespace) -> str:
+    return args.set.get("backbone") or args.backbone or (SHAPES_BACKBONE if args.embedded else "resnet50")
 
 
-def claim_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> Path:
-    """The folder of this run. One that holds another run is never written to."""
-    if args.output_dir:
-        output_dir = Path(args.output_dir)
-        if not args.resume and output_dir.exists() and any(output_dir.iterdir()):
-            raise SystemExit(f"{output_dir} is not empty. Name another --output_dir, or --resume the run in it.")
-    else:
-        name = dataset_name(args.dataset) if args.dataset else "shapes"
-        number = 1
-        while Path(f"runs/{name}-{number}").exists():
-            number += 1
-        output_dir = Path(f"runs/{name}-{number}")
-    accelerator.wait_for_everyone()  # everyone has looked before one creates it
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
-    return output_dir
-
-
-def save_state(accelerator: Accelerator, output_dir: Path) -> None:
-    """What --resume needs, in `state/`. The last one is there until the new one is complete."""
-    new, current, old = (output_dir / name for name in ("state-new", "state", "state-old"))
-    if accelerator.is_main_process:
-        shutil.rmtree(new, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(new))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(old, ignore_errors=True)
-        if current.exists():
-            current.rename(old)
-        new.rename(current)
-        shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
-
-
-def newest_state(output_dir: Path) -> Path:
-    for name in ("state", "state-old"):
-        if (output_dir / name).is_dir():
-            return output_dir / name
-    raise SystemExit(f"{output_dir} holds no state to resume from.")
-
-
-def build(args: argparse.Namespace, id2label: dict[int, str]) -> tuple[DetrForDetection, DetrImageProcessor, str]:
-    """Model and processor, and one line on where they come from."""
+def build_processor(args: argparse.Namespace) -> DetrImageProcessor:
     if args.model:
-        # classes that the checkpoint knows by name keep their weights; what was done is logged
-        model = DetrForDetection.from_pretrained(args.model, id2label=id2label, ignore_mismatched_sizes=True)
         processor = DetrImageProcessor.from_pretrained(args.model)
-        start = f"Model: {args.model}."
+    elif args.embedded:
+        processor = DetrImageProcessor(size=SHAPES_SIZE)
     else:
-        labels = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
-        if args.dataset or args.backbone:
-            config = DetrConfig(backbone=args.backbone or "resnet50", **labels)
-            processor = DetrImageProcessor()
-        else:
-            config = DetrConfig(**SHAPES_MODEL, **labels)
-            processor = DetrImageProcessor(size=SHAPES_SIZE)
-            args.backbone_weights = "none"
-        if args.backbone_weights == "none":
-            model = DetrForDetection(config)
-            start = f"Model: DETR on {config.backbone}, random weights."
-        else:
-            model = DetrForDetection.from_pretrained_backbone(config, args.backbone_weights)
-            source = args.backbone_weights or "timm weights"
-            start = f"Model: DETR, backbone {config.backbone} from {source}, the rest random."
+        processor = DetrImageProcessor()
     if args.image_size:
         longest = round(args.image_size * 1333 / 800)
         processor.size = type(processor)(size={"shortest_edge": args.image_size, "longest_edge": longest}).size
-    return model.to(memory_format=torch.channels_last), processor, start
+    return processor
+
+
+def seen_size(processor: DetrImageProcessor) -> tuple[int, int]:
+    """Shortest and longest side, in pixels, of what the model sees."""
+    given = sorted(value for value in dict(processor.size).values() if value)
+    return given[0], given[-1]
+
+
+def build(args: argparse.Namespace, recipe: Recipe | None, id2label: dict[int, str]) -> tuple[DetrForDetection, str]:
+    """The model, and one line on where it comes from."""
+    labels = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
+    if args.model:
+        # classes that the checkpoint knows by name keep their weights; what was done is logged
+        model = DetrForDetection.from_pretrained(
+            args.model, id2label=id2label, ignore_mismatched_sizes=True, **args.set
+        )
+        return model.to(memory_format=torch.channels_last), f"Model: {args.model}."
+    if recipe is not None:
+        if args.embedded:
+            args.backbone_weights = "none"
+        small = {"attn_implementation": "eager"} if args.embedded else {}  # the fastest on so few cells
+        args.set = recipe.values("model", {"backbone": backbone_name(args)} | small | args.set)
+    config = DetrConfig(**args.set, **labels)
+    if args.backbone_weights == "none":
+        model = DetrForDetection(config)
+        start = f"Model: DETR on {config.backbone}, random weights."
+    else:
+        model = DetrForDetection.from_pretrained_backbone(config, args.backbone_weights)
+        source = args.backbone_weights or "timm weights"
+        start = f"Model: DETR, backbone {config.backbone} from {source}, the rest random."
+    return model.to(memory_format=torch.channels_last), start
 
 
 def train_one_epoch(accelerator, model, loader, optimizer, scheduler, epoch: int) -> dict[str, float]:
@@ -395,16 +416,21 @@ def save(model: DetrForDetection, processor: DetrImageProcessor, output_dir: Pat
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
 
 
-def report(line: dict, epochs: int, output_dir: Path) -> None:
-    """One tidy line an epoch on the console, and in the log."""
-    with (output_dir / "log.jsonl").open("a") as log:
+def report(run: Run, line: dict) -> None:
+    """One tidy line an epoch on the console (to overfit: an evaluation), and in the log; and a hint, if it is stuck."""
+    with (run.output_dir / "log.jsonl").open("a") as log:
         log.write(json.dumps(line) + "\n")
-    text = f"epoch {line['epoch']:3}/{epochs}  {line['seconds']:6.1f} s  loss {line['loss']:7.4f}"
+    if run.args.overfit and "AP" not in line:
+        return
+    text = f"epoch {line['epoch']:3}/{run.args.epochs}  {line['seconds']:6.1f} s  loss {line['loss']:7.4f}"
     text += "".join(
         f"  {name.removeprefix('loss_')} {line[name]:.3f}" for name in ("loss_ce", "loss_bbox", "loss_giou")
     )
     if "AP" in line:
-        text += f"  AP {line['AP']:.4f}  AP50 {line['AP50']:.4f}"
+        text += f"  AP {line['AP']:.4f}  AP50 {line['AP50']:.4f}  IoU {line['matched_iou']:.2f}"
+        text += f"  other query {line['changed_matches']:.0%}" if "changed_matches" in line else ""
+        advice = None if run.args.overfit else hint(run.history.evaluations, **run.model_facts)
+        text += f"\nStuck? {advice}" if advice else ""
     tqdm.write(text)
 
 

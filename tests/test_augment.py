@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from hf_detr import DetrImageProcessor
-from hf_detr.data.augment import Augmentation, AugmentedDataset, RandomSizeCrop, paper_augmentation
+from hf_detr.data.augment import Augmentation, AugmentedDataset, RandomSizeCrop, paper_augmentation, turns_augmentation
 from hf_detr.data.collate import DetectionCollator
 from hf_detr.data.schema import detection_info
 
@@ -57,6 +57,22 @@ def objects_agree(row, source):
 
 
 class TestTorchvision:
+    def test_all_eight_turns_occur_and_boxes_stay_on_their_pixels(self):
+        boxes = [[10, 20, 30, 40], [60, 5, 50, 30], [1, 2, 8, 9]]
+        source, seen = make_row(boxes=boxes), set()
+        dataset = AugmentedDataset([source] * 64, turns_augmentation(), seed=0)
+        for row in dataset:
+            objects_agree(row, source)
+            assert row["image"].shape == (3, row["height"], row["width"])
+            for (x, y, w, h), object_id in zip(row["objects"]["bbox"], row["objects"]["id"], strict=True):
+                place = object_id - 100
+                grey = 40 * (place + 1)
+                inside = row["image"][:, round(y) : round(y + h), round(x) : round(x + w)]
+                assert (inside == grey).all()
+                assert (row["image"] == grey).sum() == 3 * boxes[place][2] * boxes[place][3]
+            seen.add((row["width"], *(round(value) for value in row["objects"]["bbox"][1])))
+        assert len(seen) == 8
+
     def test_a_flip_mirrors_boxes_and_pixels(self):
         row = Augmentation(v2.RandomHorizontalFlip(p=1.0))(make_row())
         assert row["objects"]["bbox"] == [[80, 20, 30, 40], [10, 5, 50, 30], [111.5, 0.25, 8, 9], [0, 60, 20, 20]]

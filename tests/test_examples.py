@@ -120,6 +120,41 @@ def test_resuming_continues_after_the_last_epoch_and_a_full_folder_is_left_alone
     )
 
 
+def test_a_run_goes_on_in_the_middle_as_it_began(trained):
+    cwd, output = trained
+    assert "Recipe small-data: chosen by auto; 64 images" in output
+    run(*LAUNCH, EXAMPLES / "finetune.py", "--quick", "--set", "num_queries=8", "--output_dir", "runs/middle", cwd=cwd)
+    resume = ["--output_dir", "runs/middle", "--resume", "--epochs", "3"]
+    run(*LAUNCH, EXAMPLES / "finetune.py", *resume, cwd=cwd)
+    folder = cwd / "runs" / "middle"
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert {"matched_iou", "class_error", "never_matched", "duplicates", "changed_matches"} <= set(lines[2])
+    assert json.loads((folder / "preprocessor_config.json").read_text())["size"] == {"height": 96, "width": 96}
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["num_queries"], config["backbone"], config["query_type"]) == (8, "test_resnet", "anchor")
+
+
+def test_overfitting_says_yes_or_why_not(trained):
+    cwd, _ = trained
+    few = ["--quick", "--overfit", "2", "--output_dir", "runs/few", "--set", "num_queries=1"]
+    output = run(*LAUNCH, EXAMPLES / "finetune.py", *few, cwd=cwd, ok=False)
+    assert "Overfit: NO, AP50" in output
+    assert "model 1 queries" in output
+    assert (cwd / "runs" / "few" / "validation.png").is_file()
+    assert "dropout" in output
+
+
+def test_trackers_get_every_epoch_or_are_refused(trained):
+    cwd, _ = trained
+    refused = run(*LAUNCH, EXAMPLES / "finetune.py", "--quick", "--report_to", "aim", cwd=cwd, ok=False)
+    assert "aim: not installed" in refused
+    pytest.importorskip("tensorboard")
+    tracked = ["--quick", "--report_to", "tensorboard", "--output_dir", "runs/tracked"]
+    run(*LAUNCH, EXAMPLES / "finetune.py", *tracked, cwd=cwd)
+    assert list((cwd / "runs" / "tracked" / "hf_detr").glob("events*"))
+
+
 def test_starting_from_a_checkpoint_on_another_data_set(trained, tmp_path):
     cwd, _ = trained
     folder = draw_shapes_dataset(tmp_path / "mine", num_train=8, num_val=4, progress=False)
@@ -204,4 +239,4 @@ def test_two_processes_evaluate_one_image(trained, tmp_path):
 
 def test_help_is_short():
     text = run(sys.executable, EXAMPLES / "finetune.py", "--help", cwd=EXAMPLES)
-    assert len(text.splitlines()) < 70
+    assert len(text.splitlines()) < 85

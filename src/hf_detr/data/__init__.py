@@ -1,7 +1,7 @@
 """Data sets in, batches out."""
 
 from ..images import open_image
-from .augment import Augmentation, AugmentedDataset, RandomSizeCrop, paper_augmentation
+from .augment import Augmentation, AugmentedDataset, RandomSizeCrop, paper_augmentation, turns_augmentation
 from .batches import (
     AspectRatioBatches,
     DistributedBatches,
@@ -39,4 +39,5 @@ __all__ = [
     "paper_augmentation",
     "resized_sizes",
     "source_of",
+    "turns_augmentation",
 ]

@@ -70,6 +70,27 @@ def _randint(low: int, high: int) -> int:
     return int(torch.randint(low, high + 1, ()))
 
 
+class QuarterTurn(v2.Transform):
+    """The image turned by 90 degrees counterclockwise."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if isinstance(inpt, tv_tensors.BoundingBoxes):
+            height, width = inpt.canvas_size
+            x, y, w, h = F.convert_bounding_box_format(inpt, new_format="XYWH").unbind(-1)  # type: ignore[attr-defined]
+            turned = torch.stack((y, width - x - w, h, w), dim=-1)
+            return tv_tensors.BoundingBoxes(turned, format="XYWH", canvas_size=(width, height))  # type: ignore[call-overload]
+        if isinstance(inpt, tv_tensors.Image):
+            return tv_tensors.wrap(inpt.rot90(1, (-2, -1)), like=inpt)
+        return inpt
+
+
+def turns_augmentation() -> "Augmentation":
+    """Mirror images and quarter turns, all eight alike, for images without an up and a down: seen from above, through a
+    microscope, or drawn. Nothing is resampled."""
+    turn = v2.RandomApply([QuarterTurn()], p=0.5)
+    return Augmentation(v2.Compose([v2.RandomHorizontalFlip(p=0.5), v2.RandomVerticalFlip(p=0.5), turn]))
+
+
 def paper_augmentation(size: Mapping[str, int | None] | None = None) -> "Augmentation":
     """The paper's augmentation (section A.4 and `datasets/coco.py` of its code) for a processor's `size`.
 

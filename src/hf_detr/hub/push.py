@@ -19,8 +19,8 @@ logger = logging.get_logger(__name__)
 # What a run's args.json says about where things were, which is nobody's business, or how the run was handled. The data
 # set and the base model have their own places in the card.
 _NOT_SETTINGS = (
-    "backbone_weights", "base_model", "dataset", "datasets", "hub_private", "license", "model", "output_dir",
-    "push_to_hub", "resume",
+    "backbone_weights", "base_model", "chosen", "dataset", "datasets", "embedded", "hub_private", "license", "model",
+    "output_dir", "overfit", "push_to_hub", "report_to", "resume", "set",
 )  # fmt: skip
 # Weights of earlier pushes that were split differently. A pattern's star would reach into folders that are not ours.
 _WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")

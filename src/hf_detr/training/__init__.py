@@ -1,5 +1,30 @@
 """The parts of a training loop that are worth sharing; the loop itself is `examples/finetune.py`."""
 
-from .optimization import parameter_groups, preferred_precision, use_all_cores
+from ..backbone import feature_strides
+from .arguments import TRAINING_VALUES, parse_finetune_args
+from .diagnosis import TrainingProbe, explain_overfit, hint
+from .optimization import build_schedule, parameter_groups, preferred_precision, use_all_cores
+from .recipes import RECIPES, DataSummary, Recipe, choose_recipe, summarize
+from .run_folder import Progress, claim_output_dir, newest_state, save_state
 
-__all__ = ["parameter_groups", "preferred_precision", "use_all_cores"]
+__all__ = [
+    "RECIPES",
+    "TRAINING_VALUES",
+    "DataSummary",
+    "Progress",
+    "Recipe",
+    "TrainingProbe",
+    "build_schedule",
+    "choose_recipe",
+    "claim_output_dir",
+    "explain_overfit",
+    "feature_strides",
+    "hint",
+    "newest_state",
+    "parameter_groups",
+    "parse_finetune_args",
+    "preferred_precision",
+    "save_state",
+    "summarize",
+    "use_all_cores",
+]

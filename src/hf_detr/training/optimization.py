@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import get_wsd_schedule
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # numbers of glibc's malloc.h
 
@@ -59,3 +60,25 @@ def preferred_precision() -> str:
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     return "bf16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "no"
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, kind: str, *, warmup: float, decay: float, total_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate over all optimizer steps: it rises linearly in the first `warmup` share of them, stays, and in
+    the last `decay` share falls linearly to 0 (`"wsd"`) or is a tenth (`"step"`, the paper's)."""
+    rising, falling = round(warmup * total_steps), round(decay * total_steps)
+
+    def step_schedule(step: int) -> float:
+        return min(1.0, (step + 1) / max(rising, 1)) * (1.0 if step < total_steps - falling else 0.1)
+
+    if kind == "step":
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, step_schedule)
+    schedule: torch.optim.lr_scheduler.LambdaLR = get_wsd_schedule(
+        optimizer,
+        num_warmup_steps=rising,
+        num_decay_steps=falling,
+        num_training_steps=total_steps,
+        decay_type="linear",
+    )
+    return schedule

@@ -1,0 +1,227 @@
+"""How to train on a given data set from a given start: every value with its reason, each to be overridden."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+Start = Literal["checkpoint", "backbone", "scratch"]
+RECIPES = ("auto", "paper", "small-data", "finetune")
+
+IMAGES_SEEN = {"checkpoint": 30_000, "backbone": 60_000, "scratch": 100_000}
+MOST_TOKENS = 1500  # attention among the cells of the feature map costs their number squared
+STRIDES = (8, 16, 32)  # of most backbones
+SMALL_IMAGE = 200  # pixels of the longest side up to which batches of 32 fit anywhere
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What a recipe has to know of a data set.
+
+    Args:
+        most_objects: in one image.
+        object_side: a quarter of the objects is smaller, as a share of the image's shortest side; the side of a box is
+            the root of its area.
+    """
+
+    num_images: int
+    num_objects: int
+    num_classes: int
+    most_objects: int
+    object_side: float
+
+
+def summarize(dataset: Any) -> DataSummary:
+    """Of a data set in the schema of `hf_detr.data`; reads the annotations, not the images."""
+    objects = dataset["objects"]
+    counts = [len(of_image["bbox"]) for of_image in objects]
+    sides = [
+        math.sqrt(width * height) / min(image_width, image_height)
+        for of_image, image_width, image_height in zip(objects, dataset["width"], dataset["height"], strict=True)
+        for _, _, width, height in of_image["bbox"]
+    ]
+    return DataSummary(
+        num_images=len(counts),
+        num_objects=sum(counts),
+        num_classes=len({label for of_image in objects for label in of_image["category"]}),
+        most_objects=max(counts, default=0),
+        object_side=float(np.quantile(sides, 0.25)) if sides else 1.0,
+    )
+
+
+@dataclass(frozen=True)
+class Choice:
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What [`choose_recipe`] chose.
+
+    Args:
+        name: one of `RECIPES` but `"auto"`.
+        why: it was this one.
+        model: fields of [`DetrConfig`]; empty if a checkpoint brings its own.
+        training: `epochs`, `batch_size` (images per process and step), `learning_rate`, `backbone_learning_rate`,
+            `weight_decay`, `schedule` (`"wsd"`: up, level, down to 0; `"step"`: a tenth after two thirds), `warmup` and
+            `decay` (shares of all steps), `augmentation`, `eval_every` (epochs).
+    """
+
+    name: str
+    why: str
+    model: dict[str, Choice]
+    training: dict[str, Choice]
+
+    def values(self, part: Literal["model", "training"], overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of a part, with those of `overrides` in their place; what the recipe does not know is added."""
+        return {name: choice.value for name, choice in getattr(self, part).items()} | dict(overrides)
+
+    def describe(self, overrides: Mapping[str, Any]) -> str:
+        """A block to read: every value and its reason; those in `overrides` are marked."""
+        lines = [f"Recipe {self.name}: {self.why}"]
+        choices = self.model | self.training
+        for name, choice in choices.items():
+            if name in overrides and overrides[name] != choice.value:
+                lines.append(f"  {name:24}{overrides[name]!s:13} yours; the recipe has {choice.value}")
+            else:
+                lines.append(f"  {name:24}{choice.value!s:13} {choice.reason}")
+        lines += [f"  {name:24}{value!s:13} yours" for name, value in overrides.items() if name not in choices]
+        return "\n".join(lines)
+
+
+def choose_recipe(
+    name: str,
+    data: DataSummary,
+    start: Start,
+    image_size: tuple[int, int],
+    *,
+    strides: Sequence[int] = STRIDES,
+    upright: bool = True,
+) -> Recipe:
+    """The recipe of this name for this data and start; `"auto"` is `"finetune"` from a checkpoint and `"small-data"`
+    otherwise, whatever the size: what learns from few images learns faster from many, too. `"paper"` is for those who
+    want the paper.
+
+    Args:
+        start: `"checkpoint"`: a trained detector; `"backbone"`: pretrained backbone, the rest random; `"scratch"`.
+        image_size: shortest and longest side in pixels that the model will see.
+        strides: that the backbone has, in pixels a cell.
+        upright: the images have an up and a down, as photos do.
+
+    Raises:
+        ValueError: there is no such recipe, or it does not fit the start.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"There is no recipe {name!r}; there are {', '.join(RECIPES)}.")
+    if name == "finetune" and start != "checkpoint":
+        raise ValueError("The recipe finetune is for a trained detector. Name one with --model, or take small-data.")
+    if name in ("small-data", "paper") and start == "checkpoint":
+        raise ValueError(f"The recipe {name} builds a model, but --model brings one. Take finetune.")
+    size = f"{data.num_images:,} images with {data.num_objects:,} objects of {data.num_classes} classes"
+    if name == "paper":
+        return Recipe(
+            "paper", f"asked for; {size}", _random_backbone() if start == "scratch" else {}, _paper_training()
+        )
+    chosen = "chosen by auto" if name == "auto" else "asked for"
+    begins = {
+        "checkpoint": "from a trained detector",
+        "backbone": "from a pretrained backbone, the rest is random",
+        "scratch": "everything starts at random",
+    }[start]
+    model = {} if start == "checkpoint" else _model(data, start, image_size, strides)
+    name = "finetune" if start == "checkpoint" else "small-data"
+    return Recipe(name, f"{chosen}; {size}, {begins}", model, _training(data, start, image_size, upright))
+
+
+def _random_backbone() -> dict[str, Choice]:
+    return {
+        "freeze_batch_norm": Choice(False, "a random backbone has no statistics to keep"),
+        "frozen_stages": Choice(-1, "a random backbone trains as a whole"),
+    }
+
+
+def _model(data: DataSummary, start: Start, image_size: tuple[int, int], strides: Sequence[int]) -> dict[str, Choice]:
+    side = data.object_side * image_size[0]
+    stride = choose_stride(side, image_size, strides)
+    queries = min(300, max(10, math.ceil(2.5 * data.most_objects)))
+    model = {
+        "query_type": Choice("anchor", "a query that is a box looks at the right place from the first step"),
+        "dense_loss_coefficient": Choice(1, "every cell of the feature map learns from the objects, not only queries"),
+        "denoising_groups": Choice(3, "queries that know their object teach the decoder before the matching settles"),
+        "class_loss": Choice("iou_aware", "scores tell how good the box is"),
+        "prior_probability": Choice(0.05, "training does not begin with unlearning objects everywhere"),
+        "num_queries": Choice(
+            queries, f"2.5 times the most objects in an image ({data.most_objects}), between 10 and 300"
+        ),
+        "feature_stride": Choice(
+            stride,
+            f"a quarter of the objects is smaller than {side:.0f} pixels; at most {MOST_TOKENS:,} cells an image",
+        ),
+    }
+    if start == "scratch":
+        model |= _random_backbone() | {
+            "d_model": Choice(128, "a small transformer learns faster from random weights"),
+            "encoder_layers": Choice(3, "as d_model"),
+            "decoder_layers": Choice(3, "as d_model"),
+            "encoder_ffn_dim": Choice(512, "as d_model"),
+            "decoder_ffn_dim": Choice(512, "as d_model"),
+            "pre_norm": Choice(True, "bears a high learning rate"),
+            "dropout": Choice(0.0, "augmentation does it at this size"),
+        }
+    return model
+
+
+def choose_stride(side: float, image_size: tuple[int, int], strides: Sequence[int] = STRIDES) -> int:
+    """The coarsest of the strides at which an object of `side` pixels still covers one and a half cells, unless the
+    feature map gets too long for attention. Strides below 8 are not considered, if there are others."""
+    usable = sorted(stride for stride in strides if stride >= min(8, max(strides)))
+    affordable = [s for s in usable if math.prod(math.ceil(edge / s) for edge in image_size) <= MOST_TOKENS]
+    affordable = affordable or usable[-1:]
+    return max((stride for stride in affordable if 1.5 * stride <= side), default=affordable[0])
+
+
+def _training(data: DataSummary, start: Start, image_size: tuple[int, int], upright: bool) -> dict[str, Choice]:
+    seen = IMAGES_SEEN[start]
+    epochs = min(500, max(30, round(seen / max(data.num_images, 1))))
+    small = image_size[1] <= SMALL_IMAGE
+    rates = {
+        "checkpoint": (1e-4, 1e-5, "the paper's"),
+        "backbone": (1e-4, 1e-5, "the paper's"),
+        "scratch": (8e-4, 4.8e-3, "the backbone is new too, and bears a higher rate than the transformer"),
+    }
+    rate, backbone_rate, why = rates[start]
+    if start == "scratch" and not small:
+        rate, backbone_rate, why = 2e-4, 4e-4, "everything is new, and batches are small"
+    return {
+        "epochs": Choice(epochs, f"about {seen:,} images seen, between 30 and 500 epochs"),
+        "batch_size": Choice(32 if small else 4, "small images" if small else "as the paper, a process"),
+        "learning_rate": Choice(rate, why),
+        "backbone_learning_rate": Choice(backbone_rate, why),
+        "weight_decay": Choice(1e-4, "the paper's"),
+        "schedule": Choice("wsd", "up, level while it learns, down to 0 at the end"),
+        "warmup": Choice(0.03, "share of all steps in which the rate rises"),
+        "decay": Choice(0.35, "share of all steps in which it falls"),
+        "augmentation": Choice("paper", "crops, flips and scales")
+        if upright
+        else Choice("turns", "the images have no up and no down: all mirrorings and quarter turns"),
+        "eval_every": Choice(max(1, epochs // 20), "about twenty times"),
+    }
+
+
+def _paper_training() -> dict[str, Choice]:
+    paper = "section A.4"
+    return {
+        "epochs": Choice(300, paper),
+        "batch_size": Choice(4, f"{paper}, a process; 16 of them there"),
+        "learning_rate": Choice(1e-4, paper),
+        "backbone_learning_rate": Choice(1e-5, paper),
+        "weight_decay": Choice(1e-4, paper),
+        "schedule": Choice("step", f"{paper}: a tenth after 200 of 300 epochs"),
+        "warmup": Choice(0.0, paper),
+        "decay": Choice(0.3333, paper),
+        "augmentation": Choice("paper", paper),
+        "eval_every": Choice(1, "as its code"),
+    }

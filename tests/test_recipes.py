@@ -1,0 +1,302 @@
+"""Recipes, the training probe and its hints, and the schedules."""
+
+import json
+
+import pytest
+import torch
+from conftest import random_labels, tiny_model
+
+from hf_detr import DetrConfig
+from hf_detr.data import draw_shapes_dataset, load_detection_dataset
+from hf_detr.training import (
+    DataSummary,
+    TrainingProbe,
+    build_schedule,
+    choose_recipe,
+    explain_overfit,
+    hint,
+    parse_finetune_args,
+    summarize,
+)
+from hf_detr.training.diagnosis import count_duplicates
+from hf_detr.training.recipes import choose_stride
+
+SMALL = DataSummary(num_images=200, num_objects=1000, num_classes=12, most_objects=8, object_side=0.1)
+PHOTOS = DataSummary(num_images=5000, num_objects=30000, num_classes=3, most_objects=40, object_side=0.2)
+
+
+# -- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_summary_is_of_the_annotations(tmp_path):
+    folder = draw_shapes_dataset(tmp_path, num_train=12, num_val=1, progress=False)
+    dataset = load_detection_dataset(folder, "train", progress=False)
+    summary = summarize(dataset)
+    rows = [(row["width"], row["height"], row["objects"]) for row in dataset]
+    sides = sorted((w * h) ** 0.5 / min(W, H) for W, H, objects in rows for _, _, w, h in objects["bbox"])
+    assert summary.num_images == 12
+    assert summary.num_objects == len(sides)
+    assert summary.most_objects == max(len(objects["bbox"]) for *_, objects in rows)
+    assert sum(side < summary.object_side for side in sides) == pytest.approx(len(sides) / 4, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "expected"),
+    [
+        ("auto", "checkpoint", "finetune"),
+        ("auto", "backbone", "small-data"),
+        ("auto", "scratch", "small-data"),
+        ("paper", "backbone", "paper"),
+        ("paper", "scratch", "paper"),
+        ("small-data", "scratch", "small-data"),
+        ("finetune", "checkpoint", "finetune"),
+    ],
+)
+def test_what_is_chosen(name, start, expected):
+    recipe = choose_recipe(name, PHOTOS, start, (800, 1333))
+    assert recipe.name == expected
+    assert f"{PHOTOS.num_images:,} images" in recipe.why
+    model = recipe.values("model", {})
+    assert DetrConfig(**model)
+    assert set(model) <= set(DetrConfig.__dataclass_fields__)
+    assert ("query_type" in model) == (expected == "small-data")
+    assert set(recipe.values("training", {})) == {
+        "epochs", "batch_size", "learning_rate", "backbone_learning_rate", "weight_decay", "schedule", "warmup",
+        "decay", "augmentation", "eval_every",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "message"),
+    [
+        ("finetune", "scratch", "Name one with --model"),
+        ("paper", "checkpoint", "Take finetune"),
+        ("small-data", "checkpoint", "Take finetune"),
+        ("best", "scratch", "auto, paper, small-data, finetune"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name, start, message):
+    with pytest.raises(ValueError, match=message):
+        choose_recipe(name, SMALL, start, (800, 1333))
+
+
+def test_the_paper_is_the_paper():
+    recipe = choose_recipe("paper", PHOTOS, "backbone", (800, 1333))
+    assert recipe.model == {}
+    assert choose_recipe("paper", PHOTOS, "scratch", (800, 1333)).values("model", {})["frozen_stages"] == -1
+    values = recipe.values("training", {})
+    assert (values["learning_rate"], values["backbone_learning_rate"], values["weight_decay"]) == (1e-4, 1e-5, 1e-4)
+    assert (values["epochs"], values["schedule"], values["decay"], values["batch_size"]) == (300, "step", 0.3333, 4)
+
+
+def test_values_follow_the_data():
+    photos = choose_recipe("auto", PHOTOS, "backbone", (800, 1333)).values("model", {})
+    small = choose_recipe("auto", SMALL, "scratch", (128, 128))
+    assert photos["num_queries"] == 100
+    assert photos["feature_stride"] == 32  # 160 pixels
+    assert small.values("model", {})["num_queries"] == 20
+    assert small.values("model", {})["feature_stride"] == 8  # 13 pixels
+    assert (
+        small.values("training", {})["epochs"]
+        > choose_recipe("auto", PHOTOS, "scratch", (128, 128)).values("training", {})["epochs"]
+    )
+    # small objects in large images: not so many cells that attention cannot be afforded
+    assert choose_recipe("auto", SMALL, "backbone", (800, 1333)).values("model", {})["feature_stride"] == 32
+    assert choose_recipe("auto", SMALL, "backbone", (320, 480)).values("model", {})["feature_stride"] == 16
+
+
+def test_only_strides_that_the_backbone_has_are_chosen():
+    assert choose_stride(300.0, (800, 1333), [16]) == 16
+    assert choose_stride(10.0, (128, 128), [4, 8, 16, 32]) == 8
+    assert choose_stride(10.0, (128, 128), [2, 4]) == 4
+    vit = choose_recipe("auto", PHOTOS, "backbone", (800, 1333), strides=[16]).values("model", {})
+    assert vit["feature_stride"] == 16
+
+
+def test_every_value_has_a_reason_and_can_be_overridden():
+    recipe = choose_recipe("auto", SMALL, "scratch", (128, 128), upright=False)
+    choices = recipe.model | recipe.training
+    assert all(choice.reason for choice in choices.values())
+    text = recipe.describe({"epochs": 7, "num_queries": 99, "dropout": 0.0, "backbone": "resnet18"})
+    lines = {line.split()[0]: line for line in text.splitlines()[1:]}
+    assert set(lines) == set(choices) | {"backbone"}
+    assert "yours" in lines["epochs"]
+    assert "yours" in lines["num_queries"]
+    assert "20" in lines["num_queries"]
+    assert "yours" not in lines["dropout"]  # the recipe has it, too
+    assert recipe.values("training", {"epochs": 7})["epochs"] == 7
+    assert recipe.values("training", {})["augmentation"] == "turns"
+
+
+# -- schedules --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "last"), [("wsd", 0.0), ("step", 0.1)])
+def test_schedules(kind, last):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    schedule = build_schedule(optimizer, kind, warmup=0.1, decay=0.3, total_steps=100)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] < 0.11
+    assert rates[:10] == sorted(rates[:10])
+    assert set(rates[10:70]) == {1.0}
+    assert rates[99] == pytest.approx(last, abs=0.04)
+    assert rates[85] == pytest.approx(0.5 if kind == "wsd" else 0.1, abs=0.01)
+
+
+# -- the probe --------------------------------------------------------------------------------------------------------
+
+
+class Answers(torch.nn.Module):
+    """A model that says what it is told to."""
+
+    def __init__(self, logits, boxes):
+        super().__init__()
+        self.told = torch.nn.Parameter(logits)
+        self.boxes = boxes
+        self.config = DetrConfig(num_queries=logits.shape[1], num_labels=logits.shape[2] - 1)
+
+    def forward(self, pixel_values):
+        from hf_detr.outputs import DetrDetectionOutput
+
+        return DetrDetectionOutput(logits=self.told, pred_boxes=self.boxes)
+
+
+def test_the_probe_by_hand():
+    labels = random_labels([2, 1])
+    labels[1]["boxes"] = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
+    boxes = torch.tensor([[0.9, 0.9, 0.01, 0.01]]).repeat(2, 4, 1)
+    boxes[0, 1], boxes[0, 3] = labels[0]["boxes"][0], labels[0]["boxes"][1]
+    boxes[1, 2] = torch.tensor([0.5, 0.5, 0.1, 0.2])  # half of it
+    logits = torch.zeros(2, 4, 6)
+    logits[..., 5] = 5.0
+    for image, query, name in ((0, 1, labels[0]["class_labels"][0]), (0, 3, (labels[0]["class_labels"][1] + 1) % 5)):
+        logits[image, query, name] = 9.0
+    logits[1, 2, labels[1]["class_labels"][0]] = 9.0
+    model = Answers(logits, boxes).train()
+    rows = [{"pixel_values": torch.zeros(1, 3, 8, 8), "labels": labels}]
+    probe = TrainingProbe(rows, lambda some: some[0], 4)
+    first = probe.look(model)
+    assert model.training
+    assert first["matched_iou"] == pytest.approx((1 + 1 + 0.5) / 3, abs=1e-3)
+    assert first["class_error"] == pytest.approx(1 / 3, abs=1e-3)
+    assert first["never_matched"] == 0.25
+    assert first["duplicates"] == 0
+    assert "changed_matches" not in first
+    model.boxes = boxes.clone()
+    model.boxes[1, 0], model.boxes[1, 2] = boxes[1, 2], boxes[1, 0]
+    model.told.data[1, 0], model.told.data[1, 2] = logits[1, 2].clone(), logits[1, 0].clone()
+    second = probe.look(model)
+    assert second["changed_matches"] == pytest.approx(1 / 3, abs=1e-3)
+    assert second["never_matched"] == 0
+    resumed = TrainingProbe(rows, lambda some: some[0], 4)
+    resumed.load_state_dict(probe.state_dict())
+    assert resumed.look(model)["changed_matches"] == 0
+
+
+def test_the_probe_looks_at_real_models_and_at_no_objects():
+    model = tiny_model(query_type="anchor").train()
+    batch = {"pixel_values": torch.randn(2, 3, 64, 64), "pixel_mask": torch.ones(2, 64, 64)}
+    rows = [batch | {"labels": random_labels([0, 0])}]
+    assert TrainingProbe(rows, lambda some: some[0], 4).look(model)["matched_iou"] == 0
+    assert model.training
+
+
+def test_duplicates_are_confident_repetitions():
+    logits = torch.tensor([[[3.0, 0, 0], [4.0, 0, 0], [0, 4.0, 0], [4.0, 0, 0], [4.1, 0, 6]]])
+    box = [0.5, 0.5, 0.2, 0.2]
+    boxes = torch.tensor([[box, box, box, [0.2, 0.2, 0.2, 0.2], box]])
+    assert count_duplicates(logits, boxes) == (4, 1)  # the first repeats the second; the last says "no object"
+
+
+# -- hints ------------------------------------------------------------------------------------------------------------
+
+
+def line(ap50, **changes):
+    figures = {"matched_iou": 0.65, "class_error": 0.1, "changed_matches": 0.1, "duplicates": 0.0, "never_matched": 0.2}
+    return {"AP50": ap50, "loss": 5.0} | figures | changes
+
+
+@pytest.mark.parametrize(
+    ("figures", "words"),
+    [
+        ({"matched_iou": 0.9, "class_error": 0.02}, "by heart"),
+        ({"matched_iou": 0.7, "class_error": 0.5}, "labels"),
+        ({"changed_matches": 0.8}, "a new model with anchors"),
+        ({"duplicates": 0.5}, "repeat"),
+        ({"matched_iou": 0.3}, "feature_stride=8"),
+        ({"matched_iou": 0.9, "class_error": 0.0, "duplicates": 0.6}, "repeat"),
+        ({"never_matched": 0.9}, "num_queries"),
+        ({}, "train longer"),
+    ],
+)
+def test_stuck_training_gets_a_hint_that_fits(figures, words):
+    assert words in hint([line(0.1, **figures)] * 6, query_type="learned", stride=16)
+
+
+def test_hints_fit_the_model():
+    text = hint([line(0.1, changed_matches=0.8)] * 6, query_type="anchor", stride=8)
+    assert "anchors" not in text
+    assert "feature_stride" not in hint([line(0.1, matched_iou=0.3)] * 6, query_type="anchor", stride=8)
+
+
+def test_training_that_goes_well_gets_none():
+    facts = {"query_type": "anchor", "stride": 16}
+    assert hint([line(0.1)] * 4, **facts) is None  # too early to say
+    assert hint([line(0.05 * step) for step in range(8)], **facts) is None
+    assert hint([line(0.7)] * 9, **facts) is None
+
+
+@pytest.mark.parametrize(
+    ("losses", "figures", "facts", "words"),
+    [
+        ((9, 5, 5, 5), {}, {"most_objects": 30}, "30 objects"),
+        ((5, 4, 8, 9), {}, {}, "Lower --learning_rate"),
+        ((9, 8, 6, 4), {}, {}, "still falling"),
+        ((9, 5, 5, 5), {"matched_iou": 0.5}, {"object_pixels": 10.0}, "10 pixels"),
+        ((9, 5, 5, 5), {"class_error": 0.4}, {}, "different names"),
+        ((9, 5, 5, 5), {"matched_iou": 0.4}, {}, "not the boxes"),
+        ((9, 5, 5, 5), {}, {}, "another --learning_rate"),
+    ],
+)
+def test_what_cannot_be_overfitted_is_explained(losses, figures, facts, words):
+    history = [line(0.3, **figures) | {"loss": float(loss)} for loss in losses]
+    known = {"object_pixels": 40.0, "stride": 16, "most_objects": 4, "num_queries": 10} | facts
+    assert words in explain_overfit(history, **known)
+
+
+# -- arguments --------------------------------------------------------------------------------------------------------
+
+
+def test_fields_of_the_config_are_read_and_refused(capsys):
+    args = parse_finetune_args("", ["--set", "num_queries=7", "query_type=learned", "prior_probability=null"])
+    assert args.set == {"num_queries": 7, "query_type": "learned", "prior_probability": None}
+    for wrong in ("num_querys=7", "num_queries", "id2label={}"):
+        with pytest.raises(SystemExit):
+            parse_finetune_args("", ["--set", wrong])
+        assert f"--set {wrong}" in capsys.readouterr().err
+    for wrong in (["--overfit", "0"], ["--overfit", "3", "--push_to_hub", "me/x"], ["--resume"]):
+        with pytest.raises(SystemExit):
+            parse_finetune_args("", wrong)
+
+
+def test_a_resumed_run_has_its_arguments_and_takes_changes(tmp_path):
+    begun = {"set": {"num_queries": 7, "d_model": 64}, "epochs": 5, "embedded": True, "learning_rate": 0.5}
+    (tmp_path / "args.json").write_text(json.dumps(begun))
+    again = ["--output_dir", str(tmp_path), "--resume"]
+    args = parse_finetune_args("", again)
+    assert (args.set, args.epochs, args.embedded, args.learning_rate) == (begun["set"], 5, True, 0.5)
+    args = parse_finetune_args("", [*again, "--epochs", "9", "--set", "num_queries=8"])
+    assert (args.set, args.epochs) == ({"num_queries": 8, "d_model": 64}, 9)
+
+
+def test_overfitting_takes_away_what_stands_in_its_way():
+    args = parse_finetune_args("", ["--overfit", "4", "--epochs", "7"])
+    assert (args.epochs, args.augmentation, args.weight_decay, args.decay) == (7, "none", 0.0, 0.0)
+    assert args.chosen == ["epochs"]
+    assert args.embedded
+    assert not parse_finetune_args("", ["--dataset", "x"]).embedded
