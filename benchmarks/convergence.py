@@ -1,0 +1,589 @@
+"""How AP grows with minutes of training, ours against transformers'.
+
+    python benchmarks/convergence.py run --data shapes --variant ours-plain transformers-paper-tuned --seeds 0 1 2
+    python benchmarks/convergence.py run --data symbols --variant ours-plain --minutes 5 --folder runs/convergence
+    python benchmarks/convergence.py report --folder runs/convergence
+
+`run` trains one after the other and writes FOLDER/DATA-VARIANT-SEED.jsonl; runs that are complete are skipped, so an
+interrupted series goes on with the same command. `report` prints tables and draws FOLDER/convergence-DATA.svg.
+
+The clock is the wall time of training, data loading included; evaluations (in float32) do not count, for anybody.
+Learning rates are functions of the share of the time that is over, so a slow variant goes through its whole schedule in
+fewer steps. Run on an idle machine: what others take is missing from both.
+
+Everybody has the same images, augmentation, sizes and batches, the same random backbone for a seed, bf16 where
+`preferred_precision()` says so, channels_last and fused AdamW. Ours have pre-norm, which transformers' DETR does not.
+In transformers' favour:
+
+- Its batch norms, always frozen there, train: a random backbone cannot learn with frozen ones.
+- Its loss is computed in float32, outside autocast, and attention is the implementation that was the fastest here.
+- `-tuned` variants have the rates at which plain DETR learned best here, the `-fast` one those of our recipe; all of
+  them have our schedule, no dropout, and the initial weights of the papers' code. transformers draws all matrices and
+  queries from N(0, 0.02), which does for checkpoints, but from random weights its queries are all but equal, and the
+  signal shrinks from layer to layer. For DAB-DETR the prior of the classes is the paper's 0.01, where transformers
+  takes 1 / (classes + 1), with few classes a large number.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from measure import machine
+from small_symbols import draw_symbols_dataset
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
+from hf_detr.boxes import cxcywh_to_xyxy
+from hf_detr.data import (
+    Augmentation,
+    AugmentedDataset,
+    DetectionCollator,
+    build_loader,
+    draw_shapes_dataset,
+    id2label,
+    load_detection_dataset,
+    paper_augmentation,
+    turns_augmentation,
+)
+from hf_detr.evaluation import evaluate_detection
+from hf_detr.training import choose_recipe, parameter_groups, preferred_precision, summarize, use_all_cores
+
+Batch = dict[str, Any]
+Line = dict[str, Any]
+
+
+# -- the data ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    name: str
+    train_rows: list[Any]
+    val_rows: list[Any]
+    val_set: Any
+    names: dict[int, str]
+    size: dict[str, int]
+    model: dict[str, Any]  # fields of our config that the recipe chooses; the other sides take the same sizes
+    rates: dict[str, Any]
+
+
+SIZES = {"shapes": {"height": 96, "width": 96}, "symbols": {"height": 128, "width": 128}}
+# what all our variants share and the recipe does not choose; "eager" is the fastest on so few cells
+FIXED = {"backbone": "test_resnet", "attn_implementation": "eager"}
+
+
+def load_data(name: str, folder: Path, images: int | None) -> Data:
+    """Draws the data set if it is not there; `images` limits both splits, for a quick trial."""
+    counts = {"num_train": images, "num_val": images} if images else {}
+    target = folder / (f"{name}-{images}" if images else name)
+    if name == "shapes":
+        draw_shapes_dataset(target, progress=False, **counts)
+    else:
+        draw_symbols_dataset(target, **counts)
+    train_set = load_detection_dataset(target, "train", progress=False)
+    names = id2label(train_set)
+    val_set = load_detection_dataset(target, "val", id2label=names, progress=False)
+    size = SIZES[name]
+    recipe = choose_recipe(
+        "small-data", summarize(train_set), "scratch", tuple(size.values()), upright=name != "shapes"
+    )
+    rates = {k: recipe.training[k].value for k in ("learning_rate", "backbone_learning_rate", "weight_decay")}
+    model = recipe.values("model", FIXED)
+    resize = Augmentation(v2.Resize(list(size.values())))  # once, as examples/finetune.py does with small images
+    train_rows = [resize(row) for row in train_set]
+    return Data(name, train_rows, list(val_set), val_set, names, size, model, rates)
+
+
+def augmentation(data: str) -> Augmentation:
+    """The same for all variants of a data set: what the recipe chooses."""
+    return turns_augmentation() if data == "shapes" else paper_augmentation(SIZES[data])
+
+
+def endless(loader: Any) -> Iterator[Batch]:
+    epoch = 0
+    while True:
+        loader.batch_sampler.set_epoch(epoch)
+        loader.dataset.set_epoch(epoch)
+        yield from loader
+        epoch += 1
+
+
+# -- the recipes -------------------------------------------------------------------------------------------------------
+
+
+def level(share: float) -> float:
+    """Up in 3 % of the time, level, and linearly to 0 in the last 35 %: what examples/finetune.py does."""
+    return min(share / 0.03, 1.0, (1 - share) / 0.35)
+
+
+def cosine(share: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * share))
+
+
+def drop_at(when: float) -> Callable[[float], float]:
+    return lambda share: 1.0 if share < when else 0.1
+
+
+@dataclass
+class Recipe:
+    """A side and how it is trained. Rates are those at the top of the schedule."""
+
+    side: str  # "ours", "detr" or "dab"
+    learning_rate: float
+    backbone_learning_rate: float
+    schedule: Callable[[float], float]
+    weight_decay: float = 1e-4
+    clip: float = 0.1
+    batch_size: int = 32
+    paper_start: bool = False  # of transformers' models: initial weights as in the papers' code
+    fields: dict[str, Any] = field(default_factory=dict)  # of the side's config
+
+
+PLAIN = {
+    "query_type": "learned",
+    "query_groups": 1,
+    "denoising_groups": 0,
+    "dense_loss_coefficient": 0,
+    "class_loss": "cross_entropy",
+    "class_loss_coefficient": 1,
+    "prior_probability": None,
+}
+_PRIOR = {"prior_probability": 0.05}
+# Fields of DetrConfig on top of the plain model.
+OURS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "anchor": {"query_type": "anchor"},
+    "anchor-denoising": {"query_type": "anchor", "denoising_groups": 3},
+    "groups": {"query_groups": 3},
+    "focal": _PRIOR | {"class_loss": "focal", "class_loss_coefficient": 2, "class_cost": 2},
+    "iou-aware": _PRIOR | {"class_loss": "iou_aware"},
+    "dense": {"dense_loss_coefficient": 1},
+}
+
+# The rates at which plain DETR learned best on the shapes; the recipe has its own.
+_OUR_RATES: dict[str, Any] = {"learning_rate": 4e-4, "backbone_learning_rate": 1.2e-3, "schedule": level}
+_FAST_RATES = _OUR_RATES | {"learning_rate": 8e-4, "backbone_learning_rate": 4.8e-3}  # those of our recipe
+_PAPER_RATES: dict[str, Any] = {"learning_rate": 1e-4, "backbone_learning_rate": 1e-5}
+_DETR_FIELDS: dict[str, Any] = {"auxiliary_loss": True, "dropout": 0.1}
+_TUNED_FIELDS = {"auxiliary_loss": True, "dropout": 0.0}
+_TUNED_DAB = _TUNED_FIELDS | {"initializer_bias_prior_prob": 0.01}
+
+VARIANTS: dict[str, Recipe] = {
+    # the command of transformers' examples/pytorch/object-detection/README.md
+    "transformers-example": Recipe(
+        "detr", 5e-5, 5e-5, cosine, clip=0.01, batch_size=8, fields={"auxiliary_loss": False, "dropout": 0.1}
+    ),
+    # arXiv 2005.12872, section A.4
+    "transformers-paper": Recipe("detr", **_PAPER_RATES, schedule=drop_at(2 / 3), fields=_DETR_FIELDS),
+    # arXiv 2201.12329, section 5: 50 epochs, dropped after 40
+    "transformers-dab": Recipe("dab", **_PAPER_RATES, schedule=drop_at(0.8), fields={"auxiliary_loss": True}),
+    "transformers-paper-tuned": Recipe("detr", **_OUR_RATES, paper_start=True, fields=_TUNED_FIELDS),
+    "transformers-dab-tuned": Recipe("dab", **_OUR_RATES, paper_start=True, fields=_TUNED_DAB),
+    "transformers-dab-fast": Recipe("dab", **_FAST_RATES, paper_start=True, fields=_TUNED_DAB),
+    **{f"ours-{name}": Recipe("ours", **_OUR_RATES, fields=PLAIN | fields) for name, fields in OURS.items()},
+    "ours-recipe": Recipe("ours", 0.0, 0.0, level),  # as `recipe_for` fills it in
+}
+
+
+def recipe_for(variant: str, data: Data) -> Recipe:
+    recipe = VARIANTS[variant]
+    return dataclasses.replace(recipe, **data.rates) if variant == "ours-recipe" else recipe
+
+
+# -- the sides ---------------------------------------------------------------------------------------------------------
+
+
+def build_model(data: Data, recipe: Recipe, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    labels = {"id2label": data.names, "label2id": {name: index for index, name in data.names.items()}}
+    ours = DetrForDetection(DetrConfig(**data.model | (recipe.fields if recipe.side == "ours" else {}), **labels))
+    model = ours if recipe.side == "ours" else build_theirs(ours, recipe, labels)
+    return model.to(memory_format=torch.channels_last).train()
+
+
+def build_theirs(ours: DetrForDetection, recipe: Recipe, labels: dict[str, Any]) -> nn.Module:
+    """A model of transformers with the sizes and the backbone of ours."""
+    config = ours.config
+    kind = {"detr": "Detr", "dab": "DabDetr"}[recipe.side]
+    network = {
+        "model_type": "timm_backbone",
+        "backbone": config.backbone,
+        "num_channels": config.num_channels,
+        "features_only": True,
+        "use_pretrained_backbone": False,
+        "out_indices": [ours.model.backbone.level],
+    }
+    shared = (
+        "num_queries", "encoder_layers", "encoder_ffn_dim", "encoder_attention_heads", "decoder_layers",
+        "decoder_ffn_dim", "decoder_attention_heads",
+    )  # fmt: skip
+    fields = {name: getattr(config, name) for name in shared} | recipe.fields | labels
+    their_config = getattr(transformers, f"{kind}Config")(
+        backbone_config=network, hidden_size=config.d_model, attn_implementation="eager", **fields
+    )
+    theirs = getattr(transformers, f"{kind}ForObjectDetection")(their_config)
+    if recipe.paper_start:
+        start_as_in_paper(theirs, recipe.side)
+    backbone = theirs.model.backbone.model if recipe.side == "detr" else theirs.model.backbone.conv_encoder.model
+    backbone = getattr(backbone, "_backbone", backbone)
+    unfreeze_batch_norm(backbone)
+    backbone.load_state_dict(ours.model.backbone.model.state_dict())
+    theirs.requires_grad_(True)
+    theirs.loss_function = in_float32(theirs.loss_function)
+    return theirs
+
+
+def unfreeze_batch_norm(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if type(child).__name__.endswith("FrozenBatchNorm2d"):
+            setattr(module, name, nn.BatchNorm2d(child.get_buffer("weight").numel()))
+        else:
+            unfreeze_batch_norm(child)
+
+
+@torch.no_grad()
+def start_as_in_paper(model: Any, side: str) -> None:
+    """Initial weights as in the code of both papers: PyTorch's own, Xavier in the transformer, queries from N(0, 1).
+
+    What DAB-DETR sets itself stays: the last layer of the boxes is zero, the classes start at their prior.
+    """
+    kept = {} if side == "detr" else {"class_embed.bias": model.class_embed.bias.clone()}
+    for name, module in model.named_modules():
+        if ".backbone." not in name and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for part in (model.model.encoder, model.model.decoder):
+        for name, parameter in part.named_parameters():
+            if parameter.dim() > 1 and "bbox_embed" not in name:
+                nn.init.xavier_uniform_(parameter)
+    if side == "detr":
+        for name, parameter in model.model.named_parameters():
+            if "attn" in name and name.endswith("bias"):  # nn.MultiheadAttention starts them at 0
+                parameter.zero_()
+    else:
+        model.bbox_predictor.layers[-1].weight.zero_()
+        model.bbox_predictor.layers[-1].bias.zero_()
+    for name, value in kept.items():
+        model.get_parameter(name).copy_(value)
+
+
+def in_float32(loss_function: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' loss in float32 whatever the model computes in."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return loss_function(*(a.float() if isinstance(a, Tensor) else a for a in args), **kwargs)
+
+    return wrapped
+
+
+class SigmoidProcessor:
+    """DAB-DETR has no class "no object": every pair of query and class has a score, and the best hundred count, as in
+    transformers' own post-processing of such models."""
+
+    def post_process_object_detection(
+        self, outputs: Any, threshold: float, target_sizes: Tensor
+    ) -> list[dict[str, Tensor]]:
+        classes = outputs.logits.shape[-1]
+        pairs = outputs.logits.sigmoid().flatten(1)  # (B, queries * classes)
+        scores, best = pairs.topk(min(100, pairs.shape[1]), dim=1)
+        labels = best % classes
+        height, width = target_sizes.unbind(1)
+        scale = torch.stack((width, height, width, height), dim=1)[:, None]
+        every = cxcywh_to_xyxy(outputs.pred_boxes).clamp(0, 1) * scale
+        boxes = every.gather(1, (best // classes)[..., None].expand(-1, -1, 4))
+        return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes, strict=True)]
+
+
+def compute_loss(model: nn.Module, batch: Batch, precision: str) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+        loss: Tensor = model(
+            pixel_values=batch["pixel_values"].contiguous(memory_format=torch.channels_last),
+            pixel_mask=batch["pixel_mask"],
+            labels=batch["labels"],
+        ).loss
+    return loss
+
+
+# -- a run -------------------------------------------------------------------------------------------------------------
+
+
+def train(data: Data, variant: str, seed: int, minutes: float) -> Iterator[Line]:
+    """Yields a line for each evaluation; between them, the clock runs."""
+    recipe, budget = recipe_for(variant, data), minutes * 60
+    precision = preferred_precision()
+    processor = DetrImageProcessor(size=data.size)
+    post_processor: Any = SigmoidProcessor() if recipe.side == "dab" else processor
+    model = build_model(data, recipe, seed)
+    loader = build_loader(
+        AugmentedDataset(data.train_rows, augmentation(data.name), seed=seed),
+        DetectionCollator(processor),
+        batch_size=recipe.batch_size,
+        seed=seed,
+        training=True,
+        group_by_aspect_ratio=False,
+    )
+    val_loader = build_loader(data.val_rows, DetectionCollator(processor), batch_size=32, training=False)
+    groups = parameter_groups(model, recipe.learning_rate, recipe.backbone_learning_rate, recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    batches = endless(loader)
+    # what PyTorch prepares at the first step of a shape belongs to nobody
+    compute_loss(copy.deepcopy(model), next(iter(loader)), precision).backward()
+
+    torch.manual_seed(seed)
+    elapsed, step, every = 0.0, 0, max(20.0, budget / 16)
+    next_evaluation = every
+    while elapsed < budget:
+        started = time.perf_counter()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * recipe.schedule(elapsed / budget)
+        loss = compute_loss(model, next(batches), precision)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        elapsed += time.perf_counter() - started
+        step += 1
+        if elapsed >= min(next_evaluation, budget):
+            next_evaluation = elapsed + every
+            metrics = evaluate_detection(model, val_loader, data.val_set, post_processor, progress=False).compute()
+            line = {"minutes": round(elapsed / 60, 4), "step": step, "loss": round(loss.item(), 4)}
+            yield line | {name: round(metrics[name], 5) for name in ("AP", "AP50")}
+
+
+def run(args: argparse.Namespace) -> None:
+    use_all_cores()
+    unknown = {name for v in args.variant for name in missing_fields(VARIANTS[v])}
+    if unknown:  # a config takes any field without a word, and would train the plain model
+        raise SystemExit(f"DetrConfig has no {', '.join(sorted(unknown))}.")
+    data = load_data(args.data, args.data_folder, args.images)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for variant in args.variant:
+        for seed in args.seeds:
+            path = args.folder / f"{args.data}-{variant}-{seed}.jsonl"
+            about = describe(data, variant, seed, args)
+            if path.exists() and is_complete(lines := read_lines(path)):
+                different = [k for k in ("minutes", "images", "recipe") if lines[0].get(k) != about[k]]
+                if different:
+                    raise SystemExit(f"{path} is of another run ({', '.join(different)}). Name another --folder.")
+                print(f"{path}: complete")
+                continue
+            with path.open("w") as file:
+                write_line(file, about)
+                for line in train(data, variant, seed, args.minutes):
+                    last = line["minutes"] >= args.minutes - 1e-4
+                    write_line(file, line | {"last": True} if last else line)
+                    print(f"{path.stem}  {'  '.join(f'{k} {v}' for k, v in line.items())}", flush=True)
+
+
+def missing_fields(recipe: Recipe) -> set[str]:
+    known = {f.name for f in dataclasses.fields(DetrConfig)}
+    return set(recipe.fields) - known if recipe.side == "ours" else set()
+
+
+def describe(data: Data, variant: str, seed: int, args: argparse.Namespace) -> Line:
+    recipe = recipe_for(variant, data)
+    fields = data.model | (recipe.fields if recipe.side == "ours" else {"theirs": recipe.fields})
+    settings = (
+        dataclasses.asdict(recipe)
+        | {"fields": fields}
+        | {"schedule": [round(recipe.schedule(k / 20), 4) for k in range(21)]}
+    )
+    return {
+        "data": data.name,
+        "variant": variant,
+        "seed": seed,
+        "minutes": args.minutes,
+        "images": len(data.train_rows),
+        "batch_size": recipe.batch_size,
+        "parameters": sum(p.numel() for p in build_model(data, recipe, seed).parameters()),
+        "precision": preferred_precision(),
+        "recipe": settings,
+        "machine": machine(),
+        "date": date.today().isoformat(),
+    }
+
+
+def write_line(file: Any, line: Line) -> None:
+    file.write(json.dumps(line) + "\n")
+    file.flush()
+
+
+def read_lines(path: Path) -> list[Line]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def is_complete(lines: list[Line]) -> bool:
+    return bool(lines) and bool(lines[-1].get("last"))
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    about: Line
+    curve: list[Line]  # from (0, 0) on
+
+    def at(self, minutes: float, name: str) -> float:
+        """Interpolated between evaluations; the last value after the end."""
+        for before, after in zip(self.curve, self.curve[1:], strict=False):
+            if before["minutes"] <= minutes <= after["minutes"]:
+                span = after["minutes"] - before["minutes"]
+                weight = (minutes - before["minutes"]) / span if span else 1.0
+                return float(before[name] + weight * (after[name] - before[name]))
+        return float(self.curve[-1][name])
+
+    def minutes_to(self, value: float, name: str) -> float:
+        """When the curve first reaches a value; infinity if it never does."""
+        for before, after in zip(self.curve, self.curve[1:], strict=False):
+            if after[name] >= value:
+                weight = (value - before[name]) / (after[name] - before[name])
+                return float(before["minutes"] + weight * (after["minutes"] - before["minutes"]))
+        return math.inf
+
+
+def report(args: argparse.Namespace) -> None:
+    runs: dict[str, dict[str, list[Run]]] = {}
+    for path in sorted(args.folder.glob("*.jsonl")):
+        lines = read_lines(path)
+        if not is_complete(lines):
+            print(f"{path}: incomplete, left out\n")
+            continue
+        about = lines[0]
+        start = {"minutes": 0.0, "step": 0, "AP": 0.0, "AP50": 0.0}
+        runs.setdefault(about["data"], {}).setdefault(about["variant"], []).append(Run(about, [start, *lines[1:]]))
+    for data, by_variant in runs.items():
+        best_first = sorted(by_variant, key=lambda v: -mean_of(by_variant[v], "AP"))
+        ordered = {variant: by_variant[variant] for variant in best_first}
+        print_table(data, ordered)
+        target = args.folder / f"convergence-{data}.svg"
+        target.write_text(draw_plot(data, ordered))
+        print(f"\nPlot: {target}")
+
+
+def mean_of(runs: list[Run], name: str) -> float:
+    return statistics.mean(run.curve[-1][name] for run in runs)
+
+
+def print_table(data: str, by_variant: dict[str, list[Run]]) -> None:
+    longest = max(run.about["minutes"] for runs in by_variant.values() for run in runs)
+    marks = [round(longest * share, 2) for share in (0.2, 0.4, 0.6, 0.8)]
+    first = next(iter(by_variant.values()))[0].about
+    print(f"\n{data}: {first['images']} training images, {first['machine']}, {first['precision']}, {first['date']}\n")
+    heads = ["variant", "minutes", "seeds", "AP", "AP50", *(f"AP50 at {mark:g} min" for mark in marks)]
+    print("| " + " | ".join([*heads, "minutes to AP50 0.5", "steps"]) + " |\n" + "|---" * (len(heads) + 2) + "|")
+    for variant, runs in by_variant.items():
+        minutes = runs[0].about["minutes"]
+        ends = [spread([run.curve[-1][name] for run in runs]) for name in ("AP", "AP50")]
+        at_marks = [
+            f"{statistics.mean(run.at(mark, 'AP50') for run in runs):.3f}" if mark <= minutes else "" for mark in marks
+        ]
+        needed = statistics.median(run.minutes_to(0.5, "AP50") for run in runs)
+        reached = f"{needed:.1f}" if needed < math.inf else f"not in {minutes:g}"
+        steps = f"{statistics.mean(run.curve[-1]['step'] for run in runs):.0f}"
+        print("| " + " | ".join([variant, f"{minutes:g}", str(len(runs)), *ends, *at_marks, reached, steps]) + " |")
+
+
+def spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f}..{max(values):.3f})"
+
+
+# -- the plot ----------------------------------------------------------------------------------------------------------
+
+COLOURS = (
+    "#0b6e4f", "#c1121f", "#1d4ed8", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f", "#6b7280", "#92400e",
+    "#000000", "#0f766e",
+)  # fmt: skip
+PANEL_WIDTH, PANEL_HEIGHT, LEFT, TOP, GAP, LEGEND = 430, 320, 60, 50, 70, 230
+
+
+def draw_plot(data: str, by_variant: dict[str, list[Run]]) -> str:
+    """Two panels, AP50 and AP against minutes; thin lines are seeds, thick ones their means."""
+    longest = max(run.about["minutes"] for runs in by_variant.values() for run in runs)
+    width = LEFT + 2 * PANEL_WIDTH + GAP + LEGEND
+    height = max(TOP + PANEL_HEIGHT + 50, TOP + 20 * len(by_variant) + 30)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
+        f'font-size="12"><rect width="100%" height="100%" fill="white"/>',
+        f'<text x="{LEFT}" y="24" font-size="16">{data}: quality against minutes of training</text>',
+    ]
+    for panel, name in enumerate(("AP50", "AP")):
+        parts += draw_panel(LEFT + panel * (PANEL_WIDTH + GAP), name, by_variant, longest)
+    x = LEFT + 2 * PANEL_WIDTH + GAP + 20
+    for number, variant in enumerate(by_variant):
+        y, colour = TOP + 10 + 20 * number, COLOURS[number % len(COLOURS)]
+        parts.append(f'<line x1="{x}" x2="{x + 22}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="3"/>')
+        parts.append(f'<text x="{x + 28}" y="{y + 4}">{variant}</text>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def draw_panel(left: float, name: str, by_variant: dict[str, list[Run]], longest: float) -> list[str]:
+    bottom = TOP + PANEL_HEIGHT
+    best = max(point[name] for runs in by_variant.values() for run in runs for point in run.curve)
+    top_value = max(0.1, math.ceil(best * 10) / 10)
+
+    def line(points: list[tuple[float, float]], colour: str, style: str) -> str:
+        places = " ".join(
+            f"{left + minutes / longest * PANEL_WIDTH:.1f},{bottom - value / top_value * PANEL_HEIGHT:.1f}"
+            for minutes, value in points
+        )
+        return f'<polyline points="{places}" fill="none" stroke="{colour}" {style}/>'
+
+    parts = []
+    for tick in range(11):
+        y, value = bottom - tick / 10 * PANEL_HEIGHT, tick / 10 * top_value
+        parts.append(f'<line x1="{left}" x2="{left + PANEL_WIDTH}" y1="{y}" y2="{y}" stroke="#e5e7eb"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{value:.2f}</text>')
+    for tick in range(6):
+        x, y = left + tick / 5 * PANEL_WIDTH, bottom + 18
+        parts.append(f'<text x="{x}" y="{y}" text-anchor="middle">{tick / 5 * longest:.3g}</text>')
+    middle = left + PANEL_WIDTH / 2
+    parts.append(f'<text x="{middle}" y="{bottom + 38}" text-anchor="middle">minutes of training</text>')
+    parts.append(f'<text x="{left}" y="{TOP - 8}" font-weight="bold">{name}</text>')
+    parts.append(f'<path d="M{left},{TOP} V{bottom} H{left + PANEL_WIDTH}" fill="none" stroke="black"/>')
+    for number, runs in enumerate(by_variant.values()):
+        colour = COLOURS[number % len(COLOURS)]
+        for run in runs if len(runs) > 1 else []:
+            points = [(min(point["minutes"], longest), point[name]) for point in run.curve]
+            parts.append(line(points, colour, 'stroke-width="1" stroke-opacity="0.35"'))
+        times = [runs[0].about["minutes"] * k / 60 for k in range(61)]
+        means = [(t, statistics.mean(run.at(t, name) for run in runs)) for t in times]
+        parts.append(line(means, colour, 'stroke-width="2.5"'))
+    return parts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    running = commands.add_parser("run")
+    running.add_argument("--data", choices=tuple(SIZES), default="shapes")
+    running.add_argument("--variant", nargs="+", choices=tuple(VARIANTS), required=True)
+    running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    running.add_argument("--minutes", type=float, default=5.0, help="of training, for each run")
+    running.add_argument("--images", type=int, help="draw only so many per split, for a trial")
+    running.add_argument("--data_folder", type=Path, default=Path("data"))
+    running.set_defaults(call=run)
+    reporting = commands.add_parser("report")
+    reporting.set_defaults(call=report)
+    for command in (running, reporting):
+        command.add_argument("--folder", type=Path, default=Path("runs/convergence"))
+    args = parser.parse_args()
+    args.call(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""A second data set, different in kind from the shapes: many classes of small symbols, and few images.
+
+    python benchmarks/small_symbols.py FOLDER
+
+Images of 128 x 128 pixels over a gradient or noise, each with 3 to 8 of twelve symbols of 8 to 20 pixels, turned by up
+to 15 degrees. The classes stay apart when an image is mirrored.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIDE = 128
+MIN_SIZE, MAX_SIZE = 8.0, 20.0  # of the longer side of a symbol before it is turned, in pixels
+MIN_OBJECTS, MAX_OBJECTS = 3, 8
+MAX_TILT = math.radians(15)
+MAX_OVERLAP = 0.05  # of the smaller of two boxes
+MIN_CONTRAST = 110  # of a symbol to the background's mean, in the channel where they differ most
+OVERSAMPLING = 4
+
+Outline = list[tuple[float, float]]
+Box = tuple[float, float, float, float]
+
+
+def _rectangle(left: float, top: float, right: float, bottom: float) -> Outline:
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
+
+
+def _arc(radius: float, start: float, end: float, corners: int = 32) -> Outline:
+    """Along a circle, angles in degrees, clockwise from the right."""
+    angles = np.radians(np.linspace(start, end, corners))
+    return [(radius * math.cos(angle), radius * math.sin(angle)) for angle in angles]
+
+
+def _star() -> Outline:
+    angles = [math.pi * (k / 5 - 0.5) for k in range(10)]
+    radii = [1.0, 0.42] * 5
+    return [(radius * math.cos(angle), radius * math.sin(angle)) for angle, radius in zip(angles, radii, strict=True)]
+
+
+# Each symbol is the union of its outlines within [-1, 1], y downwards; of the ring, the second one is the hole.
+PLUS = [_rectangle(-1, -0.28, 1, 0.28), _rectangle(-0.28, -1, 0.28, 1)]
+SYMBOLS: dict[str, list[Outline]] = {
+    "plus": PLUS,
+    "cross": [[((x - y) * 0.76, (x + y) * 0.76) for x, y in outline] for outline in PLUS],
+    "ring": [_arc(1, 0, 360), _arc(0.52, 0, 360)],
+    "arrow": [_rectangle(-1, -0.2, 0.2, 0.2), [(0.05, -0.75), (1, 0), (0.05, 0.75)]],
+    "star": [_star()],
+    "bar": [_rectangle(-1, -0.3, 1, 0.3)],
+    "L": [_rectangle(-0.7, -1, -0.15, 1), _rectangle(-0.7, 0.45, 0.7, 1)],
+    "T": [_rectangle(-0.9, -1, 0.9, -0.45), _rectangle(-0.28, -1, 0.28, 1)],
+    "U": [_rectangle(-0.85, -1, -0.3, 1), _rectangle(0.3, -1, 0.85, 1), _rectangle(-0.85, 0.45, 0.85, 1)],
+    "half disc": [[(x, y + 0.5) for x, y in _arc(1, 180, 360)]],
+    "diamond": [[(0, -1), (0.72, 0), (0, 1), (-0.72, 0)]],
+    "chevron": [[(-1, -0.2), (0, 0.8), (1, -0.2), (1, -0.9), (0, 0.1), (-1, -0.9)]],
+}
+CLASSES = tuple(SYMBOLS)
+
+
+def draw_symbols_dataset(folder: str | Path, *, num_train: int = 200, num_val: int = 200, seed: int = 0) -> Path:
+    """Draw `train/` and `val/` with `annotations/instances_train.json` and `instances_val.json` into `folder`.
+
+    Image `i` depends on `seed`, the split and `i` only. A split that is already there is left as it is.
+
+    Raises:
+        FileExistsError: `folder` holds annotations that were not drawn with these arguments.
+    """
+    folder = Path(folder)
+    for split, count in (("train", num_train), ("val", num_val)):
+        target = folder / "annotations" / f"instances_{split}.json"
+        info = {"description": "hf_detr small symbols", "seed": seed, "split": split, "images": count}
+        if target.exists():
+            if json.loads(target.read_text()).get("info") != info:
+                raise FileExistsError(f"{target} was not drawn with seed={seed} and {count} images.")
+            continue
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        categories = [{"id": index + 1, "name": name} for index, name in enumerate(CLASSES)]
+        coco: dict[str, Any] = {"info": info, "categories": categories, "images": [], "annotations": []}
+        for index in range(count):
+            image, objects = draw_symbols_image(np.random.default_rng([seed, split == "val", index]))
+            name = f"{index:06d}.png"  # JPEG would blur the colours of symbols this small
+            image.save(folder / split / name)
+            coco["images"].append({"id": index + 1, "file_name": name, "width": SIDE, "height": SIDE})
+            for class_id, box in objects:
+                coco["annotations"].append(
+                    {
+                        "id": len(coco["annotations"]) + 1,
+                        "image_id": index + 1,
+                        "category_id": class_id + 1,
+                        "bbox": [round(value, 2) for value in box],
+                        "area": round(box[2] * box[3], 2),
+                        "iscrowd": 0,
+                    }
+                )
+        partial = target.with_suffix(".partial")
+        partial.write_text(json.dumps(coco))
+        partial.rename(target)
+    return folder
+
+
+def draw_symbols_image(rng: np.random.Generator) -> tuple[Image.Image, list[tuple[int, Box]]]:
+    """One image, and its objects as (class, (x_min, y_min, width, height) in pixels)."""
+    pixels = _background(rng)
+    mean = pixels.mean((0, 1))
+    objects: list[tuple[int, Box]] = []
+    for _ in range(int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1))):
+        class_id = int(rng.integers(len(CLASSES)))
+        for _attempt in range(50):
+            outlines = _place(rng, SYMBOLS[CLASSES[class_id]])
+            box = _box(outlines)
+            if all(_overlap(box, other) <= MAX_OVERLAP for _, other in objects):
+                break
+        else:
+            continue
+        covered = _coverage(outlines, hole=CLASSES[class_id] == "ring")[..., None]
+        pixels = pixels * (1 - covered) + _colour(rng, mean) * covered
+        objects.append((class_id, box))
+    pixels = pixels + rng.normal(0, rng.uniform(1, 6), size=pixels.shape)
+    return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8)), objects
+
+
+def _place(rng: np.random.Generator, outlines: list[Outline]) -> list[np.ndarray]:
+    """The outlines at a random size, tilt and place that lies within the image, in pixels."""
+    points = np.concatenate([np.array(outline) for outline in outlines])
+    size = rng.uniform(MIN_SIZE, MAX_SIZE) / np.ptp(points, axis=0).max()
+    tilt = rng.uniform(-MAX_TILT, MAX_TILT)
+    turn = size * np.array([[math.cos(tilt), -math.sin(tilt)], [math.sin(tilt), math.cos(tilt)]])
+    points = points @ turn.T
+    center = rng.uniform(1 - points.min(0), SIDE - 1 - points.max(0))
+    return [np.array(outline) @ turn.T + center for outline in outlines]
+
+
+def _box(outlines: list[np.ndarray]) -> Box:
+    points = np.concatenate(outlines)
+    (left, top), (width, height) = points.min(0), np.ptp(points, axis=0)
+    return float(left), float(top), float(width), float(height)
+
+
+def _overlap(a: Box, b: Box) -> float:
+    """Share of the smaller box that lies within the other one."""
+    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    return max(width, 0) * max(height, 0) / min(a[2] * a[3], b[2] * b[3])
+
+
+def _coverage(outlines: list[np.ndarray], hole: bool) -> np.ndarray:
+    """How much of each pixel the symbol covers, (SIDE, SIDE) in [0, 1]."""
+    mask = Image.new("L", (SIDE * OVERSAMPLING, SIDE * OVERSAMPLING))
+    draw = ImageDraw.Draw(mask)
+    for number, outline in enumerate(outlines):
+        # pixel centres: PIL fills the pixel at (0, 0) for a corner at (0, 0), which is the middle of our first pixel
+        corners = outline * OVERSAMPLING - 0.5
+        draw.polygon([(float(x), float(y)) for x, y in corners], fill=0 if hole and number == 1 else 255)
+    return np.asarray(mask.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float64) / 255
+
+
+def _colour(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
+    colour = rng.uniform(0, 255, size=3)
+    while np.abs(colour - background).max() < MIN_CONTRAST:
+        colour = rng.uniform(0, 255, size=3)
+    return colour
+
+
+def _background(rng: np.random.Generator) -> np.ndarray:
+    """(SIDE, SIDE, 3) of two related colours, mixed along a direction or at random."""
+    first = rng.uniform(20, 235, size=3)
+    second = first + rng.uniform(-40, 40, size=3)
+    y, x = np.mgrid[:SIDE, :SIDE] / SIDE
+    angle = rng.uniform(0, 2 * math.pi)
+    along = x * math.cos(angle) + y * math.sin(angle)
+    mix = (along - along.min()) / np.ptp(along) if rng.random() < 0.5 else rng.random((SIDE, SIDE))
+    return first + (second - first) * mix[..., None]
+
+
+if __name__ == "__main__":
+    print(draw_symbols_dataset(sys.argv[1]))
