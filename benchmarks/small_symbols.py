@@ -6,14 +6,14 @@ Images of 128 x 128 pixels over a gradient or noise, each with 3 to 8 of twelve 
 to 15 degrees. The classes stay apart when an image is mirrored.
 """
 
-import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from hf_detr.data.shapes import Drawing, write_drawn_dataset
 
 SIDE = 128
 MIN_SIZE, MAX_SIZE = 8.0, 20.0  # of the longer side of a symbol before it is turned, in pixels
@@ -63,48 +63,14 @@ CLASSES = tuple(SYMBOLS)
 
 
 def draw_symbols_dataset(folder: str | Path, *, num_train: int = 200, num_val: int = 200, seed: int = 0) -> Path:
-    """Draw `train/` and `val/` with `annotations/instances_train.json` and `instances_val.json` into `folder`.
-
-    Image `i` depends on `seed`, the split and `i` only. A split that is already there is left as it is.
-
-    Raises:
-        FileExistsError: `folder` holds annotations that were not drawn with these arguments.
-    """
-    folder = Path(folder)
-    for split, count in (("train", num_train), ("val", num_val)):
-        target = folder / "annotations" / f"instances_{split}.json"
-        info = {"description": "hf_detr small symbols", "seed": seed, "split": split, "images": count}
-        if target.exists():
-            if json.loads(target.read_text()).get("info") != info:
-                raise FileExistsError(f"{target} was not drawn with seed={seed} and {count} images.")
-            continue
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        categories = [{"id": index + 1, "name": name} for index, name in enumerate(CLASSES)]
-        coco: dict[str, Any] = {"info": info, "categories": categories, "images": [], "annotations": []}
-        for index in range(count):
-            image, objects = draw_symbols_image(np.random.default_rng([seed, split == "val", index]))
-            name = f"{index:06d}.png"  # JPEG would blur the colours of symbols this small
-            image.save(folder / split / name)
-            coco["images"].append({"id": index + 1, "file_name": name, "width": SIDE, "height": SIDE})
-            for class_id, box in objects:
-                coco["annotations"].append(
-                    {
-                        "id": len(coco["annotations"]) + 1,
-                        "image_id": index + 1,
-                        "category_id": class_id + 1,
-                        "bbox": [round(value, 2) for value in box],
-                        "area": round(box[2] * box[3], 2),
-                        "iscrowd": 0,
-                    }
-                )
-        partial = target.with_suffix(".partial")
-        partial.write_text(json.dumps(coco))
-        partial.rename(target)
-    return folder
+    """Like `draw_shapes_dataset`, as PNG: JPEG would blur the colours of symbols this small."""
+    return write_drawn_dataset(
+        folder, draw_symbols_image, CLASSES, "hf_detr small symbols", num_train=num_train, num_val=num_val, seed=seed,
+        progress=False, file_type="png",
+    )  # fmt: skip
 
 
-def draw_symbols_image(rng: np.random.Generator) -> tuple[Image.Image, list[tuple[int, Box]]]:
+def draw_symbols_image(rng: np.random.Generator) -> Drawing:
     """One image, and its objects as (class, (x_min, y_min, width, height) in pixels)."""
     pixels = _background(rng)
     mean = pixels.mean((0, 1))

@@ -107,9 +107,6 @@ def main() -> None:
         f"{accelerator.mixed_precision}. {padding(train_set, train_loader, processor)}Output: {output_dir}"
     )
 
-    num_queries = model.config.num_queries
-    facts = {"query_type": model.config.query_type, "stride": model.model.backbone.stride}
-
     # optimisation: AdamW and clipping at 0.1, as the paper; rates and schedule are the recipe's
     optimizer = torch.optim.AdamW(
         parameter_groups(model, args.learning_rate, args.backbone_learning_rate, args.weight_decay), fused=True
@@ -130,7 +127,8 @@ def main() -> None:
     accelerator.project_configuration.logging_dir = str(output_dir)
     accelerator.init_trackers("hf_detr", config=plain)
 
-    run = Run(args, accelerator, folder, output_dir, processor, val_set, val_loader, history, facts)
+    plain_model = accelerator.unwrap_model(model)
+    run = Run(args, accelerator, plain_model, folder, output_dir, processor, val_set, val_loader, history)
     for epoch in range(history.epoch + 1, args.epochs + 1):
         train_loader.set_epoch(epoch)
         started = time.perf_counter()
@@ -139,7 +137,7 @@ def main() -> None:
         line |= {"seconds": round(time.perf_counter() - started, 1)} | losses
         evaluated = epoch % args.eval_every == 0 or epoch == args.epochs
         if accelerator.is_main_process and (evaluated or not args.overfit):
-            line |= probe.look(accelerator.unwrap_model(model))
+            line |= probe.look(plain_model)
         if evaluated:
             line |= evaluate_and_keep(run, model, epoch)
             history.evaluations.append(line)
@@ -153,9 +151,11 @@ def main() -> None:
             break
     accelerator.wait_for_everyone()
     conclude(run)
-    if args.overfit:
-        conclude_overfit(run, data, num_queries, history.epoch * steps_per_epoch)
+    learned = not args.overfit or conclude_overfit(run, data, history.epoch * steps_per_epoch)
+    accelerator.wait_for_everyone()  # none leaves, and has the others stopped, before everything is said
     accelerator.end_training()
+    if not learned:
+        raise SystemExit(1)
 
 
 def describe(model: DetrForDetection, data: DataSummary, accelerator: Accelerator) -> str:
@@ -172,13 +172,13 @@ class Run:
 
     args: argparse.Namespace
     accelerator: Accelerator
+    model: DetrForDetection  # as it is, without what Accelerate wraps around it
     folder: str | Path
     output_dir: Path
     processor: DetrImageProcessor
     val_set: Any
     val_loader: Any
     history: Progress
-    model_facts: dict[str, Any]
 
     def evaluate(self, model: Any) -> Any:
         progress = self.accelerator.is_main_process
@@ -194,7 +194,7 @@ def evaluate_and_keep(run: Run, model: Any, epoch: int) -> dict[str, float]:
             split = "train" if run.args.overfit else "val"
             about = {"epoch": epoch, "dataset": dataset_name(run.folder), "split": split}
             about["num_images"] = len(run.val_set)
-            save(run.accelerator.unwrap_model(model), run.processor, run.output_dir, metrics | about)
+            save(run.model, run.processor, run.output_dir, metrics | about)
     return {name: metrics[name] for name in ("AP", "AP50")}
 
 
@@ -217,25 +217,22 @@ def conclude(run: Run) -> None:
         accelerator.print(f"Pushed: {address}")
 
 
-def conclude_overfit(run: Run, data: DataSummary, num_queries: int, steps: int) -> None:
-    """Say whether the images were learned by heart, and if not, why; the exit code says it, too."""
-    evaluations = run.history.evaluations
+def conclude_overfit(run: Run, data: DataSummary, steps: int) -> bool:
+    """Say whether the images were learned by heart, and if not, why."""
+    evaluations, stride = run.history.evaluations, run.model.model.backbone.stride
     learned = evaluations[-1]["AP50"] > OVERFIT_AP50
     text = f"AP50 {evaluations[-1]['AP50']:.2f} on {data.num_images} images after {steps} steps"
     if run.accelerator.is_main_process:
         reason = explain_overfit(
             evaluations,
             object_pixels=data.object_side * seen_size(run.processor)[0],
-            stride=run.model_facts["stride"],
+            stride=stride,
             most_objects=data.most_objects,
-            num_queries=num_queries,
+            num_queries=run.model.config.num_queries,
         )
         sound = "labels, model and learning rate work together."
         print(f"Overfit: yes, {text}: {sound}" if learned else f"Overfit: NO, {text}. {reason}", flush=True)
-    run.accelerator.wait_for_everyone()  # none leaves, and has the others stopped, before that is said
-    run.accelerator.end_training()
-    if not learned:
-        raise SystemExit(1)
+    return learned
 
 
 def check_trackers(wanted: list[str] | None, accelerator: Accelerator) -> None:
@@ -416,6 +413,11 @@ def save(model: DetrForDetection, processor: DetrImageProcessor, output_dir: Pat
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
 
 
+def stuck(run: Run) -> str | None:
+    model = run.model
+    return hint(run.history.evaluations, query_type=model.config.query_type, stride=model.model.backbone.stride)
+
+
 def report(run: Run, line: dict) -> None:
     """One tidy line an epoch on the console (to overfit: an evaluation), and in the log; and a hint, if it is stuck."""
     with (run.output_dir / "log.jsonl").open("a") as log:
@@ -429,7 +431,7 @@ def report(run: Run, line: dict) -> None:
     if "AP" in line:
         text += f"  AP {line['AP']:.4f}  AP50 {line['AP50']:.4f}  IoU {line['matched_iou']:.2f}"
         text += f"  other query {line['changed_matches']:.0%}" if "changed_matches" in line else ""
-        advice = None if run.args.overfit else hint(run.history.evaluations, **run.model_facts)
+        advice = None if run.args.overfit else stuck(run)
         text += f"\nStuck? {advice}" if advice else ""
     tqdm.write(text)
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,33 @@ def draw_shapes_dataset(
     Raises:
         FileExistsError: `folder` holds annotations that were not drawn with these arguments.
     """
+    return write_drawn_dataset(
+        folder, draw_shapes_image, CLASSES, "hf_detr shapes", num_train=num_train, num_val=num_val, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+
+
+Drawing = tuple[Image.Image, list[tuple[int, tuple[float, ...]]]]
+
+
+def write_drawn_dataset(
+    folder: str | Path,
+    draw: Callable[[np.random.Generator], Drawing],
+    classes: Sequence[str],
+    description: str,
+    *,
+    num_train: int,
+    num_val: int,
+    seed: int,
+    progress: bool,
+    file_type: str = "jpg",
+) -> Path:
+    """What [`draw_shapes_dataset`] does, with any function that draws an image and gives its objects as (class, (x_min,
+    y_min, width, height) in pixels)."""
     folder = Path(folder)
     for split, count in (("train", num_train), ("val", num_val)):
         target = folder / "annotations" / f"instances_{split}.json"
-        info = {"description": "hf_detr shapes", "seed": seed, "split": split, "images": count}
+        info = {"description": description, "seed": seed, "split": split, "images": count}
         if target.exists():
             if json.loads(target.read_text()).get("info") != info:
                 raise FileExistsError(
@@ -47,14 +70,14 @@ def draw_shapes_dataset(
         target.parent.mkdir(parents=True, exist_ok=True)
         coco: dict[str, Any] = {
             "info": info,
-            "categories": [{"id": index + 1, "name": name} for index, name in enumerate(CLASSES)],
+            "categories": [{"id": index + 1, "name": name} for index, name in enumerate(classes)],
             "images": [],
             "annotations": [],
         }
         for index in tqdm(range(count), desc=f"Drawing {split}", disable=not progress, leave=False):
-            image, objects = draw_shapes_image(np.random.default_rng([seed, split == "val", index]))
-            name = f"{index:06d}.jpg"
-            image.save(folder / split / name, quality=92)
+            image, objects = draw(np.random.default_rng([seed, split == "val", index]))
+            name = f"{index:06d}.{file_type}"
+            image.save(folder / split / name, quality=92)  # which PNG does not have
             coco["images"].append({"id": index + 1, "file_name": name, "width": image.width, "height": image.height})
             for class_id, (x, y, width, height) in objects:
                 coco["annotations"].append(
@@ -73,7 +96,7 @@ def draw_shapes_dataset(
     return folder
 
 
-def draw_shapes_image(rng: np.random.Generator) -> tuple[Image.Image, list[tuple[int, tuple[float, ...]]]]:
+def draw_shapes_image(rng: np.random.Generator) -> Drawing:
     """One image, and its objects as (class, (x_min, y_min, width, height) in pixels)."""
     width, height = (int(side) for side in rng.integers(MIN_SIDE, MAX_SIDE + 1, size=2))
     canvas = Image.fromarray(_background(rng, width, height)).resize((width * OVERSAMPLING, height * OVERSAMPLING))
