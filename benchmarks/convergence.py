@@ -492,7 +492,7 @@ def print_table(data: str, by_variant: dict[str, list[Run]]) -> None:
             f"{statistics.mean(run.at(mark, 'AP50') for run in runs):.3f}" if mark <= minutes else "" for mark in marks
         ]
         needed = statistics.median(run.minutes_to(0.5, "AP50") for run in runs)
-        reached = f"{needed:.1f}" if needed < math.inf else f"not in {minutes:g}"
+        reached = f"{needed:.2f}" if needed < math.inf else f"not in {minutes:g}"
         steps = f"{statistics.mean(run.curve[-1]['step'] for run in runs):.0f}"
         print("| " + " | ".join([variant, f"{minutes:g}", str(len(runs)), *ends, *at_marks, reached, steps]) + " |")
 

@@ -73,7 +73,7 @@ def contact_sheet(images: Sequence[Image.Image], columns: int = 4, cell: int = 3
 
 
 def compare_with_truth(
-    dataset: "Dataset", detections: Iterable[Mapping[str, Any]], *, num_images: int = 16, threshold: float = 0.7
+    dataset: "Dataset", detections: Iterable[Mapping[str, Any]], *, num_images: int = 16, threshold: float = 0.5
 ) -> Image.Image:
     """Images of a data set with the true boxes in white and the predicted ones in the colours of their classes.
 
