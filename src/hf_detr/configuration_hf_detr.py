@@ -46,7 +46,8 @@ class DetrConfig(PreTrainedConfig):
             objects of very different sizes.
         query_groups: in training, so many sets of `num_queries` queries that do not see each other, each matched to
             all objects; the loss is the mean over the sets, and the first one predicts (Group DETR, arXiv 2207.13085).
-            For long trainings with few objects an image. Decoder and matching work as many times. 1 is the paper.
+            Measured once here, 4 gave as much as the IoU-aware loss did. Decoder and matching work as many times. 1 is
+            the paper.
         denoising_groups: in training, so many spoilt copies of the objects (centres moved, sides scaled, a fifth of the
             classes changed) as further queries that have to restore them, with the same loss and no matching (DN-DETR,
             arXiv 2203.01305). Needs anchors. For short trainings, in which the matching has no time to settle. Each
