@@ -3,6 +3,7 @@
 from ..backbone import feature_strides
 from .arguments import TRAINING_VALUES, parse_finetune_args
 from .diagnosis import TrainingProbe, explain_overfit, hint
+from .lora import add_lora, merged
 from .optimization import build_schedule, parameter_groups, preferred_precision, use_all_cores
 from .recipes import RECIPES, DataSummary, Recipe, choose_recipe, summarize
 from .run_folder import Progress, claim_output_dir, newest_state, save_state
@@ -14,12 +15,14 @@ __all__ = [
     "Progress",
     "Recipe",
     "TrainingProbe",
+    "add_lora",
     "build_schedule",
     "choose_recipe",
     "claim_output_dir",
     "explain_overfit",
     "feature_strides",
     "hint",
+    "merged",
     "newest_state",
     "parameter_groups",
     "parse_finetune_args",
