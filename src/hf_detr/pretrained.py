@@ -47,6 +47,17 @@ class DetrPreTrainedModel(PreTrainedModel):
     foreign_weight_names: ClassVar[dict[str, dict[str, str]]] = {}
     write_model_card: ClassVar[Callable[[Any, Path, str], None] | None] = None
 
+    def post_init(self) -> None:
+        """As in transformers. Of the layers that may not be split only those stay that the model has: Accelerate's
+        FSDP refuses a name without a module."""
+        super().post_init()
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = sorted(present.intersection(self._no_split_modules or ()))
+
+    def get_input_embeddings(self) -> None:
+        """None: images are not looked up. transformers raises for a model without word embeddings, and with it
+        Accelerate's FSDP2."""
+
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,

@@ -7,6 +7,7 @@ from .lora import add_lora, merged
 from .optimization import build_schedule, parameter_groups, preferred_precision, use_all_cores
 from .recipes import RECIPES, DataSummary, Recipe, choose_recipe, summarize
 from .run_folder import Progress, claim_output_dir, newest_state, save_state
+from .sharding import gather_weights, sharding_plugin
 
 __all__ = [
     "RECIPES",
@@ -21,6 +22,7 @@ __all__ = [
     "claim_output_dir",
     "explain_overfit",
     "feature_strides",
+    "gather_weights",
     "hint",
     "merged",
     "newest_state",
@@ -28,6 +30,7 @@ __all__ = [
     "parse_finetune_args",
     "preferred_precision",
     "save_state",
+    "sharding_plugin",
     "summarize",
     "use_all_cores",
 ]
