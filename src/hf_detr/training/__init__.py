@@ -2,6 +2,7 @@
 
 from ..backbone import feature_strides
 from .arguments import TRAINING_VALUES, parse_finetune_args
+from .batch_size import find_batch_size, trial_step
 from .diagnosis import TrainingProbe, explain_overfit, hint
 from .lora import add_lora, merged
 from .optimization import build_schedule, parameter_groups, preferred_precision, use_all_cores
@@ -22,6 +23,7 @@ __all__ = [
     "claim_output_dir",
     "explain_overfit",
     "feature_strides",
+    "find_batch_size",
     "gather_weights",
     "hint",
     "merged",
@@ -32,5 +34,6 @@ __all__ = [
     "save_state",
     "sharding_plugin",
     "summarize",
+    "trial_step",
     "use_all_cores",
 ]
