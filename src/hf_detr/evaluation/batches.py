@@ -97,8 +97,8 @@ class TrainerMetrics:
 
     `collect` reduces each batch to boxes as it comes, so that memory stays flat, and it does so before the Trainer
     gathers: that cuts every tensor of a smaller last batch, labels included, to as many entries as the batch has images
-    (transformers 5.23, its issue 25939), and cannot join labels of different lengths from several processes. The
-    processes are brought together here instead.
+    (transformers 5.23, its issue 25939), and cannot join labels of different lengths from several processes. So labels
+    are not handed on, and the processes are brought together here instead.
 
     Objects are taken from the labels, which leave crowds out. On data with crowds compare by `CocoEvaluator`.
     """
@@ -108,12 +108,13 @@ class TrainerMetrics:
         self.id2label = {int(i): name for i, name in id2label.items()}
         self._images: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}  # image id -> prediction, reference
 
-    def collect(self, outputs: Any, labels: Sequence[Mapping[str, Any]]) -> Tensor:
+    def collect(self, outputs: Any, labels: list[Mapping[str, Any]]) -> Tensor:
         """`preprocess_logits_for_metrics`: keep the boxes of a batch, and hand the Trainer next to nothing.
 
         Args:
             outputs: of the model without the loss, as a tuple: its first two tensors (B, Q, ...) are `logits` and
                 `pred_boxes`, whatever dicts come before and hidden states after.
+            labels: the Trainer's own list of them, which is emptied: it would go on to gather it.
         """
         logits, pred_boxes = [value for value in outputs if getattr(value, "ndim", 0) == 3][:2]
         sizes = torch.stack([label["orig_size"] for label in labels])
@@ -123,7 +124,8 @@ class TrainerMetrics:
         for label, result in zip(labels, results, strict=True):
             prediction = {key: value.cpu().numpy() for key, value in result.items()}
             self._images[int(label["image_id"])] = prediction, _reference(label)
-        return logits.new_zeros(len(labels))
+        labels.clear()
+        return logits.new_zeros(len(results))
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
         """`compute_metrics`: the numbers of all batches since the last call.
