@@ -1,0 +1,80 @@
+"""`finetune.py` in one page, with transformers' `Trainer` in place of the loop: the same data, recipe and model.
+
+python examples/finetune_trainer.py
+accelerate launch examples/finetune_trainer.py --dataset FOLDER
+"""
+
+import argparse
+import math
+
+import torch
+from accelerate import PartialState
+from torchvision.transforms import v2
+from transformers import Trainer, TrainingArguments, set_seed
+
+from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor, data, training
+from hf_detr.evaluation import TrainerMetrics
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", help="annotated folder or Hub id; default: draw shapes into data/shapes")
+    parser.add_argument("--epochs", type=int, help="default: the recipe's")
+    parser.add_argument("--output_dir", default="runs/trainer")
+    args = parser.parse_args()
+    training.use_all_cores(PartialState().num_processes)
+    set_seed(0)
+
+    with PartialState().main_process_first():  # the others find what the first has drawn and read
+        folder = args.dataset or data.draw_shapes_dataset("data/shapes")
+        train_set = data.load_detection_dataset(folder, "train")
+        names = data.id2label(train_set)
+        val_set = data.load_detection_dataset(folder, "val", id2label=names)
+    size, backbone, start = {"height": 96, "width": 96}, "test_resnet", "scratch"
+    if args.dataset:
+        size, backbone, start = {"shortest_edge": 800, "longest_edge": 1333}, "resnet50", "backbone"
+    processor = DetrImageProcessor(size=size)
+    about, edges = training.summarize(train_set), tuple(size.values())
+    strides = training.feature_strides(backbone)
+    recipe = training.choose_recipe("auto", about, start, edges, strides=strides, upright=args.dataset is not None)
+    print(recipe.describe({}))
+    values = recipe.values("training", {"epochs": args.epochs} if args.epochs else {})
+    config = DetrConfig(**recipe.values("model", {"backbone": backbone, "id2label": names}))
+    model = DetrForDetection.from_pretrained_backbone(config) if args.dataset else DetrForDetection(config)
+    model.to(memory_format=torch.channels_last)
+    augmentation = data.paper_augmentation(size) if args.dataset else data.turns_augmentation()
+    if args.dataset is None:  # drawn images stay in memory, as large as the model sees them
+        resize = data.Augmentation(v2.Resize(edges))
+        train_set, val_set = [resize(row) for row in train_set], list(val_set)
+        model.set_attn_implementation("eager")  # the fastest on so few cells
+
+    rates = (values[name] for name in ("learning_rate", "backbone_learning_rate", "weight_decay"))
+    optimizer = torch.optim.AdamW(training.parameter_groups(model, *rates))
+    steps = math.ceil(len(train_set) / (values["batch_size"] * PartialState().num_processes))  # an epoch
+    schedule = {"warmup": values["warmup"], "decay": values["decay"], "total_steps": values["epochs"] * steps}
+    metrics = TrainerMetrics(processor, names)
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            args.output_dir, num_train_epochs=values["epochs"], per_device_train_batch_size=values["batch_size"],
+            per_device_eval_batch_size=values["batch_size"], bf16=training.preferred_precision() == "bf16",
+            dataloader_num_workers=2 if args.dataset else 0, remove_unused_columns=False, eval_do_concat_batches=False,
+            eval_strategy="steps", eval_steps=steps * min(values["eval_every"], values["epochs"]), report_to="none",
+            logging_strategy="epoch", save_strategy="best", save_total_limit=1, metric_for_best_model="AP",
+            load_best_model_at_end=True, max_grad_norm=0.1, use_cpu=PartialState().device.type == "cpu",
+        ),
+        data_collator=data.DetectionCollator(processor), processing_class=processor, eval_dataset=val_set,
+        train_dataset=data.AugmentedDataset(train_set, augmentation),  # the Trainer's loader tells it the epoch
+        compute_metrics=metrics, preprocess_logits_for_metrics=metrics.collect,
+        optimizers=(optimizer, training.build_schedule(optimizer, values["schedule"], **schedule)),
+    )  # fmt: skip
+    trainer.train()
+    found = trainer.evaluate()  # the best checkpoint, which is loaded now
+    trainer.save_model()
+    trainer.log_metrics("eval", found)
+    trainer.save_metrics("eval", found)
+    trainer.accelerator.end_training()  # gloo may abort a process that leaves while it is connected
+
+
+if __name__ == "__main__":
+    main()
