@@ -120,10 +120,11 @@ def read_text(file: Path) -> str:
         raise ValueError(f"{file} is not UTF-8 text: {error}") from error
 
 
-def walk_files(folder: Path) -> Iterator[Path]:
-    """All files below a folder, those behind links as well, each folder once."""
+def walk_files(folder: Path, unlisted: Callable[[Path], None] = lambda place: None) -> Iterator[Path]:
+    """All files below a folder, those behind links as well, each folder once. `unlisted` is told of folders that may
+    not be listed."""
     seen: set[Path] = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=lambda error: unlisted(Path(error.filename)), followlinks=True):
         place = Path(root)
         real = place.resolve()
         if real in seen:  # a link in a circle
