@@ -1,82 +1,143 @@
-"""Detect objects in an image or a folder of images; writes pictures with boxes and one JSON of all detections.
+"""Detect objects in an image or a folder of images of any size.
 
-python examples/predict.py IMAGE_OR_FOLDER --model CHECKPOINT
+    python examples/predict.py IMAGE_OR_FOLDER --model CHECKPOINT
+    accelerate launch examples/predict.py FOLDER --model CHECKPOINT --output_dir DIR --batch_size 8
+
+Leaves in the output folder:
+
+    detections.json    COCO results: image_id, category_id, bbox [x, y, width, height] in pixels, score
+    images.json        COCO's images and categories to these ids, and the files that could not be read
+    shards/*.parquet   the same while it goes: file, width, height, and lists of scores, labels, label_ids and boxes
+                       (x_min, y_min, x_max, y_max in pixels); error tells why a file could not be read
+    FILE.png           pictures with boxes, by default for up to 1,000 images
+
+Ids are those of the folder's annotations, if it has any, else positions in the sorted list of images, from 0; class ids
+likewise. After a kill or SIGTERM, the same command goes on, on any number of processes; only images that were in no
+shard yet are done again. Which images belong to the job is decided when it first starts. Threads, batches and shards
+may change between starts; what decides about the results may not.
 """
 
 import argparse
-import json
-from collections import deque
+from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 
-import PIL.Image
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 from transformers import pipeline
 
 from hf_detr import DetrForDetection, DetrImageProcessor
-from hf_detr.data import open_image
+from hf_detr.inference import (
+    PredictionJob,
+    ShardWriter,
+    StopRequest,
+    load_batches,
+    merge_shards,
+    model_settings,
+    open_job,
+    predict_batch,
+)
 from hf_detr.training import use_all_cores
 from hf_detr.visualization import draw_detections
 
+MOST_PICTURES = 1000  # drawn without being asked for
+
 
 def main() -> None:
+    args = parse_args()
+    # a process may be done hours before the slowest, and waits for it
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
+    accelerator = Accelerator(kwargs_handlers=[patience])
+    use_all_cores(accelerator.num_processes)
+    with accelerator.main_process_first():  # the others find it in the cache
+        model = DetrForDetection.from_pretrained(args.model)
+        processor = DetrImageProcessor.from_pretrained(args.model)
+    name = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
+    settings = {"model": name, "threshold": args.threshold, **model_settings(model, processor)}
+    id2label = model.config.id2label
+    with accelerator.main_process_first():
+        try:
+            job = open_job(args.output_dir, args.images, settings, id2label, is_main=accelerator.is_main_process)
+        except (OSError, ValueError) as error:
+            raise SystemExit(str(error)) from error
+    if job.finished:
+        if accelerator.is_main_process:
+            print(f"Done already, nothing was changed: {job.detections_file}")
+        accelerator.end_training()
+        return
+
+    detector = pipeline(
+        "object-detection", model=model, image_processor=processor, device=args.device or accelerator.device
+    )
+    stopped = detect(args, accelerator, job, detector)
+    if stopped:
+        if accelerator.is_main_process:
+            print("Stopped; what is done is in the shards. The same command goes on from here.", flush=True)
+        raise SystemExit(StopRequest.exit_code)
+    accelerator.wait_for_everyone()  # all shards are written
+    if accelerator.is_main_process:
+        summary = merge_shards(job)
+        print(f"{summary.objects} objects in {summary.images} images: {job.detections_file}")
+        for path, reason in summary.unread:
+            print(f"not read: {path}: {reason}")
+        if summary.unreadable > len(summary.unread):
+            print(f"{summary.unreadable - len(summary.unread)} more could not be read: {job.images_file}")
+    accelerator.end_training()
+
+
+def detect(args: argparse.Namespace, accelerator: Accelerator, job: PredictionJob, detector) -> bool:
+    """Predict this process' share of the images that are left. Whether it was asked to stop before the end."""
+    id2label = detector.model.config.id2label
+    label2id = {name: index for index, name in id2label.items()}
+    pictures = job.num_images <= MOST_PICTURES if args.pictures is None else args.pictures
+    images = job.pending(accelerator.num_processes, accelerator.process_index)
+    accelerator.wait_for_everyone()  # nobody writes while others still look at what is left
+    if accelerator.is_main_process:
+        print(f"{job.num_images} images; ids from {job.ids_from or 'their order'}; pictures: {pictures}", flush=True)
+    batches = load_batches(
+        detector, job.image_folder, images,
+        batch_size=args.batch_size, num_workers=args.num_workers, pictures=pictures,
+    )  # fmt: skip
+    with (
+        StopRequest() as stop,
+        ShardWriter(job.shards, accelerator.process_index, id2label, args.shard_size) as writer,
+        closing(batches),
+        tqdm(total=len(images), desc="Detecting", disable=not accelerator.is_main_process) as bar,
+    ):
+        for batch in batches:
+            for prediction in predict_batch(detector, batch, args.threshold):
+                if prediction.picture is not None:
+                    path = args.output_dir / f"{prediction.file}.png"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    draw_detections(prediction.picture, prediction.objects(id2label), label2id).save(path)
+                writer.add(prediction)
+            bar.update(len(batch))
+            if stop.requested:
+                return True
+    return False
+
+
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="an image, or a folder that is searched for images")
     parser.add_argument("--model", required=True, help="checkpoint, a folder or a Hub id")
     parser.add_argument("--output_dir", type=Path, default=Path("predictions"))
     parser.add_argument("--threshold", type=float, default=0.5, help="least score of a detection")
-    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--batch_size", type=int, default=1, help="images a process and step")
+    parser.add_argument("--num_workers", type=int, default=1, help="threads a process that read images")
+    parser.add_argument("--shard_size", type=int, default=512, help="images a process between two writes")
+    parser.add_argument(
+        "--pictures", action=argparse.BooleanOptionalAction, help=f"default: for up to {MOST_PICTURES:,} images"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the best there is")
     args = parser.parse_args()
-
-    paths = find_images(args.images)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    results_file = args.output_dir / "detections.json"
-    if results_file.exists():
-        raise SystemExit(f"{results_file} exists. Name another --output_dir.")
-    use_all_cores()
-    model = DetrForDetection.from_pretrained(args.model)
-    processor = DetrImageProcessor.from_pretrained(args.model)
-    detector = pipeline("object-detection", model=model, image_processor=processor, device=args.device)
-
-    waiting = deque()  # images on their way through the detector, in order
-    unreadable: dict[str, str] = {}
-
-    def readable():
-        for path in paths:
-            try:
-                waiting.append((path, open_image(path)))
-            except ValueError as error:
-                unreadable[str(path)] = str(error)
-            else:
-                yield waiting[-1][1]
-
-    detections = {}
-    root = args.images if args.images.is_dir() else args.images.parent
-    found = detector(readable(), threshold=args.threshold, batch_size=args.batch_size)
-    for objects in tqdm(found, total=len(paths), desc="Detecting"):
-        path, image = waiting.popleft()
-        detections[str(path)] = objects
-        picture = args.output_dir / f"{path.relative_to(root)}.png"
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        draw_detections(image, objects, detector.model.config.label2id).save(picture)
-    results_file.write_text(json.dumps(detections, indent=2))
-    count = sum(len(objects) for objects in detections.values())
-    print(f"{count} objects in {len(detections)} images: {results_file}")
-    for path, reason in unreadable.items():
-        print(f"not read: {path}: {reason}")
-
-
-def find_images(source: Path) -> list[Path]:
-    """The image itself, or all images below a folder."""
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise SystemExit(f"There is no {source}.")
-    endings = set(PIL.Image.registered_extensions())
-    paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in endings and path.is_file())
-    if not paths:
-        raise SystemExit(f"{source} holds no images.")
-    return paths
+    for name in ("batch_size", "shard_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1.")
+    if args.num_workers < 0:
+        parser.error("--num_workers must not be negative.")
+    return args
 
 
 if __name__ == "__main__":

@@ -79,15 +79,19 @@ def test_predict_writes_pictures_and_a_json_and_names_what_it_could_not_read(tra
     ]
     output = run(*arguments, "--batch_size", "2", "--output_dir", tmp_path / "out", cwd=tmp_path)
     detections = json.loads((tmp_path / "out" / "detections.json").read_text())
-    assert sorted(detections) == [str(folder / "deeper" / "two.png"), str(folder / "one.jpg")]
-    assert all({"score", "label", "box"} == set(found) for objects in detections.values() for found in objects)
-    assert detections[str(folder / "one.jpg")]
+    images = json.loads((tmp_path / "out" / "images.json").read_text())
+    names = {image["id"]: image["file_name"] for image in images["images"]}
+    assert sorted(names.values()) == ["deeper/two.png", "one.jpg"]
+    assert all({"image_id", "category_id", "bbox", "score"} == set(found) for found in detections)
+    assert {names[found["image_id"]] for found in detections} == {"deeper/two.png", "one.jpg"}
+    assert [category["name"] for category in images["categories"]] == ["rectangle", "ellipse", "triangle"]
     assert Image.open(tmp_path / "out" / "one.jpg.png").size == (120, 90)
     assert Image.open(tmp_path / "out" / "deeper" / "two.png.png").size == (60, 140)
     assert "not read: " in output
     assert "broken.jpg" in output
+    arguments[-1] = "0.5"
     again = run(*arguments, "--output_dir", tmp_path / "out", cwd=tmp_path, ok=False)
-    assert "exists. Name another --output_dir" in again
+    assert "threshold was 0.0 and is 0.5. Name another --output_dir" in again
 
 
 def test_evaluate_agrees_with_the_number_at_training_time_and_across_processes(trained):

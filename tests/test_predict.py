@@ -1,0 +1,501 @@
+"""`examples/predict.py` as its users call it, also when it is killed, and the parts in `hf_detr.inference`."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import tiny_model
+from datasets import Dataset
+from PIL import Image
+from pycocotools.coco import COCO
+from test_image_processing import photo
+from transformers import pipeline
+
+from hf_detr import DetrImageProcessor
+from hf_detr.data import draw_shapes_dataset
+from hf_detr.inference import (
+    Prediction,
+    ShardWriter,
+    annotation_ids,
+    category_records,
+    done_ids,
+    find_images,
+    merge_shards,
+    model_settings,
+    open_job,
+    read_shards,
+)
+from hf_detr.inference.files import PARTIAL, hold_lock
+from hf_detr.inference.predict import run_ahead
+
+PREDICT = Path(__file__).parents[1] / "examples" / "predict.py"
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+ONE = [sys.executable]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("checkpoint")
+    names = {0: "rectangle", 1: "ellipse", 2: "triangle", 3: "none of them"}
+    model = tiny_model(id2label=names, label2id={name: index for index, name in names.items()})
+    with torch.no_grad():
+        model.bbox_predictor.layers[-1].weight.mul_(20)
+        model.class_labels_classifier.weight.mul_(3)
+    model.save_pretrained(path)
+    DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 120}).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """300 images of different sizes in three folders."""
+    folder = tmp_path_factory.mktemp("many")
+    for index in range(300):
+        place = folder / f"part-{index % 3}"
+        place.mkdir(exist_ok=True)
+        photo(60 + index % 7 * 8, 90 - index % 5 * 6, index).save(place / f"{index:03d}.jpg")
+    return folder
+
+
+def command(launcher, images, checkpoint, output, *options):
+    arguments = [*launcher, PREDICT, images, "--model", checkpoint, "--output_dir", output, "--threshold", "0.25"]
+    return [str(argument) for argument in (*arguments, *options)]
+
+
+def run(*arguments, code=0):
+    done = subprocess.run(
+        command(*arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def expected(checkpoint, path):
+    """Detections by the pipeline, this image alone."""
+    return pipeline("object-detection", model=str(checkpoint), device="cpu")(path, threshold=0.25, round_boxes=False)
+
+
+def assert_equal(row, objects):
+    assert row["labels"] == [found["label"] for found in objects]
+    assert row["scores"] == pytest.approx([found["score"] for found in objects], abs=1e-4)
+    corners = [[found["box"][key] for key in ("xmin", "ymin", "xmax", "ymax")] for found in objects]
+    np.testing.assert_allclose(np.reshape(row["boxes"], (-1, 4)), np.reshape(corners, (-1, 4)), rtol=0, atol=1e-3)
+
+
+def rows_of(output):
+    """Rows of all shards by file; each is there once."""
+    rows = [row for path in sorted((output / "shards").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    assert len({row["file"] for row in rows}) == len(rows)
+    assert len({row["image_id"] for row in rows}) == len(rows)
+    return {row["file"]: row for row in rows}
+
+
+def assert_whole(output, folder):
+    """Every image once, in the shards and in the merged files, and nothing left behind."""
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jpg"))
+    rows = rows_of(output)
+    assert sorted(rows) == files
+    merged = json.loads((output / "images.json").read_text())
+    assert {image["file_name"]: image["id"] for image in merged["images"]} == dict(zip(files, range(300), strict=True))
+    detections = json.loads((output / "detections.json").read_text())
+    assert len(detections) == sum(len(row["scores"]) for row in rows.values())
+    assert not list(output.rglob(f"*{PARTIAL}"))
+
+
+# -- what one run leaves ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory, checkpoint):
+    """All kinds of images, good and bad, and what one process with a batch size of 3 leaves for them."""
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "deeper").mkdir()
+    photo(120, 90, 1).save(folder / "rgb.jpg")
+    photo(60, 140, 2).convert("L").save(folder / "deeper" / "grey.png")
+    photo(80, 64, 3).convert("CMYK").save(folder / "cmyk.jpg")
+    photo(80, 64, 4).convert("RGBA").save(folder / "alpha.png")
+    Image.fromarray(np.arange(64 * 80, dtype=np.uint16).reshape(64, 80) * 12).save(folder / "deep.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    photo(100, 60, 5).save(folder / "turned.jpg", exif=turned)
+    (folder / "text.jpg").write_bytes(b"no image")
+    (folder / "empty.png").touch()
+    whole = (folder / "rgb.jpg").read_bytes()
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "gone.jpg").symlink_to(folder / "nowhere.jpg")
+    Image.new("L", (100_000, 1)).save(folder / "thread.png")  # resized, nothing is left of its height
+    photo(70, 70, 6).save(os.fsencode(folder) + b"/latin-\xe9.png")
+    output = tmp_path_factory.mktemp("out") / "predictions"
+    return folder, output, run(ONE, folder, checkpoint, output, "--batch_size", "3", "--shard_size", "4")
+
+
+GOOD = {"rgb.jpg", "deeper/grey.png", "cmyk.jpg", "alpha.png", "deep.png", "turned.jpg", "latin-\\xe9.png"}
+BAD = {"text.jpg", "empty.png", "truncated.jpg", "gone.jpg", "thread.png"}
+
+
+def test_results_are_those_of_the_pipeline_image_by_image(mixed, checkpoint):
+    folder, output, _ = mixed
+    rows = rows_of(output)
+    assert {file for file, row in rows.items() if row["error"] is None} == GOOD
+    for file in sorted(GOOD - {"latin-\\xe9.png"}):
+        assert_equal(rows[file], expected(checkpoint, folder / file))
+    assert sum(len(row["scores"] or ()) for row in rows.values()) > 10
+    assert (rows["turned.jpg"]["width"], rows["turned.jpg"]["height"]) == (60, 100)
+
+
+def test_shards_are_ordinary_parquet(mixed):
+    _, output, _ = mixed
+    paths = sorted(str(path) for path in (output / "shards").iterdir())
+    assert len(paths) == 3  # 12 images, 4 a shard
+    data = Dataset.from_parquet(paths)
+    assert set(data.column_names) == {
+        "image_id", "file", "width", "height", "scores", "labels", "label_ids", "boxes", "error",
+    }  # fmt: skip
+    assert len(data) == len(GOOD) + len(BAD)
+
+
+def test_detections_are_coco_results_of_images_json(mixed):
+    _, output, text = mixed
+    truth = COCO(str(output / "images.json"))
+    found = truth.loadRes(str(output / "detections.json"))
+    rows = {row["image_id"]: row for row in rows_of(output).values()}
+    assert truth.loadCats(truth.getCatIds())[1] == {"id": 1, "name": "ellipse"}
+    for image_id in truth.getImgIds():
+        row, results = rows[image_id], found.imgToAnns[image_id]
+        assert [result["category_id"] for result in results] == row["label_ids"]
+        for result, (left, top, right, bottom), score in zip(results, row["boxes"], row["scores"], strict=True):
+            assert result["bbox"] == pytest.approx([left, top, right - left, bottom - top], abs=1e-4)
+            assert result["score"] == pytest.approx(score, abs=1e-5)
+    assert f"{len(found.anns)} objects in {len(GOOD)} images" in text
+
+
+def test_files_that_cannot_be_read_are_listed(mixed):
+    folder, output, text = mixed
+    merged = json.loads((output / "images.json").read_text())
+    assert {record["file_name"] for record in merged["unreadable"]} == BAD
+    assert {record["file_name"] for record in merged["images"]} == GOOD
+    for name in BAD:
+        assert f"not read: {folder / name}: " in text
+    assert all(record["error"] for record in merged["unreadable"])
+
+
+def test_pictures_have_the_size_of_the_image_as_shown(mixed):
+    _, output, _ = mixed
+    assert {str(p.relative_to(output))[:-4] for p in output.rglob("*.png")} == GOOD
+    assert Image.open(output / "rgb.jpg.png").size == (120, 90)
+    assert Image.open(output / "turned.jpg.png").size == (60, 100)
+    assert Image.open(output / "deeper" / "grey.png.png").size == (60, 140)
+
+
+def test_a_finished_job_is_left_alone_and_another_refused(mixed, checkpoint, tmp_path):
+    folder, output, _ = mixed
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    assert "Done already" in run(ONE, folder, checkpoint, output, "--batch_size", "2")
+    refused = run(ONE, folder, checkpoint, output, "--threshold", "0.3", code=1)
+    assert "threshold was 0.25 and is 0.3" in refused
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+# -- several processes, and ends that come early -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference(many, checkpoint, tmp_path_factory):
+    output = tmp_path_factory.mktemp("reference") / "out"
+    run(ONE, many, checkpoint, output, "--batch_size", "4", "--no-pictures", "--num_workers", "0")
+    assert_whole(output, many)
+    assert not list(output.rglob("*.png"))
+    return rows_of(output)
+
+
+def assert_as_reference(output, reference):
+    for file, row in rows_of(output).items():
+        assert row["labels"] == reference[file]["labels"]
+        np.testing.assert_allclose(row["boxes"], reference[file]["boxes"], rtol=0, atol=1e-3)
+
+
+def test_two_processes_share_the_images(many, checkpoint, reference, tmp_path):
+    text = run(TWO, many, checkpoint, tmp_path / "out", "--shard_size", "64", "--no-pictures")
+    assert_whole(tmp_path / "out", many)
+    assert_as_reference(tmp_path / "out", reference)
+    sizes = {0: 0, 1: 0}
+    for path in (tmp_path / "out" / "shards").iterdir():
+        sizes[int(path.name.split("-")[0])] += pq.read_metadata(path).num_rows
+    assert sizes == {0: 150, 1: 150}
+    assert text.count("objects in 300 images") == 1
+
+
+class Job:
+    """A start that is to be ended from outside, after it has written a shard."""
+
+    def __init__(self, *arguments):
+        self.shards = Path(arguments[3]) / "shards"
+        before = self.count()
+        self.process = subprocess.Popen(
+            command(*arguments), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        end = time.monotonic() + 300
+        while self.count() <= before:
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    def count(self):
+        return len(list(self.shards.glob("*.parquet")))
+
+    def processes(self):
+        """The process and all below it."""
+        found = [self.process.pid]
+        for pid in found:
+            for children in Path(f"/proc/{pid}/task").glob("*/children"):
+                found += [int(child) for child in children.read_text().split()]
+        return found
+
+    def end(self, number, pids):
+        for pid in pids:
+            os.kill(pid, number)
+        output = self.process.communicate(timeout=120)[0]
+        return self.process.returncode, output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_killed_again_and_again_no_image_is_lost_or_done_twice(many, checkpoint, reference, tmp_path):
+    """On 2 processes, then 1, then 2 of which only the launcher is killed, and ended on 1."""
+    output = tmp_path / "out"
+    options = (many, checkpoint, output, "--shard_size", "3", "--no-pictures")
+    moments = random.Random(0)
+    done = [0]
+    for launcher, everyone in ((TWO, True), (ONE, True), (LAUNCH, False), (TWO, False)):
+        job = Job(launcher, *options)
+        time.sleep(moments.uniform(0, 0.15))
+        job.end(signal.SIGKILL, job.processes() if everyone else [job.process.pid])
+        done.append(len(rows_of(output)))
+    assert done == sorted(done)
+    assert 0 < done[1] < done[2] < 300
+    assert not (output / "detections.json").exists()
+    (output / "shards" / f"left.parquet.1{PARTIAL}").write_bytes(b"half a shard")
+    text = run(ONE, *options)
+    assert_whole(output, many)
+    assert_as_reference(output, reference)
+    assert "objects in 300 images" in text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_sigterm_ends_with_143_and_keeps_what_was_done(many, checkpoint, tmp_path):
+    output = tmp_path / "out"
+    options = (many, checkpoint, output, "--no-pictures")
+    job = Job(ONE, *options, "--shard_size", "20")
+    code, text = job.end(signal.SIGTERM, [job.process.pid])
+    assert code == 143, text
+    assert "The same command goes on from here" in text
+    sizes = sorted(pq.read_metadata(path).num_rows for path in (output / "shards").iterdir())
+    assert 20 <= sum(sizes) < 300
+    assert not list(output.rglob(f"*{PARTIAL}"))
+    run(ONE, *options, "--shard_size", "50")
+    assert_whole(output, many)
+
+
+# -- the parts ---------------------------------------------------------------------------------------------------------
+
+
+def prediction(image_id, error=None):
+    size = None if error else (4, 3)
+    found = torch.tensor([0.5]), torch.tensor([1]), torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    return Prediction(image_id, f"{image_id}.jpg", size, None, error, *found)
+
+
+def small_job(folder, images=4, **settings):
+    (folder / "images").mkdir(exist_ok=True)
+    for index in range(images):
+        (folder / "images" / f"{index}.jpg").touch()
+    return open_job(folder / "out", folder / "images", {"threshold": 0.5} | settings, {0: "cat", 1: "dog"})
+
+
+def test_images_are_sorted_as_paths_and_links_followed_once(tmp_path):
+    for name in ("b/2.PNG", "b/10.jpg", "b-c/1.jpg", "a.jpeg", "b/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "b" / "circle").symlink_to(tmp_path)
+    folder, files = find_images(tmp_path)
+    assert folder == tmp_path
+    assert files == [b"a.jpeg", b"b/10.jpg", b"b/2.PNG", b"b-c/1.jpg"]
+    assert [tmp_path / os.fsdecode(file) for file in files] == sorted(tmp_path / os.fsdecode(file) for file in files)
+    assert find_images(tmp_path / "a.jpeg") == (tmp_path, [b"a.jpeg"])
+    with pytest.raises(FileNotFoundError, match="There is no"):
+        find_images(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        find_images(tmp_path / "empty")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions")
+def test_a_folder_that_may_not_be_listed_is_reported(tmp_path, monkeypatch):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open" / "1.jpg").touch()
+    (tmp_path / "shut").mkdir()
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert find_images(tmp_path)[1] == [b"open/1.jpg", b"shut"]
+
+
+def test_shares_are_disjoint_complete_and_without_what_is_done(tmp_path):
+    job = small_job(tmp_path, images=11)
+    with ShardWriter(job.shards, 0, {1: "dog"}, size=2) as writer:
+        for image_id in (3, 4, 9):
+            writer.add(prediction(image_id))
+    assert sorted(done_ids(job.shards)) == [3, 4, 9]
+    for processes in (1, 2, 3, 12):
+        shares = [job.pending(processes, index)["image_id"].to_pylist() for index in range(processes)]
+        assert sorted(image_id for share in shares for image_id in share) == [0, 1, 2, 5, 6, 7, 8, 10]
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_what_is_added_is_written_when_an_error_comes_and_only_once(tmp_path):
+    writer = ShardWriter(tmp_path, 0, {1: "dog"})
+    writer.add(prediction(1))
+    with pytest.raises(KeyboardInterrupt), writer:
+        raise KeyboardInterrupt
+    writer.flush()
+    [row] = read_shards(tmp_path, ["image_id", "labels", "boxes"])
+    assert row == {"image_id": 1, "labels": ["dog"], "boxes": [[0.0, 1.0, 2.0, 3.0]]}
+
+
+def test_a_shard_that_is_damaged_or_there_twice_is_named(tmp_path):
+    with ShardWriter(tmp_path, 0, {1: "dog"}) as writer:
+        writer.add(prediction(1))
+    [path] = tmp_path.iterdir()
+    (tmp_path / "copy.parquet").write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match=rf"Image 1 is in {path.name} and copy.parquet"):
+        done_ids(tmp_path)
+    (tmp_path / "copy.parquet").write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"copy.parquet cannot be read: .* Delete it"):
+        done_ids(tmp_path)
+
+
+def test_nothing_is_merged_before_all_images_are_done(tmp_path):
+    job = small_job(tmp_path, images=3)
+    with ShardWriter(job.shards, 0, {1: "dog"}) as writer:
+        writer.add(prediction(0))
+        writer.add(prediction(1, "broken"))
+    with pytest.raises(ValueError, match=r"1 images of .* are not done"):
+        merge_shards(job)
+    assert not job.detections_file.exists()
+    with ShardWriter(job.shards, 1, {1: "dog"}) as writer:
+        writer.add(prediction(2))
+    summary = merge_shards(job)
+    assert (summary.objects, summary.images, summary.unreadable) == (2, 2, 1)
+    assert summary.unread == [(str(tmp_path / "images" / "1.jpg"), "broken")]
+
+
+def test_images_that_come_later_do_not_belong_to_the_job(tmp_path):
+    assert small_job(tmp_path, images=3).num_images == 3  # and its lock goes with it
+    again = small_job(tmp_path, images=5)
+    assert again.pending()["path"].to_pylist() == [b"0.jpg", b"1.jpg", b"2.jpg"]
+
+
+def test_another_job_or_something_else_in_the_folder_is_refused(tmp_path):
+    job = small_job(tmp_path)
+    with pytest.raises(ValueError, match=r"threshold was 0.5 and is 0.7. Name another --output_dir"):
+        small_job(tmp_path, threshold=0.7)
+    with pytest.raises(ValueError, match="weights was None and is 'abc'"):
+        small_job(tmp_path, weights="abc")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "detections.json").touch()
+    with pytest.raises(ValueError, match="exists and is of no job"):
+        open_job(tmp_path / "other", job.image_folder, {}, {0: "cat"})
+
+
+def test_the_folder_of_a_job_is_locked_while_it_runs(tmp_path):
+    held = hold_lock(tmp_path / "lock")
+    with pytest.raises(TimeoutError, match="locked by another process"):
+        hold_lock(tmp_path / "lock", seconds=0)
+    held.close()
+    shared = [hold_lock(tmp_path / "lock", shared=True, seconds=0) for _ in range(2)]
+    with pytest.raises(TimeoutError):
+        hold_lock(tmp_path / "lock", seconds=0)
+    assert len(shared) == 2
+
+
+def test_other_weights_or_another_resolution_make_another_job(checkpoint):
+    model, processor = tiny_model(), DetrImageProcessor()
+    before = model_settings(model, processor)
+    assert json.loads(json.dumps(before, default=str)) == json.loads(
+        json.dumps(model_settings(model, DetrImageProcessor()), default=str)
+    )
+    with torch.no_grad():
+        model.bbox_predictor.layers[-1].bias[0] += 1e-3
+    after = model_settings(model, DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 120}))
+    assert {name for name in before if str(before[name]) != str(after[name])} == {"weights", "processor.size"}
+
+
+def test_ids_are_those_of_the_annotations_if_they_cover_all_images(tmp_path):
+    folder = draw_shapes_dataset(tmp_path / "drawn", num_train=2, num_val=4, progress=False)
+    file = folder / "annotations" / "instances_val.json"
+    truth = json.loads(file.read_text())
+    for image in truth["images"]:
+        image["id"] += 700
+    truth["annotations"] = []
+    for category in truth["categories"]:
+        category["id"] *= 10
+    file.write_text(json.dumps(truth))
+    place, files = find_images(folder / "val")
+    ids, source = annotation_ids(place, files)
+    assert ids == [701, 702, 703, 704]
+    assert source.file == file
+    names = {0: "triangle", 1: "other", 2: "rectangle", 3: "ellipse"}
+    assert category_records(names, source) == [
+        {"id": 30, "name": "triangle"},
+        {"id": 0, "name": "other"},
+        {"id": 10, "name": "rectangle"},
+        {"id": 20, "name": "ellipse"},
+    ]
+    assert category_records({0: "cat"}, source) == [{"id": 0, "name": "cat"}]
+    assert category_records({0: "cat"}, None) == [{"id": 0, "name": "cat"}]
+    photo().save(folder / "val" / "new.jpg")
+    assert annotation_ids(*find_images(folder / "val")) is None
+    job = open_job(tmp_path / "out", folder / "val", {}, names)
+    assert (job.ids_from, list(job.image_ids())) == (None, [0, 1, 2, 3, 4])
+
+
+def test_damaged_annotations_do_not_keep_images_from_being_looked_at(tmp_path):
+    (tmp_path / "val").mkdir()
+    photo().save(tmp_path / "val" / "1.jpg")
+    (tmp_path / "val.json").write_text("{")
+    assert annotation_ids(*find_images(tmp_path / "val")) is None
+    (tmp_path / "val.json").write_text('{"images": 1, "annotations": 2, "categories": 3}')
+    assert annotation_ids(*find_images(tmp_path / "val")) is None
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_reading_ahead_keeps_the_order_and_a_bound(num_workers):
+    made, lock = [], threading.Lock()
+
+    def make(item):
+        with lock:
+            made.append(item)
+        return item * item
+
+    for number, result in enumerate(run_ahead(make, range(50), num_workers)):
+        assert result == number * number
+        assert len(made) <= number + 1 + num_workers
+    assert len(made) == 50
