@@ -95,10 +95,11 @@ def detect(args: argparse.Namespace, accelerator: Accelerator, job: PredictionJo
     accelerator.wait_for_everyone()  # nobody writes while others still look at what is left
     if accelerator.is_main_process:
         print(f"{job.num_images} images; ids from {job.ids_from or 'their order'}; pictures: {pictures}", flush=True)
+    # on a CPU, the model keeps all cores busy, and reading ahead only takes some away
+    num_workers = (0 if detector.device.type == "cpu" else 2) if args.num_workers is None else args.num_workers
     batches = load_batches(
-        detector, job.image_folder, images,
-        batch_size=args.batch_size, num_workers=args.num_workers, pictures=pictures,
-    )  # fmt: skip
+        detector, job.image_folder, images, batch_size=args.batch_size, num_workers=num_workers, pictures=pictures
+    )
     with (
         StopRequest() as stop,
         ShardWriter(job.shards, accelerator.process_index, id2label, args.shard_size) as writer,
@@ -125,7 +126,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("predictions"))
     parser.add_argument("--threshold", type=float, default=0.5, help="least score of a detection")
     parser.add_argument("--batch_size", type=int, default=1, help="images a process and step")
-    parser.add_argument("--num_workers", type=int, default=1, help="threads a process that read images")
+    parser.add_argument(
+        "--num_workers", type=int, help="threads a process that read images ahead; default: 2, and 0 on a CPU"
+    )
     parser.add_argument("--shard_size", type=int, default=512, help="images a process between two writes")
     parser.add_argument(
         "--pictures", action=argparse.BooleanOptionalAction, help=f"default: for up to {MOST_PICTURES:,} images"
@@ -135,7 +138,7 @@ def parse_args() -> argparse.Namespace:
     for name in ("batch_size", "shard_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1.")
-    if args.num_workers < 0:
+    if args.num_workers is not None and args.num_workers < 0:
         parser.error("--num_workers must not be negative.")
     return args
 

@@ -215,7 +215,7 @@ def test_a_finished_job_is_left_alone_and_another_refused(mixed, checkpoint, tmp
 @pytest.fixture(scope="module")
 def reference(many, checkpoint, tmp_path_factory):
     output = tmp_path_factory.mktemp("reference") / "out"
-    run(ONE, many, checkpoint, output, "--batch_size", "4", "--no-pictures", "--num_workers", "0")
+    run(ONE, many, checkpoint, output, "--batch_size", "4", "--no-pictures", "--num_workers", "2")
     assert_whole(output, many)
     assert not list(output.rglob("*.png"))
     return rows_of(output)
@@ -405,6 +405,11 @@ def test_nothing_is_merged_before_all_images_are_done(tmp_path):
     summary = merge_shards(job)
     assert (summary.objects, summary.images, summary.unreadable) == (2, 2, 1)
     assert summary.unread == [(str(tmp_path / "images" / "1.jpg"), "broken")]
+    before = job.detections_file.read_text()
+    job.detections_file.unlink()  # as if killed before the end
+    assert not job.finished
+    assert merge_shards(job) == summary
+    assert job.detections_file.read_text() == before
 
 
 def test_images_that_come_later_do_not_belong_to_the_job(tmp_path):
