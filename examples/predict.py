@@ -19,19 +19,20 @@ may change between starts; what decides about the results may not.
 
 import argparse
 from contextlib import closing
-from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 from transformers import pipeline
 
 from hf_detr import DetrForDetection, DetrImageProcessor
 from hf_detr.inference import (
+    EXIT_CODE,
+    Everyone,
     PredictionJob,
     ShardWriter,
     StopRequest,
+    end_with_launcher,
     load_batches,
     merge_shards,
     model_settings,
@@ -46,9 +47,9 @@ MOST_PICTURES = 1000  # drawn without being asked for
 
 def main() -> None:
     args = parse_args()
-    # a process may be done hours before the slowest, and waits for it
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
-    accelerator = Accelerator(kwargs_handlers=[patience])
+    end_with_launcher()
+    accelerator = Accelerator()
+    everyone = Everyone()
     use_all_cores(accelerator.num_processes)
     with accelerator.main_process_first():  # the others find it in the cache
         model = DetrForDetection.from_pretrained(args.model)
@@ -56,11 +57,14 @@ def main() -> None:
     name = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
     settings = {"model": name, "threshold": args.threshold, **model_settings(model, processor)}
     id2label = model.config.id2label
-    with accelerator.main_process_first():
-        try:
-            job = open_job(args.output_dir, args.images, settings, id2label, is_main=accelerator.is_main_process)
-        except (OSError, ValueError) as error:
-            raise SystemExit(str(error)) from error
+    if not accelerator.is_main_process:
+        everyone.wait()
+    try:
+        job = open_job(args.output_dir, args.images, settings, id2label, is_main=accelerator.is_main_process)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    if accelerator.is_main_process:
+        everyone.wait()
     if job.finished:
         if accelerator.is_main_process:
             print(f"Done already, nothing was changed: {job.detections_file}")
@@ -70,12 +74,13 @@ def main() -> None:
     detector = pipeline(
         "object-detection", model=model, image_processor=processor, device=args.device or accelerator.device
     )
-    stopped = detect(args, accelerator, job, detector)
-    if stopped:
+    images = job.pending(accelerator.num_processes, accelerator.process_index)
+    everyone.wait()  # nobody writes while others still look at what is left
+    if detect(args, accelerator, job, detector, images):
         if accelerator.is_main_process:
             print("Stopped; what is done is in the shards. The same command goes on from here.", flush=True)
-        raise SystemExit(StopRequest.exit_code)
-    accelerator.wait_for_everyone()  # all shards are written
+        raise SystemExit(EXIT_CODE)
+    everyone.wait()  # all shards are written
     if accelerator.is_main_process:
         summary = merge_shards(job)
         print(f"{summary.objects} objects in {summary.images} images: {job.detections_file}")
@@ -86,13 +91,11 @@ def main() -> None:
     accelerator.end_training()
 
 
-def detect(args: argparse.Namespace, accelerator: Accelerator, job: PredictionJob, detector) -> bool:
-    """Predict this process' share of the images that are left. Whether it was asked to stop before the end."""
+def detect(args: argparse.Namespace, accelerator: Accelerator, job: PredictionJob, detector, images) -> bool:
+    """Predict these images, this process' share of what is left. Whether it was asked to stop before the end."""
     id2label = detector.model.config.id2label
     label2id = {name: index for index, name in id2label.items()}
     pictures = job.num_images <= MOST_PICTURES if args.pictures is None else args.pictures
-    images = job.pending(accelerator.num_processes, accelerator.process_index)
-    accelerator.wait_for_everyone()  # nobody writes while others still look at what is left
     if accelerator.is_main_process:
         print(f"{job.num_images} images; ids from {job.ids_from or 'their order'}; pictures: {pictures}", flush=True)
     # on a CPU, the model keeps all cores busy, and reading ahead only takes some away

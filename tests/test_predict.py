@@ -309,6 +309,23 @@ def test_sigterm_ends_with_143_and_keeps_what_was_done(many, checkpoint, tmp_pat
     assert_whole(output, many)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="process ids of parents")
+def test_a_process_that_waits_in_vain_ends_after_its_launcher(tmp_path):
+    worker = "from hf_detr.inference import end_with_launcher; end_with_launcher(0); open('ready', 'w'); input()"
+    read, write = os.pipe()  # what the worker waits for never comes
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"],
+        env=ENVIRONMENT | {"TORCHELASTIC_RUN_ID": "1"}, cwd=tmp_path, stdin=read, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    while not (tmp_path / "ready").exists():
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    launcher.kill()
+    launcher.communicate(timeout=60)  # until the worker, too, has closed the pipe
+    os.close(read)
+    os.close(write)
+
+
 # -- the parts ---------------------------------------------------------------------------------------------------------
 
 
