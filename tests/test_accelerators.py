@@ -352,7 +352,8 @@ def test_class_losses_by_hand(kind):
     logits = torch.randn(2, 2, 4, 4, dtype=torch.float64)
     targets = torch.tensor([[0, 3, 2, 3], [3, 1, 3, 3]]).expand(2, -1, -1)
     quality = torch.rand(2, 2, 4, dtype=torch.float64)
-    result = class_loss(kind, logits, targets, quality, torch.tensor(3.0), eos_coefficient=0.1)
+    normalizer = torch.tensor(3 + 5 * 0.1 if kind == "cross_entropy" else 3.0, dtype=torch.float64)
+    result = class_loss(kind, logits, targets, quality, normalizer, eos_coefficient=0.1)
     for layer in range(2):
         total, weights = 0.0, 0.0
         for image in range(2):

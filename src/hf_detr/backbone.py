@@ -59,6 +59,26 @@ def feature_strides(name: str) -> list[int]:
     return [int(level["reduction"]) for level in levels]
 
 
+class _SizeTable:
+    """(rows, columns) of the feature map for images of some (height, width), asked of a copy of the network that has no
+    weights and computes nothing. No module, so that the copy is no part of the model."""
+
+    def __init__(self, name: str, kwargs: dict[str, Any]) -> None:
+        self.name, self.kwargs = name, kwargs
+        self.network: Any = None
+        self.known: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def look_up(self, size: tuple[int, int]) -> tuple[int, int]:
+        if size not in self.known:
+            with torch.device("meta"), torch.inference_mode(False), torch.no_grad():
+                self.network = self.network or _create(self.name, **self.kwargs).eval()
+                features: Tensor = self.network(torch.zeros(1, self.kwargs["in_chans"], *size))[0]
+            height_first = getattr(self.network, "output_fmt", None) == "NHWC"
+            rows, columns = features.shape[1:3] if height_first else features.shape[2:]
+            self.known[size] = rows, columns
+        return self.known[size]
+
+
 class Backbone(nn.Module):
     """Features of one level of any timm network that supports `features_only=True`.
 
@@ -110,6 +130,7 @@ class Backbone(nn.Module):
         self.stride = int(levels[-1]["reduction"])
         self.level = len(levels) - 1
         self.model = _create(name, **self._create_kwargs)
+        self._size_table = _SizeTable(name, self._create_kwargs)
         if freeze_batch_norm:
             self.model = freeze_batch_norm_2d(self.model)
         self._frozen = self._freeze_norms_up_to(frozen_stages, levels) + self._unused()
@@ -120,8 +141,10 @@ class Backbone(nn.Module):
     def freeze(self) -> None:
         """Stop the training of the frozen stages. Also called after `from_pretrained`, which replaces the parameters
         and forgets that they were frozen."""
+        parameters = dict(self.model.named_parameters())
         for name in self._frozen:
-            self.model.get_parameter(name).requires_grad_(False)
+            if name in parameters:  # a batch norm that was frozen since then has none
+                parameters[name].requires_grad_(False)
 
     def _freeze_norms_up_to(self, frozen_stages: int, levels: list[dict[str, Any]]) -> list[str]:
         """Fix the batch norms of the frozen stages; returns the names of all parameters up to there."""
@@ -262,6 +285,13 @@ class Backbone(nn.Module):
         if sizes is None or (len(set(sizes)) > 1 and self.sees_whole_batches()):
             return self._padded_batch(pixel_values, pixel_mask)
         return self._by_size(pixel_values, sizes)
+
+    def feature_sizes(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> list[tuple[int, int]]:
+        """(rows, columns) of the features of each image without its padding, as [`forward`] makes them of images that
+        it runs apart; without running the network on them."""
+        sizes = None if pixel_mask is None else _image_sizes(pixel_mask)
+        every = sizes or [(pixel_values.shape[2], pixel_values.shape[3])] * len(pixel_values)
+        return [self._size_table.look_up(size) for size in every]
 
     def _padded_batch(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
         feature_map = self._features(pixel_values)

@@ -31,26 +31,26 @@ def class_loss(
     logits: Tensor,
     target_classes: Tensor,
     quality: Tensor,
-    num_boxes: Tensor,
+    normalizer: Tensor,
     *,
     eos_coefficient: float,
     valid: Tensor | None = None,
 ) -> Tensor:
     """Class loss of each decoder layer, with `p` the softmax probabilities and `c` the target of a query:
 
-    - `"cross_entropy"` (paper, section 3.1): the mean of `-log p[c]`, in which "no object" weighs `eos_coefficient`.
-    - `"focal"` (arXiv 1708.02002, over the softmax): the sum of `a (1-p[c])² (-log p[c])` over `num_boxes`, with
-      `a = 0.25` for objects and 0.75 for "no object": what is decided already hardly counts.
+    - `"cross_entropy"` (paper, section 3.1): the sum of `-log p[c]`, in which "no object" weighs `eos_coefficient`.
+    - `"focal"` (arXiv 1708.02002, over the softmax): the sum of `a (1-p[c])² (-log p[c])`, with `a = 0.25` for objects
+      and 0.75 for "no object": what is decided already hardly counts.
     - `"iou_aware"` (matchability-aware loss of DEIM, arXiv 2412.04234, over the softmax): the target of a matched query
       is its class with `t = IoU^1.5` and "no object" with `1 - t`, so that the score tells how good the box is, and a
-      bad box is taught little: `-t log p[c] - (1-t) log p[none]`; of the others `(1-p[none])^1.5 (-log p[none])`; the
-      sum over `num_boxes`.
+      bad box is taught little: `-t log p[c] - (1-t) log p[none]`; of the others `(1-p[none])^1.5 (-log p[none])`.
 
     Args:
         logits: (L, B, Q, num_labels+1), float32 or wider; the last one is "no object".
         target_classes: (L, B, Q); `num_labels` where there is no object.
         quality: (L, B, Q), IoU of the predicted box and its object, without gradient; read for objects only.
-        num_boxes: scalar.
+        normalizer: scalar that the sum is divided by: for the cross-entropy the sum of all weights, which makes it a
+            mean, for the others the number of boxes.
         valid: (B, Q) bool, queries that count; None: all.
 
     Returns:
@@ -63,7 +63,7 @@ def class_loss(
     weight = torch.ones_like(log_target) if valid is None else valid.to(logits.dtype).expand_as(log_target)
     if kind == "cross_entropy":
         weight = weight * torch.where(is_object, 1.0, eos_coefficient)
-        return -(weight * log_target).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1e-6)  # nothing may be valid
+        return -(weight * log_target).sum((1, 2)) / normalizer
     if kind == "focal":
         share = torch.where(is_object, OBJECT_SHARE, 1 - OBJECT_SHARE)
         loss = share * (1 - log_target.exp()) ** FOCUS * -log_target
@@ -75,4 +75,4 @@ def class_loss(
             -target * log_target - (1 - target) * log_none,
             (1 - log_none.exp()).clamp(min=1e-12) ** QUALITY_POWER * -log_none,
         )
-    return (weight * loss).sum((1, 2)) / num_boxes
+    return (weight * loss).sum((1, 2)) / normalizer

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from .boxes import cxcywh_to_xyxy, giou
 from .heads import BoxHead, build_class_head
-from .loss import average_over_processes
+from .loss import sum_over_processes
 
 CENTRAL = 0.35  # cells up to this far from the centre of a box, as a share of its width and height, belong to it
 CELL_BOX = 0.25  # width and height that a cell's box starts from
 CELL_PRIOR = 0.1  # probability of an object that an untrained head gives a cell
 NO_OBJECT_WEIGHT = 0.5
+NOTHING = -1  # no class
 
 
 def cell_centers(height: int, width: int, mask: Tensor | None, device: torch.device) -> Tensor:
@@ -64,6 +65,18 @@ def assign_cells(centers: Tensor, valid: Tensor, labels: list[dict[str, Any]], n
     return classes, torch.where(owned[..., None], padded.gather(1, owner[..., None].expand(-1, -1, 4)), boxes)
 
 
+def count_cells(labels: list[dict[str, Any]], sizes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """How many cells have to name an object, as a scalar, on feature maps of these (rows, columns), one an image."""
+    count = torch.zeros((), dtype=torch.float32, device=device)
+    for size in set(sizes):
+        alike = [label for label, other in zip(labels, sizes, strict=True) if other == size]
+        centers = cell_centers(*size, None, device).expand(len(alike), -1, -1)
+        everywhere = torch.ones(centers.shape[:2], dtype=torch.bool, device=device)
+        classes, _ = assign_cells(centers, everywhere, alike, no_object=NOTHING)
+        count += (classes != NOTHING).sum()
+    return count
+
+
 class DenseHead(nn.Module):
     """Class and box of each cell, from its feature vector; one head for the features before and after the encoder."""
 
@@ -98,18 +111,25 @@ class DenseHead(nn.Module):
 
 
 def dense_loss(
-    head: DenseHead, feature_sets: Sequence[Tensor], centers: Tensor, labels: list[dict[str, Any]]
+    head: DenseHead,
+    feature_sets: Sequence[Tensor],
+    centers: Tensor,
+    labels: list[dict[str, Any]],
+    cells: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The terms of [`DenseHead`], summed over several features (B, hw, d) of the same cells.
 
     Args:
         centers: as [`cell_centers`] gives them.
         labels: one dict an image with `class_labels` (N,) and `boxes` (N, 4), as for the set loss.
+        cells: see [`~hf_detr.loss.LossNormalizers`]; None counts those of this batch, on all processes.
     """
     centers = centers.expand(len(feature_sets[0]), -1, -1)
     valid = centers[..., 0] >= 0
     no_object = head.class_labels_classifier.out_features - 1
     classes, boxes = assign_cells(centers, valid, labels, no_object)
-    cells = average_over_processes((classes < no_object).sum(), centers.device)
+    if cells is None:
+        total, num_processes = sum_over_processes((classes < no_object).sum())
+        cells = total.clamp(min=1) / num_processes
     each = [head(features, centers, valid, classes, boxes, cells) for features in feature_sets]
     return {name: torch.stack([terms[name] for terms in each]).sum() for name in each[0]}

@@ -12,10 +12,10 @@ from .anchors import AnchorDecoder
 from .backbone import Backbone
 from .configuration_hf_detr import DetrConfig
 from .denoising import DenoisingQueries, denoising_queries, group_mask
-from .dense_supervision import CELL_PRIOR, DenseHead, cell_centers, dense_loss
+from .dense_supervision import CELL_PRIOR, DenseHead, cell_centers, count_cells, dense_loss
 from .heads import BoxHead, build_class_head
 from .initialization import init_as_torch, init_class_head, init_mlp, init_queries, init_transformer
-from .loss import check_labels, set_loss
+from .loss import LossNormalizers, check_labels, count_for_loss, set_loss
 from .outputs import DetrDetectionOutput, DetrModelOutput
 from .position_embedding import LearnedPositionEmbedding, build_position_embedding
 from .pretrained import DetrPreTrainedModel
@@ -264,10 +264,13 @@ class DetrForDetection(DetrPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        normalizers: LossNormalizers | None = None,
     ) -> DetrDetectionOutput | tuple[Any, ...]:
         """Args:
             labels: one dict an image: `class_labels` (N,) in [0, num_labels) and `boxes` (N, 4) cxcywh in [0, 1] of
                 the image without its padding. N may be 0. The image processor makes them from COCO annotations.
+            normalizers: of a loss over more than this batch, made of [`count_for_loss`]; None: of this batch, on all
+                processes.
             Others: see [`DetrModel.forward`].
 
         Raises:
@@ -303,10 +306,11 @@ class DetrForDetection(DetrPreTrainedModel):
 
         loss, loss_dict, auxiliary_outputs = None, None, None
         if labels is not None:
-            loss, loss_dict = self._set_loss(logits, pred_boxes, labels, extra)
+            loss, loss_dict = self._set_loss(logits, pred_boxes, labels, extra, normalizers)
             if self.dense_head is not None and centers is not None:
                 memory = outputs.encoder_last_hidden_state
-                terms = dense_loss(self.dense_head, (encoder_input, memory), centers, labels)
+                cells = None if normalizers is None else normalizers.cells
+                terms = dense_loss(self.dense_head, (encoder_input, memory), centers, labels, cells)
                 loss = loss + config.dense_loss_coefficient * (
                     terms["loss_ce"]
                     + config.bbox_loss_coefficient * terms["loss_bbox"]
@@ -330,8 +334,34 @@ class DetrForDetection(DetrPreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
+    @torch.no_grad()
+    def count_for_loss(
+        self, pixel_values: Tensor, labels: list[dict[str, Any]], pixel_mask: Tensor | None = None
+    ) -> Tensor:
+        """What this batch adds to the counts that [`LossNormalizers`] are made of, (3,), or (4,) with the dense loss.
+
+        A step over several batches and processes is the step over all of their images at once, if all of them get
+
+            counts = sum(model.count_for_loss(**batch) for batch in batches)  # and over processes
+            normalizers = LossNormalizers.from_counts(counts, num_processes)
+
+        Batch norm that is being trained still sees each batch on its own.
+        """
+        config, device = self.config, pixel_values.device
+        objects = [len(label["class_labels"]) for label in labels]
+        counts = count_for_loss(objects, config.num_queries, config.eos_coefficient, device)
+        if self.dense_head is None:
+            return counts
+        sizes = self.model.backbone.feature_sizes(pixel_values, pixel_mask)
+        return torch.cat((counts, count_cells(labels, sizes, device)[None]))
+
     def _set_loss(
-        self, logits: Tensor, pred_boxes: Tensor, labels: list[dict[str, Any]], extra: DenoisingQueries | None
+        self,
+        logits: Tensor,
+        pred_boxes: Tensor,
+        labels: list[dict[str, Any]],
+        extra: DenoisingQueries | None,
+        normalizers: LossNormalizers | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
         groups = config.query_groups if self.training else 1
@@ -350,6 +380,7 @@ class DetrForDetection(DetrPreTrainedModel):
             class_loss=config.class_loss,
             query_groups=groups,
             denoised=None if extra is None else (logits[:, :, ordinary:], pred_boxes[:, :, ordinary:], extra),
+            normalizers=normalizers,
         )
 
 
