@@ -94,9 +94,9 @@ def test_what_is_frozen_holds_still_and_what_trains_moves(adapted):
 
 def test_only_updates_and_heads_are_given_to_the_optimizer(adapted):
     *_, model = adapted
-    transformer, backbone = parameter_groups(model, 1e-4, 1e-5, 1e-4)
-    assert not backbone["params"]
-    assert len(transformer["params"]) == sum(p.requires_grad for p in model.parameters())
+    groups = parameter_groups(model, 1e-4, 1e-5, 1e-4)
+    assert {group["lr"] for group in groups} == {1e-4}, "there is no backbone among them"
+    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
     config, layers = model.config, []
     width, encoder, decoder = config.d_model, config.encoder_ffn_dim, config.decoder_ffn_dim
     attention = 4 * RANK * (width + width)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Sampler, Subset
 from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import get_image_size_for_max_height_width
 
-from ..training.optimization import keep_freed_memory
+from .cores import keep_freed_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -76,13 +76,19 @@ class DistributedBatches(Sampler[list[int]]):
         self.shuffle = shuffle
         self.seed = seed
         self.epoch = 0
+        self._start = 0
         self.num_processes = num_processes
         self.process_index = process_index
         self.num_images = num_images
         self._sizes = _batch_sizes(num_images, batch_size, num_processes, drop_last)
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        if epoch != self.epoch:  # Accelerate's loader sets the same one again when it starts
+            self.epoch, self._start = epoch, 0
+
+    def skip(self, count: int) -> None:
+        """Begin this epoch after so many batches of this process, to go on in the middle of it."""
+        self._start = count
 
     def batches(self) -> list[list[int]]:
         """All batches of this epoch, of all processes; batch `i` is that of process `i % num_processes`."""
@@ -97,10 +103,10 @@ class DistributedBatches(Sampler[list[int]]):
         return indices
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches()[self.process_index :: self.num_processes])
+        return iter(self.batches()[self.process_index :: self.num_processes][self._start :])
 
     def __len__(self) -> int:
-        return len(range(self.process_index, len(self._sizes), self.num_processes))
+        return max(0, len(range(self.process_index, len(self._sizes), self.num_processes)) - self._start)
 
 
 class AspectRatioBatches(DistributedBatches):

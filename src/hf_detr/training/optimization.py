@@ -1,58 +1,40 @@
-"""What the training loop needs besides the model: parameter groups, precision and the machine's cores."""
+"""What the training loop needs besides the model: parameter groups, schedule, averaged weights and precision."""
 
-import ctypes
-import os
-import sys
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
-from transformers import get_wsd_schedule
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from transformers import get_scheduler
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # numbers of glibc's malloc.h
+Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
+
+SCHEDULES = (
+    "wsd", "step", "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+    "inverse_sqrt",
+)  # fmt: skip
 
 
 def parameter_groups(
     model: nn.Module, learning_rate: float, backbone_learning_rate: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Two groups for AdamW, as in the paper (section A.4): the transformer with its heads, and the backbone, which gets
-    a rate of its own. Frozen parameters are in neither."""
-    backbone: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    """Groups for AdamW: the transformer with its heads, and the backbone, which gets a rate of its own (paper, section
+    A.4). Of each, what has one dimension (biases, weights of norms) and embeddings (object queries) are a group without
+    weight decay: nothing draws them to 0. Frozen parameters are in no group, and no group is empty."""
+    embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (backbone if ".backbone." in f".{name}" else others).append(parameter)
+            decays = parameter.ndim > 1 and id(parameter) not in embeddings
+            groups.setdefault((".backbone." in f".{name}", not decays), []).append(parameter)
     return [
-        {"params": others, "lr": learning_rate, "weight_decay": weight_decay},
-        {"params": backbone, "lr": backbone_learning_rate, "weight_decay": weight_decay},
+        {
+            "params": groups[in_backbone, spared],
+            "lr": backbone_learning_rate if in_backbone else learning_rate,
+            "weight_decay": 0.0 if spared else weight_decay,
+        }
+        for in_backbone, spared in sorted(groups)
     ]
-
-
-def use_all_cores(processes: int = 1) -> int:
-    """Give this process its share of the machine's cores, and return how many that is.
-
-    `accelerate launch` sets OMP_NUM_THREADS=1 unless told otherwise, which leaves all cores but one idle on a CPU. Any
-    other value was chosen by someone and stays; without one, PyTorch has chosen well.
-
-    Args:
-        processes: processes that share this machine, unless the launcher says so itself (LOCAL_WORLD_SIZE).
-    """
-    if os.environ.get("OMP_NUM_THREADS") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", processes))))
-    keep_freed_memory()
-    return torch.get_num_threads()
-
-
-def keep_freed_memory() -> None:
-    """Ask the C library (glibc) to reuse freed blocks instead of giving them back to the kernel at once. A training
-    step frees and allocates the same tensors again; clearing fresh pages can take as long as computing on them."""
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 256 << 20)):
-            mallopt(option, value)
 
 
 def preferred_precision() -> str:
@@ -64,9 +46,14 @@ def preferred_precision() -> str:
 
 def build_schedule(
     optimizer: torch.optim.Optimizer, kind: str, *, warmup: float, decay: float, total_steps: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate over all optimizer steps: it rises linearly in the first `warmup` share of them, stays, and in
-    the last `decay` share falls linearly to 0 (`"wsd"`) or is a tenth (`"step"`, the paper's)."""
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate over all optimizer steps; it rises linearly in the first `warmup` share of them.
+
+    Args:
+        kind: one of `SCHEDULES`: `"wsd"` stays, and in the last `decay` share falls linearly to 0; `"step"` is a tenth
+            in the last `decay` share (the paper's); the others are those of transformers' `get_scheduler`, in which
+            `decay` has no part.
+    """
     rising, falling = round(warmup * total_steps), round(decay * total_steps)
 
     def step_schedule(step: int) -> float:
@@ -74,11 +61,27 @@ def build_schedule(
 
     if kind == "step":
         return torch.optim.lr_scheduler.LambdaLR(optimizer, step_schedule)
-    schedule: torch.optim.lr_scheduler.LambdaLR = get_wsd_schedule(
+    options = {"num_decay_steps": falling, "decay_type": "linear"} if kind == "wsd" else {}
+    schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+        "warmup_stable_decay" if kind == "wsd" else kind,
         optimizer,
         num_warmup_steps=rising,
-        num_decay_steps=falling,
         num_training_steps=total_steps,
-        decay_type="linear",
+        scheduler_specific_kwargs=options,
     )
     return schedule
+
+
+def build_ema(model: nn.Module, decay: float) -> AveragedModel:
+    """The exponential moving average of the weights, `ema += (1 - d) (weights - ema)` after each step, as a model of
+    its own (`.module`). `d` grows to `decay` as `(1 + n) / (10 + n)` with the number of steps, so that the first,
+    random weights are soon forgotten. Buffers, such as statistics of batch norm, are the model's."""
+
+    @torch.no_grad()
+    def update(averages: Tensors, weights: Tensors, steps: Tensor | int) -> None:
+        d = min(decay, (1 + int(steps)) / (10 + int(steps)))
+        torch._foreach_lerp_(averages, weights, 1 - d)
+
+    ema = AveragedModel(model, multi_avg_fn=update)
+    ema.module.eval().requires_grad_(False)
+    return ema
