@@ -27,18 +27,15 @@ from transformers import pipeline
 
 from hf_detr import DetrForDetection, DetrImageProcessor
 from hf_detr.inference import (
-    EXIT_CODE,
-    Everyone,
     PredictionJob,
     ShardWriter,
-    StopRequest,
-    end_with_launcher,
     load_batches,
     merge_shards,
     model_settings,
     open_job,
     predict_batch,
 )
+from hf_detr.jobs import Everyone, StopRequest, end_with_launcher
 from hf_detr.training import use_all_cores
 from hf_detr.visualization import draw_detections
 
@@ -76,10 +73,12 @@ def main() -> None:
     )
     images = job.pending(accelerator.num_processes, accelerator.process_index)
     everyone.wait()  # nobody writes while others still look at what is left
-    if detect(args, accelerator, job, detector, images):
+    stop = StopRequest()
+    if detect(args, accelerator, job, detector, images, stop):
         if accelerator.is_main_process:
             print("Stopped; what is done is in the shards. The same command goes on from here.", flush=True)
-        raise SystemExit(EXIT_CODE)
+        raise SystemExit(stop.exit_code)
+    stop.end()
     everyone.wait()  # all shards are written
     if accelerator.is_main_process:
         summary = merge_shards(job)
@@ -91,7 +90,9 @@ def main() -> None:
     accelerator.end_training()
 
 
-def detect(args: argparse.Namespace, accelerator: Accelerator, job: PredictionJob, detector, images) -> bool:
+def detect(
+    args: argparse.Namespace, accelerator: Accelerator, job: PredictionJob, detector, images, stop: StopRequest
+) -> bool:
     """Predict these images, this process' share of what is left. Whether it was asked to stop before the end."""
     id2label = detector.model.config.id2label
     label2id = {name: index for index, name in id2label.items()}
@@ -104,7 +105,6 @@ def detect(args: argparse.Namespace, accelerator: Accelerator, job: PredictionJo
         detector, job.image_folder, images, batch_size=args.batch_size, num_workers=num_workers, pictures=pictures
     )
     with (
-        StopRequest() as stop,
         ShardWriter(job.shards, accelerator.process_index, id2label, args.shard_size) as writer,
         closing(batches),
         tqdm(total=len(images), desc="Detecting", disable=not accelerator.is_main_process) as bar,

@@ -35,8 +35,8 @@ from hf_detr.inference import (
     open_job,
     read_shards,
 )
-from hf_detr.inference.files import PARTIAL, hold_lock
 from hf_detr.inference.predict import run_ahead
+from hf_detr.jobs import PARTIAL, hold_lock
 
 PREDICT = Path(__file__).parents[1] / "examples" / "predict.py"
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
@@ -311,7 +311,7 @@ def test_sigterm_ends_with_143_and_keeps_what_was_done(many, checkpoint, tmp_pat
 
 @pytest.mark.skipif(sys.platform == "win32", reason="process ids of parents")
 def test_a_process_that_waits_in_vain_ends_after_its_launcher(tmp_path):
-    worker = "from hf_detr.inference import end_with_launcher; end_with_launcher(0); open('ready', 'w'); input()"
+    worker = "from hf_detr.jobs import end_with_launcher; end_with_launcher(0); open('ready', 'w'); input()"
     read, write = os.pipe()  # what the worker waits for never comes
     launcher = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"],

@@ -8,22 +8,17 @@ from .job import PredictionJob, model_settings, open_job
 from .merge import Summary, merge_shards
 from .predict import LoadedImage, Prediction, load_batches, predict_batch
 from .shards import SHARD_SCHEMA, ShardWriter, done_ids, read_shards
-from .stop import EXIT_CODE, Everyone, StopRequest, end_with_launcher
 
 __all__ = [
-    "EXIT_CODE",
     "SHARD_SCHEMA",
-    "Everyone",
     "LoadedImage",
     "Prediction",
     "PredictionJob",
     "ShardWriter",
-    "StopRequest",
     "Summary",
     "annotation_ids",
     "category_records",
     "done_ids",
-    "end_with_launcher",
     "find_images",
     "load_batches",
     "merge_shards",

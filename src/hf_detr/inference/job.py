@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 import torch
 
 from ..image_processing_hf_detr import DetrImageProcessor
+from ..jobs.files import PARTIAL, hold_lock, replacing
 from ..modeling_hf_detr import DetrForDetection
-from .files import PARTIAL, hold_lock, replacing
 from .images import annotation_ids, category_records, find_images
 from .shards import done_ids
 

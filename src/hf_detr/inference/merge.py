@@ -7,7 +7,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from .files import replacing
+from ..jobs.files import replacing
 from .job import PredictionJob
 from .shards import done_ids, read_shards
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .files import replacing
+from ..jobs.files import replacing
 
 if TYPE_CHECKING:
     from .predict import Prediction

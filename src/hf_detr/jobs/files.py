@@ -23,17 +23,27 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A file to write, put in the place of `path` when all of it is on the disk. A kill leaves `path` as it was, and
     maybe a file that ends in `.partial`."""
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
-    with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    if os.name == "posix":  # the new name has to reach the disk, too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    try:
+        with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:  # a full disk is not made fuller
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():  # cannot be opened there
+        return
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def hold_lock(path: Path, *, shared: bool = False, seconds: float = 60.0) -> IO[Any]:

@@ -5,14 +5,13 @@ import signal
 import threading
 import time
 from datetime import timedelta
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 
 # set by `accelerate launch` and torch's launcher, of which only the process itself is killed by SIGKILL
 LAUNCHERS_MARKS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
-EXIT_CODE = 128 + signal.SIGTERM  # 143, which shells and schedulers know as ended by SIGTERM
 
 
 class Everyone:
@@ -29,28 +28,32 @@ class Everyone:
 
 
 class StopRequest:
-    """Within `with`: whether this process was asked to stop, by SIGTERM or because the launcher that started it is
-    gone. To be asked between batches, in the main thread."""
+    """From now on until `end`: whether this process was asked to stop, by SIGTERM (pre-emption), by Ctrl-C (a second
+    one ends it as usual), or because the launcher that started it is gone: `accelerate launch` leaves a single process
+    running, which would go on beside its successor. To be made in the main thread, and asked between batches."""
 
     def __init__(self) -> None:
-        self._terminated = False
+        self._signal = 0
         self._parent = _launcher()
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
 
     @property
     def requested(self) -> bool:
-        return self._terminated or self._parent not in (None, os.getppid())
+        return bool(self._signal) or self._parent not in (None, os.getppid())
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell reports of a process that the signal has ended (143 for SIGTERM), so that no scheduler takes the
+        job for finished."""
+        return 128 + (self._signal or signal.SIGTERM)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._terminated = True
+        self._signal = number
+        signal.signal(signal.SIGINT, self._before[signal.SIGINT])
 
-    def __enter__(self) -> "StopRequest":
-        self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+    def end(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def end_with_launcher(seconds: float = 30.0) -> None:
@@ -63,7 +66,7 @@ def end_with_launcher(seconds: float = 30.0) -> None:
         while os.getppid() == parent:
             time.sleep(1)
         time.sleep(seconds)
-        os._exit(EXIT_CODE)
+        os._exit(128 + signal.SIGTERM)
 
     if parent is not None:
         threading.Thread(target=watch, daemon=True).start()
