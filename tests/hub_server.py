@@ -409,6 +409,10 @@ class HubServer:
         repo.private = wanted["visibility"] == "private" if "visibility" in wanted else repo.private
         return {"private": repo.private, "gated": repo.gated}
 
+    @route("GET", "/api/models/{repo}/auth-check/write", write=True)
+    def _may_write(self, call: Call, repo: Repo) -> Any:
+        return {}
+
     # What a repository holds
 
     @route("GET", "/api/models/{repo}/tree/{rev}(?:/{path})?")

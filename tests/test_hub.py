@@ -385,6 +385,14 @@ def test_a_repository_without_permission_stops_the_run_before_it_starts(server, 
     assert not (tmp_path / "work" / "runs").exists()
 
 
+def test_a_repository_of_somebody_else_that_can_be_read_is_no_place_to_push_to(server, tmp_path):
+    server.add_repo("bob/public")
+    code = "from hf_detr.hub import prepare_repo; print(prepare_repo('bob/public'))"
+    with pytest.raises(ClientError, match=r"--push_to_hub bob/public: 403"):
+        run_client(code, server, tmp_path / "home", token="hf_ann")
+    assert "ann/mine" in run_client(code.replace("bob/public", "ann/mine"), server, tmp_path / "home", token="hf_ann")
+
+
 # -- the card --------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RevisionNotFoundError,
+)
 from transformers.utils import logging
 
 from ..image_processing_hf_detr import HfDetrImageProcessor
@@ -19,8 +23,9 @@ logger = logging.get_logger(__name__)
 # What a run's args.json says about where things were, which is nobody's business, or how the run was handled. The data
 # set and the base model have their own places in the card.
 _NOT_SETTINGS = (
-    "backbone_weights", "base_model", "chosen", "dataset", "datasets", "embedded", "hub_private", "license", "model",
-    "output_dir", "overfit", "push_to_hub", "report_to", "resume", "set",
+    "auto_batch_size", "backbone_weights", "base_model", "chosen", "compile", "dataset", "datasets", "embedded",
+    "found", "hub_private", "license", "logging_steps", "model", "on_nan", "output_dir", "overfit", "push_to_hub",
+    "report_to", "resume", "save_minutes", "save_total_limit", "set",
 )  # fmt: skip
 # Weights of earlier pushes that were split differently. A pattern's star would reach into folders that are not ours.
 _WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
@@ -135,6 +140,22 @@ def push_folder(
             delete_patterns=[*_WEIGHTS, *_PICKLES],
         )
     return str(commit.pr_url or commit.commit_url)
+
+
+def prepare_repo(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
+    """Create the repository, if there is none, and make sure that this token may write to it, before hours are spent on
+    what is to be pushed. Returns its id.
+
+    Raises:
+        SystemExit: the Hub cannot be reached, or refuses; the message says why.
+    """
+    api = HfApi(token=token)
+    try:
+        full = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+        api.auth_check(full, write=True)  # of a repository that is there, creating it again would tell nothing
+    except Exception as error:  # the client's own, and those of the HTTP library under it, which changes
+        raise SystemExit(f"--push_to_hub {repo_id}: {error}") from error
+    return full
 
 
 def _load(folder: Path) -> tuple[DetrForDetection, HfDetrImageProcessor]:
