@@ -6,80 +6,92 @@ data set drawn on the spot.
     accelerate launch examples/finetune.py --dataset FOLDER --push_to_hub ME/MODEL
 
 The output folder holds the best checkpoint with its processor (`pipeline("object-detection", model=FOLDER)`),
-`metrics.json`, `log.jsonl` with a line an epoch, `validation.png`, and `state/` to resume from.
+`metrics.json`, `log.jsonl` with a line an epoch, `validation.png`, the weights of the end in `last/`, and
+`checkpoint-.../` to go on from: with `--output_dir`, a run that was killed goes on with the same command.
 """
 
 import argparse
 import json
 import math
 import os
+import shutil
+import sys
 import time
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from huggingface_hub import create_repo
-from torchvision.transforms import v2
+from accelerate.utils import GradientAccumulationPlugin, set_seed
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
-from hf_detr.data import (
-    Augmentation,
-    AugmentedDataset,
-    DetectionCollator,
-    build_loader,
-    draw_shapes_dataset,
-    id2label,
-    image_sizes,
-    load_detection_dataset,
-    padding_share,
-    paper_augmentation,
-    resized_sizes,
-    turns_augmentation,
-)
+from hf_detr import DetrForDetection, DetrImageProcessor
+from hf_detr.data import id2label
 from hf_detr.evaluation import evaluate_detection, format_metrics
-from hf_detr.hub import hash_of_weights, push_folder
+from hf_detr.hub import hash_of_weights, prepare_repo, push_folder
+from hf_detr.jobs import StopRequest, end_with_launcher, replacing
 from hf_detr.training import (
-    TRAINING_VALUES,
     DataSummary,
+    Meter,
+    NonFiniteError,
     Progress,
-    Recipe,
     TrainingProbe,
+    TrainStep,
+    any_process,
+    build_ema,
+    build_loaders,
+    build_model,
+    build_processor,
     build_schedule,
-    choose_recipe,
+    check_sharding,
+    check_trackers,
     claim_output_dir,
+    compile_for_training,
+    dataset_name,
+    describe_padding,
     explain_overfit,
-    feature_strides,
+    fit_batch_size,
+    gather_weights,
     hint,
-    newest_state,
+    in_groups,
+    load_data,
+    log_picture,
+    merged,
+    note_arguments,
     parameter_groups,
     parse_finetune_args,
     preferred_precision,
-    save_state,
+    replace_files,
+    save_checkpoint,
+    seen_size,
+    settle,
+    sharding_plugin,
+    share_buffers,
     summarize,
+    trim_log,
     use_all_cores,
+    use_plain_weights,
 )
 from hf_detr.visualization import compare_with_truth
 
-# The drawn images are small, and two cores have no time for a large backbone; the recipe chooses the rest.
-SHAPES_SIZE = {"height": 96, "width": 96}
-SHAPES_BACKBONE = "test_resnet"
-PROBED = 32  # training images that are looked at after every epoch
 OVERFIT_AP50 = 0.9
 
 
 def main() -> None:
     args = parse_finetune_args(__doc__)
+    end_with_launcher()
     launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # "no" also when nobody chose
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision or (preferred_precision() if launched_with == "no" else None),
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `TrainStep` accumulates
+        fsdp_plugin=sharding_plugin(),
         log_with=args.report_to,
         project_dir="runs",
     )
+    check_sharding(accelerator, ema=bool(args.ema), auto_batch_size=args.auto_batch_size)
     check_trackers(args.report_to, accelerator)
     threads = use_all_cores(accelerator.num_processes) if accelerator.device.type == "cpu" else None
     set_seed(args.seed)
@@ -92,88 +104,84 @@ def main() -> None:
     # model
     processor = build_processor(args)
     recipe = settle(args, data, processor, accelerator)
-    model, start = build(args, recipe, names)
+    model, start = build_model(args, recipe, names, sharded=accelerator.is_fsdp2)
     if args.push_to_hub and accelerator.is_main_process:  # not to find out after the training that it is not allowed
-        args.push_to_hub = create_repo(args.push_to_hub, private=args.hub_private or None, exist_ok=True).repo_id
+        args.push_to_hub = prepare_repo(args.push_to_hub, private=args.hub_private or None)
     run_name = (dataset_name(args.dataset) if args.dataset else "shapes") + ("-overfit" if args.overfit else "")
     # when all that can be wrong with the arguments has been found
-    output_dir = claim_output_dir(args.output_dir, run_name, vars(args), accelerator, resume=args.resume)
+    claim = claim_output_dir(args.output_dir, run_name, vars(args), accelerator, resume=args.resume)
+    output_dir = claim.folder
+    stop = StopRequest()
     if args.quick:
         train_set = train_set.select(range(min(64, len(train_set))))
+    if args.auto_batch_size:
+        wanted = args.batch_size
+        args.found = args.found or claim.begun.get("found")  # the first time, for as long as the run lives
+        args.found = args.found or fit_batch_size(args, model, train_set, processor, accelerator)
+        note_arguments(output_dir, vars(args), accelerator)
+        args.batch_size, args.gradient_accumulation_steps = args.found
+        accelerator.print(f"Batches of {wanted} asked for; {args.found[0]} fit, {args.found[1]} an optimizer step.")
     train_loader, val_loader, probe = build_loaders(args, processor, train_set, val_set, accelerator)
     accelerator.print(
         f"{len(train_set)} training and {len(val_set)} validation images of {', '.join(names.values())}\n{start}\n"
         f"{describe(model, data, accelerator)}{f' with {threads} threads' if threads else ''}, precision "
-        f"{accelerator.mixed_precision}. {padding(train_set, train_loader, processor)}Output: {output_dir}"
+        f"{accelerator.mixed_precision}. {describe_padding(train_set, train_loader, processor)}Output: {output_dir}"
     )
 
     # optimisation: AdamW and clipping at 0.1, as the paper; rates and schedule are the recipe's
+    if args.compile:
+        compile_for_training(model)
+    ema = build_ema(model, args.ema).to(accelerator.device) if args.ema else None
     optimizer = torch.optim.AdamW(
         parameter_groups(model, args.learning_rate, args.backbone_learning_rate, args.weight_decay), fused=True
     )
+    whole = deepcopy(model).to(accelerator.device) if accelerator.is_fsdp2 else None
     model, optimizer = accelerator.prepare(model, optimizer)
+    plain_model = accelerator.unwrap_model(model)
     steps_per_epoch = math.ceil(len(train_loader) / args.gradient_accumulation_steps)
     scheduler = build_schedule(
         optimizer, args.schedule, warmup=args.warmup, decay=args.decay, total_steps=args.epochs * steps_per_epoch
     )
     history = Progress()
-    accelerator.register_for_checkpointing(scheduler, history, probe)
-    if args.resume:
-        accelerator.load_state(str(newest_state(output_dir)))
-        accelerator.print(f"Resumed after epoch {history.epoch}; best AP so far {history.best_ap:.4f}")
-    elif not args.overfit:
-        save_state(accelerator, output_dir)  # from here on the run can be resumed
-    plain = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str))}
+    accelerator.register_for_checkpointing(scheduler, history, probe, *([ema] if ema else []))
+    predictor = ema.module if ema else plain_model if whole is None else whole
+    run = Run(args, accelerator, model, predictor, folder, output_dir, processor, val_set, val_loader, history)
+    if not accelerator.is_fsdp2:
+        use_plain_weights(accelerator, plain_model, (plain_model.config, processor))
+    history.spread |= {"processes": accelerator.num_processes, "batch_size": args.batch_size, "seed": args.seed}
+    history.spread |= {"gradient_accumulation_steps": args.gradient_accumulation_steps}
+    if claim.checkpoint:
+        resume(run, claim.checkpoint)
+    elif accelerator.is_main_process:  # killed before its first checkpoint
+        trim_log(output_dir / "log.jsonl", 0)
+    step = TrainStep(
+        accelerator, model, plain_model, optimizer, scheduler, ema=ema, on_nan=args.on_nan, folder=output_dir
+    )
+    step.skipped = history.skipped
+    plain_values = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str))}
     accelerator.project_configuration.logging_dir = str(output_dir)
-    accelerator.init_trackers("hf_detr", config=plain)
+    accelerator.init_trackers("hf_detr", config=plain_values)
 
-    plain_model = accelerator.unwrap_model(model)
-    run = Run(args, accelerator, plain_model, folder, output_dir, processor, val_set, val_loader, history)
-    for epoch in range(history.epoch + 1, args.epochs + 1):
-        train_loader.set_epoch(epoch)
-        started = time.perf_counter()
-        losses = train_one_epoch(accelerator, model, train_loader, optimizer, scheduler, epoch)
-        line = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
-        line |= {"seconds": round(time.perf_counter() - started, 1)} | losses
-        evaluated = epoch % args.eval_every == 0 or epoch == args.epochs
-        if accelerator.is_main_process and (evaluated or not args.overfit):
-            line |= probe.look(plain_model)
-        if evaluated:
-            line |= evaluate_and_keep(run, model, epoch)
-            history.evaluations.append(line)
-        history.epoch = epoch
-        if not args.overfit:
-            save_state(accelerator, output_dir)
-        accelerator.log(line, step=epoch)
-        if accelerator.is_main_process:
-            report(run, line)
-        if args.overfit and line.get("AP50", 0) > OVERFIT_AP50:
-            break
+    train(run, step, train_loader, scheduler, probe, stop)
+    stop.end()
     accelerator.wait_for_everyone()
     conclude(run)
-    learned = not args.overfit or conclude_overfit(run, data, history.epoch * steps_per_epoch)
+    learned = not args.overfit or conclude_overfit(run, data)
     accelerator.wait_for_everyone()  # none leaves, and has the others stopped, before everything is said
     accelerator.end_training()
     if not learned:
         raise SystemExit(1)
 
 
-def describe(model: DetrForDetection, data: DataSummary, accelerator: Accelerator) -> str:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    text = f"{trained:.1f} M parameters train on {accelerator.num_processes} x {accelerator.device}"
-    if data.most_objects > (queries := model.config.num_queries):
-        text = f"Up to {data.most_objects} objects in an image, but {queries} queries: some are not learned.\n{text}"
-    return text
-
-
 @dataclass
 class Run:
-    """What evaluating, keeping and reporting need."""
+    """What training, evaluating, keeping and reporting share."""
 
     args: argparse.Namespace
     accelerator: Accelerator
-    model: DetrForDetection  # as it is, without what Accelerate wraps around it
-    folder: str | Path
+    model: Any  # as Accelerate has wrapped it
+    predictor: DetrForDetection  # the one that predicts, is measured and saved; not wrapped
+    folder: str | Path  # of the data
     output_dir: Path
     processor: DetrImageProcessor
     val_set: Any
@@ -185,17 +193,178 @@ class Run:
         return evaluate_detection(model, self.val_loader, self.val_set, self.processor, progress=progress)
 
 
-def evaluate_and_keep(run: Run, model: Any, epoch: int) -> dict[str, float]:
-    """AP and AP50; the best checkpoint so far is saved."""
-    metrics = run.evaluate(model).compute()
-    if metrics["AP"] >= run.history.best_ap:
-        run.history.best_ap = metrics["AP"]
-        if run.accelerator.is_main_process:
-            split = "train" if run.args.overfit else "val"
-            about = {"epoch": epoch, "dataset": dataset_name(run.folder), "split": split}
-            about["num_images"] = len(run.val_set)
-            save(run.model, run.processor, run.output_dir, metrics | about)
-    return {name: metrics[name] for name in ("AP", "AP50")}
+def describe(model: DetrForDetection, data: DataSummary, accelerator: Accelerator) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    text = f"{trained:.1f} M parameters train on {accelerator.num_processes} x {accelerator.device}"
+    if data.most_objects > (queries := model.config.num_queries):
+        text = f"Up to {data.most_objects} objects in an image, but {queries} queries: some are not learned.\n{text}"
+    return text
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def train(run: Run, step: TrainStep, loader: Any, scheduler: Any, probe: TrainingProbe, stop: StopRequest) -> None:
+    """Epoch after epoch: learn, look, evaluate, write the log, save."""
+    args, accelerator, history = run.args, run.accelerator, run.history
+    while history.epoch < args.epochs and not ends_early(run):
+        line = train_one_epoch(run, step, loader, scheduler, stop)
+        epoch = history.epoch + 1
+        evaluated = epoch % args.eval_every == 0 or epoch == args.epochs
+        if evaluated:  # which may take longer than whoever stops the run has patience
+            save_to_resume(run)
+        if accelerator.is_fsdp2:
+            gather_weights(run.model, run.predictor)
+        share_buffers(run.predictor, accelerator)
+        if accelerator.is_main_process and (evaluated or not args.overfit):
+            with accelerator.autocast():
+                line |= probe.look(run.predictor)
+        if evaluated:
+            line |= evaluate_and_keep(run, line)
+        history.end_epoch()
+        accelerator.log(line, step=history.step)
+        if accelerator.is_main_process:
+            report(run, line)
+        save_to_resume(run)
+        stop_if_told(run, stop)
+
+
+def train_one_epoch(run: Run, step: TrainStep, loader: Any, scheduler: Any, stop: StopRequest) -> dict:
+    """What is left of an epoch; returns its line for the log. In between the run is saved, or stops if told to."""
+    args, accelerator, history = run.args, run.accelerator, run.history
+    epoch = history.epoch + 1
+    loader.set_epoch(epoch)
+    loader.batch_sampler.skip(history.batches)
+    run.model.train()
+    meter, recent = Meter(accelerator), Meter(accelerator)
+    if history.meter:
+        meter.load_state_dict(history.meter)
+    steps = math.ceil(len(loader) / args.gradient_accumulation_steps)
+    bar = tqdm(total=steps, desc=f"Epoch {epoch}", disable=not accelerator.is_main_process, leave=False)
+    started, since, saved = time.perf_counter() - history.seconds, time.perf_counter(), time.monotonic()
+    for batches in in_groups(loader, args.gradient_accumulation_steps):
+        terms = step(batches, history.step + 1)
+        history.step += 1
+        history.batches += len(batches)
+        history.skipped = step.skipped
+        while step.reports:
+            tqdm.write(step.reports.pop())
+        if terms is not None:
+            terms["images"] = torch.tensor(sum(len(b["labels"]) for b in batches), device=accelerator.device)
+            for each in (meter, recent):
+                each.add(terms)
+        bar.update()
+        if args.report_to and history.step % args.logging_steps == 0:
+            seconds, since = time.perf_counter() - since, time.perf_counter()
+            shown = figures(recent, seconds, scheduler, accelerator)
+            accelerator.log({f"train/{name}": value for name, value in shown.items()}, step=history.step)
+            recent.clear()
+        due = not args.overfit and time.monotonic() - saved > 60 * args.save_minutes
+        if any_process(due or stop.requested, accelerator):
+            history.meter, history.seconds = meter.state_dict(), time.perf_counter() - started
+            save_to_resume(run)
+            saved = time.monotonic()
+            stop_if_told(run, stop)
+    bar.close()
+    seconds = time.perf_counter() - started
+    history.meter, history.seconds = meter.state_dict(), seconds
+    line = {"epoch": epoch, "step": history.step, "seconds": round(seconds, 1)}
+    return line | figures(meter, seconds, scheduler, accelerator)
+
+
+def figures(meter: Meter, seconds: float, scheduler: Any, accelerator: Accelerator) -> dict[str, float]:
+    """Means of the loss terms and the norm of the gradients, the learning rates, images a second."""
+    means = meter.means()
+    images = means.pop("images", 0.0) * meter.steps * accelerator.num_processes
+    rates = scheduler.get_last_lr()
+    line = {"learning_rate": rates[0]} | ({"backbone_learning_rate": rates[-1]} if rates[-1] != rates[0] else {})
+    return line | {"images_per_second": round(images / seconds, 1)} | {n: round(v, 4) for n, v in means.items()}
+
+
+def resume(run: Run, checkpoint: Path) -> None:
+    accelerator, history = run.accelerator, run.history
+    now = history.spread
+    accelerator.load_state(str(checkpoint))
+    different = ", ".join(
+        f"{name} {value}, now {now[name]}" for name, value in history.spread.items() if value != now[name]
+    )
+    if different and history.batches:
+        raise SystemExit(
+            f"{checkpoint} was saved in the middle of an epoch, and what was left of it depends on: {different}"
+        )
+    if different:
+        accelerator.print(f"From here on not as the run began: {different}")
+    history.spread = now
+    if accelerator.is_main_process:
+        trim_log(run.output_dir / "log.jsonl", history.epoch)
+    where = f" and {history.batches} batches" if history.batches else ""
+    accelerator.print(f"Resumed after epoch {history.epoch}{where}; best {run.args.metric} so far {history.best:.4f}")
+
+
+def save_to_resume(run: Run) -> None:
+    if run.args.overfit:  # over in minutes
+        return
+    save_checkpoint(run.accelerator, run.output_dir, run.history, keep=run.args.save_total_limit)
+
+
+def stop_if_told(run: Run, stop: StopRequest) -> None:
+    """When the run has just been saved."""
+    if any_process(stop.requested, run.accelerator):
+        go_on = "" if run.args.overfit else f" and saved. Go on with --output_dir {run.output_dir} --resume"
+        run.accelerator.print(f"Stopped after step {run.history.step}{go_on}")
+        run.accelerator.end_training()
+        sys.exit(stop.exit_code)
+
+
+def ends_early(run: Run) -> bool:
+    """When it has learned by heart, or gets no better."""
+    evaluations, patience = run.history.evaluations, run.args.early_stopping
+    if run.args.overfit:
+        return bool(evaluations) and evaluations[-1]["AP50"] > OVERFIT_AP50
+    if patience and run.history.without_improvement() >= patience:
+        run.accelerator.print(f"No better {run.args.metric} in {patience} evaluations: training ends here.")
+        return True
+    return False
+
+
+# -- measuring and keeping --------------------------------------------------------------------------------------------
+
+
+def evaluate_and_keep(run: Run, line: dict[str, float]) -> dict[str, float]:
+    """AP, AP50 and the metric; the best checkpoint so far is saved."""
+    accelerator, args = run.accelerator, run.args
+    with accelerator.autocast():
+        evaluator = run.evaluate(run.predictor)
+    metrics = evaluator.compute()
+    found = {name: metrics[name] for name in dict.fromkeys(("AP", "AP50", args.metric))}
+    if run.history.note_evaluation(line | found, args.metric):
+        about = {"epoch": line["epoch"], "dataset": dataset_name(run.folder), "num_images": len(run.val_set)}
+        keep(run, run.output_dir, metrics | about | {"split": "train" if args.overfit else "val"})
+    if accelerator.is_main_process and accelerator.trackers:
+        picture = compare_with_truth(run.val_set, evaluator.detections())
+        log_picture(accelerator, "validation", picture, run.history.step)
+    return found
+
+
+def keep(run: Run, target: Path, metrics: dict[str, Any]) -> None:
+    """Save the model that predicts with its processor and numbers, each file as a whole."""
+    if not run.accelerator.is_main_process:
+        return
+    partial = run.output_dir / ".weights.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model = merged(run.predictor) if run.args.lora_rank else run.predictor
+        model.save_pretrained(partial)
+        run.processor.save_pretrained(partial)
+        metrics["weights"] = hash_of_weights(partial)  # the numbers belong to these and no others
+        (partial / "metrics.json").write_text(json.dumps(metrics, indent=2))
+        replace_files(partial, target)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise SystemExit(
+            f"The weights cannot be saved in {target}: {error}. Make room; the same command goes on from the last "
+            "checkpoint."
+        ) from error
 
 
 def conclude(run: Run) -> None:
@@ -207,215 +376,39 @@ def conclude(run: Run) -> None:
     evaluator = run.evaluate(best)
     metrics |= evaluator.compute()
     if accelerator.is_main_process:
-        (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
+        with replacing(output_dir / "metrics.json") as file:
+            json.dump(metrics, file, indent=2)
         compare_with_truth(run.val_set, evaluator.detections()).save(output_dir / "validation.png")
     accelerator.print(
         f"\nBest checkpoint, epoch {metrics['epoch']}\n{format_metrics(metrics)}\n\nSaved in {output_dir}"
     )
+    if run.history.skipped:
+        accelerator.print(
+            f"{run.history.skipped} steps were left out; their batches are in {output_dir / 'non_finite'}"
+        )
     if args.push_to_hub and accelerator.is_main_process:
         address = push_folder(output_dir, args.push_to_hub, private=args.hub_private or None)
         accelerator.print(f"Pushed: {address}")
+    last = run.history.evaluations[-1]
+    keep(run, output_dir / "last", {name: last[name] for name in ("epoch", "AP", "AP50", args.metric)})
 
 
-def conclude_overfit(run: Run, data: DataSummary, steps: int) -> bool:
+def conclude_overfit(run: Run, data: DataSummary) -> bool:
     """Say whether the images were learned by heart, and if not, why."""
-    evaluations, stride = run.history.evaluations, run.model.model.backbone.stride
+    evaluations, stride = run.history.evaluations, run.predictor.model.backbone.stride
     learned = evaluations[-1]["AP50"] > OVERFIT_AP50
-    text = f"AP50 {evaluations[-1]['AP50']:.2f} on {data.num_images} images after {steps} steps"
+    text = f"AP50 {evaluations[-1]['AP50']:.2f} on {data.num_images} images after {run.history.step} steps"
     if run.accelerator.is_main_process:
         reason = explain_overfit(
             evaluations,
             object_pixels=data.object_side * seen_size(run.processor)[0],
             stride=stride,
             most_objects=data.most_objects,
-            num_queries=run.model.config.num_queries,
+            num_queries=run.predictor.config.num_queries,
         )
         sound = "labels, model and learning rate work together."
         print(f"Overfit: yes, {text}: {sound}" if learned else f"Overfit: NO, {text}. {reason}", flush=True)
     return learned
-
-
-def check_trackers(wanted: list[str] | None, accelerator: Accelerator) -> None:
-    """Accelerate leaves out what is not installed without a word."""
-    missing = {str(name) for name in wanted or ()} - {
-        "all",
-        *(str(getattr(t, "value", t)) for t in accelerator.log_with),
-    }
-    if missing:
-        raise SystemExit(f"--report_to {' '.join(sorted(missing))}: not installed. Install it, or leave it out.")
-
-
-def load_data(args: argparse.Namespace, accelerator: Accelerator) -> tuple[str | Path, Any, Any]:
-    """Where the data are, and both splits; to overfit, both are the first training images with objects."""
-    progress = accelerator.is_main_process
-    with accelerator.main_process_first():
-        folder = args.dataset or embedded_dataset(args.quick, progress=progress)
-        train_set = load_detection_dataset(folder, "train", progress=progress)
-        if args.overfit:
-            with_objects = [i for i, objects in enumerate(train_set["objects"]) if objects["bbox"]]
-            if not with_objects:
-                raise SystemExit(f"{folder}: no training image has an object; there is nothing to learn.")
-            train_set = train_set.select(with_objects[: args.overfit])
-            return folder, train_set, train_set
-        return folder, train_set, load_detection_dataset(folder, "val", id2label=id2label(train_set), progress=progress)
-
-
-def build_loaders(
-    args: argparse.Namespace, processor: DetrImageProcessor, train_set: Any, val_set: Any, accelerator: Accelerator
-) -> tuple[Any, Any, TrainingProbe]:
-    train_rows, val_rows = train_set, val_set
-    if args.dataset is None:  # small images stay in memory, decoded
-        train_rows, val_rows = list(train_set), list(val_set)
-    if args.embedded and not args.image_size:  # and for training as large as the model sees them
-        resize = Augmentation(v2.Resize([SHAPES_SIZE["height"], SHAPES_SIZE["width"]]))
-        train_rows = [resize(row) for row in train_rows]
-    collate = DetectionCollator(processor)
-    common = {"batch_size": args.batch_size, "num_workers": args.num_workers, "accelerator": accelerator}
-    train_loader = build_loader(
-        AugmentedDataset(train_rows, augmentation(args.augmentation, processor), seed=args.seed),
-        collate,
-        seed=args.seed,
-        training=True,
-        group_by_aspect_ratio="shortest_edge" in {key for key, value in dict(processor.size).items() if value},
-        **common,
-    )
-    probed = train_rows[:PROBED] if args.dataset is None else train_rows.select(range(min(PROBED, len(train_rows))))
-    probe = TrainingProbe(probed, collate, args.batch_size)
-    return train_loader, build_loader(val_rows, collate, training=False, **common), probe
-
-
-def settle(
-    args: argparse.Namespace, data: DataSummary, processor: DetrImageProcessor, accelerator: Accelerator
-) -> Recipe | None:
-    """Choose the recipe, print it, and fill in what the user left open."""
-    if args.resume:
-        return None
-    start = "scratch" if args.backbone_weights == "none" or args.embedded else "backbone"
-    try:
-        recipe = choose_recipe(
-            args.recipe,
-            data,
-            "checkpoint" if args.model else start,
-            seen_size(processor),
-            strides=[] if args.model else feature_strides(backbone_name(args)),
-            upright=args.dataset is not None,
-        )
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-    given = {name: getattr(args, name) for name in TRAINING_VALUES if getattr(args, name) is not None}
-    accelerator.print(recipe.describe(args.set | {name: given[name] for name in args.chosen}))
-    for name, value in recipe.values("training", given).items():
-        setattr(args, name, value)
-    return recipe
-
-
-def embedded_dataset(quick: bool, progress: bool) -> Path:
-    if quick:
-        return draw_shapes_dataset("data/shapes-quick", num_train=64, num_val=16, progress=progress)
-    return draw_shapes_dataset("data/shapes", progress=progress)
-
-
-def dataset_name(path: str | Path) -> str:
-    return Path(path).resolve().name if Path(path).exists() else str(path).replace("/", "-")
-
-
-def augmentation(kind: str, processor: DetrImageProcessor) -> Augmentation:
-    if kind == "paper":
-        return paper_augmentation(processor.size)
-    if kind == "turns":
-        return turns_augmentation()
-    return Augmentation(v2.RandomHorizontalFlip(0.5 if kind == "flip" else 0.0))
-
-
-def padding(train_set, loader, processor: DetrImageProcessor) -> str:
-    """What grouping by aspect ratio saves, at the sizes before augmentation."""
-    sizes = resized_sizes(image_sizes(train_set), processor.size)
-    grouped = padding_share(loader.batch_sampler.batches(), sizes)
-    order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(0)).tolist()
-    count = max(len(batch) for batch in loader.batch_sampler.batches())
-    plain = padding_share([order[i : i + count] for i in range(0, len(order), count)], sizes)
-    return f"Padding before augmentation: {grouped:.1%} of the pixels (ungrouped {plain:.1%}). " if plain > 0 else ""
-
-
-def backbone_name(args: argparse.Namespace) -> str:
-    return args.set.get("backbone") or args.backbone or (SHAPES_BACKBONE if args.embedded else "resnet50")
-
-
-def build_processor(args: argparse.Namespace) -> DetrImageProcessor:
-    if args.model:
-        processor = DetrImageProcessor.from_pretrained(args.model)
-    elif args.embedded:
-        processor = DetrImageProcessor(size=SHAPES_SIZE)
-    else:
-        processor = DetrImageProcessor()
-    if args.image_size:
-        longest = round(args.image_size * 1333 / 800)
-        processor.size = type(processor)(size={"shortest_edge": args.image_size, "longest_edge": longest}).size
-    return processor
-
-
-def seen_size(processor: DetrImageProcessor) -> tuple[int, int]:
-    """Shortest and longest side, in pixels, of what the model sees."""
-    given = sorted(value for value in dict(processor.size).values() if value)
-    return given[0], given[-1]
-
-
-def build(args: argparse.Namespace, recipe: Recipe | None, id2label: dict[int, str]) -> tuple[DetrForDetection, str]:
-    """The model, and one line on where it comes from."""
-    labels = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
-    if args.model:
-        # classes that the checkpoint knows by name keep their weights; what was done is logged
-        model = DetrForDetection.from_pretrained(
-            args.model, id2label=id2label, ignore_mismatched_sizes=True, **args.set
-        )
-        return model.to(memory_format=torch.channels_last), f"Model: {args.model}."
-    if recipe is not None:
-        if args.embedded:
-            args.backbone_weights = "none"
-        small = {"attn_implementation": "eager"} if args.embedded else {}  # the fastest on so few cells
-        args.set = recipe.values("model", {"backbone": backbone_name(args)} | small | args.set)
-    config = DetrConfig(**args.set, **labels)
-    if args.backbone_weights == "none":
-        model = DetrForDetection(config)
-        start = f"Model: DETR on {config.backbone}, random weights."
-    else:
-        model = DetrForDetection.from_pretrained_backbone(config, args.backbone_weights)
-        source = args.backbone_weights or "timm weights"
-        start = f"Model: DETR, backbone {config.backbone} from {source}, the rest random."
-    return model.to(memory_format=torch.channels_last), start
-
-
-def train_one_epoch(accelerator, model, loader, optimizer, scheduler, epoch: int) -> dict[str, float]:
-    """One pass over the training images; returns the mean of each loss term of the last decoder layer."""
-    model.train()
-    sums = torch.zeros(4, device=accelerator.device)
-    bar = tqdm(loader, desc=f"Epoch {epoch}", disable=not accelerator.is_main_process, leave=False)
-    for batch in bar:
-        with accelerator.accumulate(model):
-            outputs = model(**batch)
-            accelerator.backward(outputs.loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), 0.1)
-            optimizer.step()
-            if accelerator.sync_gradients:
-                scheduler.step()
-            optimizer.zero_grad()
-        terms = (outputs.loss, *(outputs.loss_dict[name] for name in ("loss_ce", "loss_bbox", "loss_giou")))
-        sums += torch.stack([term.detach() for term in terms])
-    means = accelerator.reduce(sums / len(loader), reduction="mean").tolist()
-    return dict(zip(("loss", "loss_ce", "loss_bbox", "loss_giou"), (round(mean, 4) for mean in means), strict=True))
-
-
-def save(model: DetrForDetection, processor: DetrImageProcessor, output_dir: Path, metrics: dict) -> None:
-    model.save_pretrained(output_dir)
-    processor.save_pretrained(output_dir)
-    metrics["weights"] = hash_of_weights(output_dir)  # the numbers belong to these and no others
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
-
-
-def stuck(run: Run) -> str | None:
-    model = run.model
-    return hint(run.history.evaluations, query_type=model.config.query_type, stride=model.model.backbone.stride)
 
 
 def report(run: Run, line: dict) -> None:
@@ -424,17 +417,25 @@ def report(run: Run, line: dict) -> None:
         log.write(json.dumps(line) + "\n")
     if run.args.overfit and "AP" not in line:
         return
-    text = f"epoch {line['epoch']:3}/{run.args.epochs}  {line['seconds']:6.1f} s  loss {line['loss']:7.4f}"
+    text = (
+        f"epoch {line['epoch']:3}/{run.args.epochs}  {line['seconds']:6.1f} s  loss {line.get('loss', math.nan):7.4f}"
+    )
     text += "".join(
-        f"  {name.removeprefix('loss_')} {line[name]:.3f}" for name in ("loss_ce", "loss_bbox", "loss_giou")
+        f"  {name.removeprefix('loss_')} {line[name]:.3f}"
+        for name in ("loss_ce", "loss_bbox", "loss_giou")
+        if name in line
     )
     if "AP" in line:
         text += f"  AP {line['AP']:.4f}  AP50 {line['AP50']:.4f}  IoU {line['matched_iou']:.2f}"
         text += f"  other query {line['changed_matches']:.0%}" if "changed_matches" in line else ""
-        advice = None if run.args.overfit else stuck(run)
+        stride, query_type = run.predictor.model.backbone.stride, run.predictor.config.query_type
+        advice = None if run.args.overfit else hint(run.history.evaluations, query_type=query_type, stride=stride)
         text += f"\nStuck? {advice}" if advice else ""
     tqdm.write(text)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except NonFiniteError as error:
+        raise SystemExit(f"Stopped: {error}") from error

@@ -371,7 +371,7 @@ def test_class_losses_by_hand(kind):
                 else:
                     total += -(q**1.5) * math.log(p[c]) - (1 - q**1.5) * math.log(p[3])
         expected = total / (weights if kind == "cross_entropy" else 3)
-        assert result[layer].item() == pytest.approx(expected, rel=1e-9)
+        assert result[layer].item() == pytest.approx(expected, rel=1e-8)  # 0.1 is a float32
 
 
 def test_the_focal_matching_cost_by_hand():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from checkpoints import save_original, their_model
 from formats import shapes, write_yolo
@@ -20,8 +21,8 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def run(*arguments, cwd, ok=True):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+def run(*arguments, cwd, ok=True, environment=None):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"} | (environment or {})
     done = subprocess.run(
         [str(a) for a in arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
@@ -47,6 +48,8 @@ def test_the_main_job_leaves_what_it_promises(trained):
         "metrics.json",
         "log.jsonl",
         "validation.png",
+        "last/model.safetensors",
+        "checkpoint-4-epoch-2/model.safetensors",
     ):
         assert (run_dir / name).is_file(), name
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
@@ -108,14 +111,17 @@ def test_evaluate_agrees_with_the_number_at_training_time_and_across_processes(t
         assert one[name] == pytest.approx(trained_metrics[name], abs=1e-3)
 
 
-def test_resuming_continues_after_the_last_epoch_and_a_full_folder_is_left_alone(trained):
+def test_the_same_command_says_that_it_has_ended_and_another_run_is_left_alone(trained):
     cwd, _ = trained
     base = [*LAUNCH, EXAMPLES / "finetune.py", "--quick"]
     refused = run(*base, "--output_dir", "runs/shapes-1", cwd=cwd, ok=False)
-    assert "is not empty" in refused
+    assert "holds this run, and it has ended" in refused
+    another = run(*base, "--output_dir", "runs/shapes-1", "--seed", "1", cwd=cwd, ok=False)
+    assert "holds another run (seed: 0 there, 1 here)" in another
     run(*base, "--output_dir", "runs/stopped", cwd=cwd)
     log = cwd / "runs" / "stopped" / "log.jsonl"
     assert len(log.read_text().splitlines()) == 2
+    assert "it has ended" in run(*base, "--output_dir", "runs/stopped", cwd=cwd, ok=False)
     output = run(*LAUNCH, EXAMPLES / "finetune.py", "--output_dir", "runs/stopped", "--resume", cwd=cwd)
     assert "Resumed after epoch 2" in output
     assert len(log.read_text().splitlines()) == 2
@@ -154,9 +160,66 @@ def test_trackers_get_every_epoch_or_are_refused(trained):
     refused = run(*LAUNCH, EXAMPLES / "finetune.py", "--quick", "--report_to", "aim", cwd=cwd, ok=False)
     assert "aim: not installed" in refused
     pytest.importorskip("tensorboard")
-    tracked = ["--quick", "--report_to", "tensorboard", "--output_dir", "runs/tracked"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracked = ["--quick", "--report_to", "tensorboard", "--output_dir", "runs/tracked", "--logging_steps", "1"]
     run(*LAUNCH, EXAMPLES / "finetune.py", *tracked, cwd=cwd)
-    assert list((cwd / "runs" / "tracked" / "hf_detr").glob("events*"))
+    events = EventAccumulator(str(cwd / "runs" / "tracked" / "hf_detr")).Reload()
+    shown = {"loss", "loss_ce", "loss_giou_0", "loss_bbox_dense", "loss_ce_denoising", "learning_rate", "AP", "AP50"}
+    shown |= {"backbone_learning_rate", "gradient_norm", "images_per_second", "matched_iou", "never_matched"}
+    assert shown <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("AP")] == [2, 4]
+    assert [event.step for event in events.Scalars("train/gradient_norm")] == [1, 2, 3, 4]
+    assert [image.step for image in events.Images("validation")] == [2, 4]
+
+
+def test_lora_averages_and_early_stopping_in_one_run(trained):
+    """From a checkpoint; what is saved is a plain model, and the backbone in it that of the checkpoint."""
+    cwd, _ = trained
+    options = ["--dataset", "data/shapes-quick", "--model", "runs/shapes-1", "--num_workers", "0", "--lora_rank", "2"]
+    options += ["--ema", "0.9", "--early_stopping", "1", "--epochs", "12", "--eval_every", "1", "--batch_size", "16"]
+    options += ["--learning_rate", "0", "--metric", "AP50", "--save_total_limit", "2", "--gradient_checkpointing"]
+    output = run(*LAUNCH, EXAMPLES / "finetune.py", *options, "--output_dir", "runs/lora", cwd=cwd)
+    assert "No better AP50 in 1 evaluations: training ends here." in output
+    folder = cwd / "runs" / "lora"
+    assert len((folder / "log.jsonl").read_text().splitlines()) < 12
+    assert len(list(folder.glob("checkpoint-*"))) == 2
+    before, after = (DetrForDetection.from_pretrained(cwd / "runs" / name) for name in ("shapes-1", "lora"))
+    assert [name for name, _ in before.named_parameters() if "backbone" not in name] == [
+        name for name, _ in after.named_parameters() if "backbone" not in name
+    ]
+    backbone = before.model.backbone.state_dict()
+    for name, value in after.model.backbone.state_dict().items():  # whose batch norms are frozen now
+        assert torch.equal(value, backbone[name]), name
+    assert "--lora_rank adapts a trained detector" in run(
+        *LAUNCH, EXAMPLES / "finetune.py", "--lora_rank", "2", cwd=cwd, ok=False
+    )
+
+
+def test_batches_that_do_not_fit_are_halved_and_accumulated(trained, tmp_path):
+    """Memory that ends is played by a `DetrForDetection` that takes 8 images at most."""
+    cwd, _ = trained
+    (tmp_path / "sitecustomize.py").write_text(
+        "import hf_detr\n"
+        "forward = hf_detr.DetrForDetection.forward\n"
+        "def limited(self, pixel_values, *args, **kwargs):\n"
+        "    if self.training and len(pixel_values) > 8:\n"
+        '        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can\'t allocate memory")\n'
+        "    return forward(self, pixel_values, *args, **kwargs)\n"
+        "hf_detr.DetrForDetection.forward = limited\n"
+    )
+    command = [*LAUNCH, EXAMPLES / "finetune.py", "--quick", "--auto_batch_size", "--output_dir", "runs/fit"]
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    output = run(*command, cwd=cwd, environment={"PYTHONPATH": path})
+    assert "Batches of 32 asked for; 8 fit, 4 an optimizer step." in output
+    lines = [json.loads(line) for line in (cwd / "runs" / "fit" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    args = json.loads((cwd / "runs" / "fit" / "args.json").read_text())
+    assert (args["found"], args["batch_size"], args["gradient_accumulation_steps"]) == ([8, 4], 32, 1)
+    assert "it has ended" in run(*command, cwd=cwd, ok=False), "the same command knows its run"
+    resume = ["--output_dir", "runs/fit", "--resume", "--epochs", "3"]
+    output = run(*LAUNCH, EXAMPLES / "finetune.py", *resume, cwd=cwd)
+    assert "8 fit, 4 an optimizer step" in output, "what was found is kept"
 
 
 def test_starting_from_a_checkpoint_on_another_data_set(trained, tmp_path):
@@ -243,4 +306,4 @@ def test_two_processes_evaluate_one_image(trained, tmp_path):
 
 def test_help_is_short():
     text = run(sys.executable, EXAMPLES / "finetune.py", "--help", cwd=EXAMPLES)
-    assert len(text.splitlines()) < 85
+    assert len(text.splitlines()) < 115

@@ -1,7 +1,11 @@
 """FSDP2 on two processes against DistributedDataParallel: the same training, and weights that a plain model takes."""
 
 import copy
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,3 +182,58 @@ def test_settings_that_would_break_are_refused(monkeypatch):
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(ValueError, match="fsdp_version to 2"):
         sharding_plugin()
+
+
+SHARDS_ON_CPU = """
+import accelerate
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+begin = accelerate.Accelerator.__init__
+
+
+def sharding(self, *args, fsdp_plugin=None, **kwargs):
+    begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    PartialState._shared_state["distributed_type"] = self.state.distributed_type = DistributedType.FSDP
+    self.state.fsdp_plugin = fsdp_plugin
+
+
+accelerate.Accelerator.__init__ = sharding
+"""
+
+
+def test_finetune_sharded_is_finetune_and_goes_on(tmp_path):
+    """The script itself, with the one decision of Accelerate that keeps sharding from CPUs taken for it."""
+    script = Path(__file__).parents[1] / "examples" / "finetune.py"
+    (tmp_path / "sitecustomize.py").write_text(SHARDS_ON_CPU)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    common = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    sharding = common | LAUNCHED | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+
+    def finetune(environment, *arguments):
+        command = [*launch, *arguments]
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    def losses(name):
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    options = ["--quick", "--mixed_precision", "no", "--set", "denoising_groups=0", "--batch_size", "8"]
+    options += ["--gradient_accumulation_steps", "2"]
+    code, said = finetune(common, *options, "--output_dir", "plain")
+    assert code == 0, said
+    code, said = finetune(sharding, *options, "--output_dir", "sharded")
+    assert code == 0, said
+    assert losses("sharded") == pytest.approx(losses("plain"), rel=1e-3)
+    plain, sharded = (DetrForDetection.from_pretrained(tmp_path / name / "last") for name in ("plain", "sharded"))
+    # AdamW's first steps turn the rounding of a gradient near zero into a whole step, so that weights tell nothing more
+    assert plain.state_dict().keys() == sharded.state_dict().keys()
+    code, said = finetune(sharding, "--output_dir", "sharded", "--resume", "--epochs", "3")
+    assert code == 0, said
+    assert "Resumed after epoch 2" in said
+    assert len(losses("sharded")) == 3
+    assert "Accelerate does not shard models on cpu" in finetune(common | LAUNCHED, *options)[1]
+    assert "--ema averages whole weights" in finetune(sharding, *options, "--ema", "0.9")[1]

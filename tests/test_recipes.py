@@ -72,12 +72,17 @@ def test_what_is_chosen(name, start, expected):
         ("finetune", "scratch", "Name one with --model"),
         ("paper", "checkpoint", "Take finetune"),
         ("small-data", "checkpoint", "Take finetune"),
-        ("best", "scratch", "auto, paper, small-data, finetune"),
+        ("best", "scratch", "auto, paper, paper-500, small-data, finetune"),
     ],
 )
 def test_what_does_not_fit_is_refused(name, start, message):
     with pytest.raises(ValueError, match=message):
         choose_recipe(name, SMALL, start, (800, 1333))
+
+
+def test_the_paper_s_long_recipe_drops_the_rate_after_400_of_500_epochs():
+    values = choose_recipe("paper-500", PHOTOS, "backbone", (800, 1333)).values("training", {})
+    assert (values["epochs"], values["schedule"], values["decay"]) == (500, "step", 0.2)
 
 
 def test_the_paper_is_the_paper():
@@ -286,12 +291,16 @@ def test_fields_of_the_config_are_read_and_refused(capsys):
 
 def test_a_resumed_run_has_its_arguments_and_takes_changes(tmp_path):
     begun = {"set": {"num_queries": 7, "d_model": 64}, "epochs": 5, "embedded": True, "learning_rate": 0.5}
+    begun = vars(parse_finetune_args("", [])) | begun
     (tmp_path / "args.json").write_text(json.dumps(begun))
     again = ["--output_dir", str(tmp_path), "--resume"]
     args = parse_finetune_args("", again)
     assert (args.set, args.epochs, args.embedded, args.learning_rate) == (begun["set"], 5, True, 0.5)
     args = parse_finetune_args("", [*again, "--epochs", "9", "--set", "num_queries=8"])
     assert (args.set, args.epochs) == ({"num_queries": 8, "d_model": 64}, 9)
+    for changed in (["--ema", "0.9"], ["--metric", "AP50"]):
+        with pytest.raises(SystemExit):
+            parse_finetune_args("", [*again, *changed])
 
 
 def test_overfitting_takes_away_what_stands_in_its_way():

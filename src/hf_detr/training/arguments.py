@@ -2,17 +2,20 @@
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..configuration_hf_detr import DetrConfig
+from .optimization import SCHEDULES
 from .recipes import RECIPES
 
 TRAINING_VALUES = (
     "epochs", "batch_size", "learning_rate", "backbone_learning_rate", "weight_decay", "schedule", "warmup", "decay",
     "augmentation", "eval_every",
 )  # fmt: skip
+FIXED = ("ema", "overfit", "embedded")  # a run has them or not
 # to learn a few images by heart nothing may stand in the way
 OVERFIT = {
     "epochs": 400,
@@ -40,16 +43,27 @@ def parse_finetune_args(description: str | None, argv: Sequence[str] | None = No
     add("--model", help="checkpoint to start from, a folder or a Hub id")
     add("--backbone", help="without --model: timm network to start from, default resnet50")
     add("--backbone_weights", help='a local file, or "none" for random; default: from the Hub')
-    add("--output_dir", help="default: the next free runs/NAME-N")
-    add("--resume", action="store_true", help="continue the run in --output_dir after its last epoch")
+    add("--output_dir", help="default: the next free runs/NAME-N; the same command again goes on with a run")
+    add("--resume", action="store_true", help="go on with the run in --output_dir, as it began but for what is given")
     add("--overfit", type=int, metavar="N", help="learn N images by heart, to see that all is sound")
     add("--quick", action="store_true", help="2 epochs on 64 images, to see that all works")
     add("--image_size", type=int, help="shortest edge in pixels, default 800 (shapes: 96 x 96)")
-    add("--gradient_accumulation_steps", type=int, default=1)
     add("--mixed_precision", choices=("no", "bf16", "fp16"), help="default: bf16 where it is fast")
+    add("--gradient_accumulation_steps", type=int, default=_accumulation(), help="batches in an optimizer step")
+    add("--auto_batch_size", action="store_true", help="halve batches until they fit, and accumulate more of them")
+    add("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    add("--compile", action="store_true", help="torch.compile backbone, encoder and decoder")
+    add("--lora_rank", type=int, metavar="R", help="train adapters of this rank and the heads, not the transformer")
+    add("--ema", type=float, metavar="DECAY", help="average the weights, evaluate and save the average; such as 0.9998")
+    add("--metric", choices=("AP", "AP50", "AP75", "AR100"), default="AP", help="which the best checkpoint is best in")
+    add("--early_stopping", type=int, metavar="N", help="stop after N evaluations without a better one")
+    add("--save_minutes", type=float, default=15, help="save to resume so often within an epoch, and after each")
+    add("--save_total_limit", type=int, default=1, metavar="N", help="checkpoints to resume from that are kept")
+    add("--on_nan", choices=("stop", "skip"), default="stop", help="what to do with a step that is not finite")
     add("--num_workers", type=int, help="processes that load images, default 2 (shapes: 0)")
     add("--seed", type=int, default=0)
-    add("--report_to", nargs="+", metavar="TRACKER", help="tensorboard, wandb, ... (see Accelerate)")
+    add("--report_to", nargs="+", metavar="TRACKER", help="tensorboard, wandb, trackio, ... (see Accelerate)")
+    add("--logging_steps", type=int, default=50, help="optimizer steps between lines to the trackers")
     add("--push_to_hub", metavar="REPO_ID", help="push the best checkpoint and its model card")
     add("--hub_private", action="store_true", help="make the repository private if it is new")
     add("--license", help="for the model card, an identifier of the Hub such as apache-2.0")
@@ -61,7 +75,7 @@ def parse_finetune_args(description: str | None, argv: Sequence[str] | None = No
     recipe("--learning_rate", type=float)
     recipe("--backbone_learning_rate", type=float)
     recipe("--weight_decay", type=float)
-    recipe("--schedule", choices=("wsd", "step"), help="up, level, down; or the paper's, down to a tenth")
+    recipe("--schedule", choices=SCHEDULES, help="wsd: up, level, down; step: the paper's")
     recipe("--warmup", type=float, help="share of all steps in which the rate rises")
     recipe("--decay", type=float, help="share of all steps, at the end, in which it falls or is low")
     recipe("--augmentation", choices=("paper", "flip", "turns", "none"))
@@ -74,11 +88,43 @@ def parse_finetune_args(description: str | None, argv: Sequence[str] | None = No
         begun = json.loads((Path(args.output_dir) / "args.json").read_text())
         parser.set_defaults(**begun | {"resume": True, "output_dir": args.output_dir, "set": None})
         args = parser.parse_args(argv)
+        changed = [name for name in FIXED if bool(begun.get(name)) != bool(getattr(args, name))]
+        changed += [name for name in ("lora_rank", "metric", "model") if begun.get(name) != getattr(args, name)]
+        if changed:
+            parser.error(f"--{changed[0]} cannot change within a run. Begin another from its checkpoint with --model")
+        if args.batch_size != begun["batch_size"]:
+            args.found = None
     try:
         args.set = begun.get("set", {}) | dict(_read_field(text) for text in args.set or ())
     except ValueError as error:
         parser.error(str(error))
+    _check(args, parser)
     return args if args.resume else _complete(args, parser)
+
+
+def _accumulation() -> int:
+    """As `accelerate config` or `accelerate launch` was told."""
+    return int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
+
+
+def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    for name in ("gradient_accumulation_steps", "save_total_limit", "logging_steps", "early_stopping", "lora_rank"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    for name in ("epochs", "batch_size", "eval_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    for name in ("warmup", "decay"):
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} is a share of all steps, between 0 and 1")
+    if (args.warmup or 0) + (args.decay or 0) > 1:
+        parser.error("--warmup and --decay are shares of all steps, together at most 1")
+    if args.save_minutes < 0 or (args.image_size is not None and args.image_size < 1):
+        parser.error("--save_minutes and --image_size are not negative")
+    if args.lora_rank and not args.model:
+        parser.error("--lora_rank adapts a trained detector: name one with --model")
+    if args.ema is not None and not 0 < args.ema < 1:
+        parser.error("--ema is a decay between 0 and 1, such as 0.9998")
 
 
 def _complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -92,6 +138,7 @@ def _complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argp
             setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     if args.quick:
         args.epochs, args.eval_every = 2, 1
+    args.found = None  # batch size and accumulation that --auto_batch_size has found
     args.embedded = not (args.dataset or args.model or args.backbone)
     if args.num_workers is None:  # drawn images stay in memory, and the cores are busy with the model
         args.num_workers = 2 if args.dataset else 0

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size, send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+from ..loss import LossNormalizers
 from ..modeling_hf_detr import DetrForDetection
 
 
@@ -17,7 +18,8 @@ def find_batch_size(try_step: Callable[[int], object], wanted: int, accelerator:
     """The largest divisor of `wanted` with which a step fits into the memory of every process. All processes have to
     come here, and all get the same number.
 
-    With it, `wanted // found` times as many steps of gradient accumulation keep the global batch exactly as it was. On
+    With it, `wanted // found` times as many steps of gradient accumulation keep the global batch as it was (but for the
+    evening out of the last ones, see `DistributedBatches`). On
     a CPU memory is rarely refused: the system stops a process that takes too much, and nothing can be tried.
 
     Args:
@@ -96,8 +98,10 @@ def trial_step(
             batch = send_to_device(collate([rows[index] for index in chosen]), accelerator.device)
             copy = deepcopy(model).to(accelerator.device).train()
             optimizer = optimizer_of(copy)
+            # counted here alone: a process that runs out of memory would leave the others waiting
+            normalizers = LossNormalizers.from_counts(copy.count_for_loss(**batch), 1)
             with accelerator.autocast():
-                loss = copy(**batch).loss
+                loss = copy(**batch, normalizers=normalizers).loss
             loss.backward()
             optimizer.step()
 

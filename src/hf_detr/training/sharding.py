@@ -2,6 +2,7 @@
 
 import os
 
+from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 
@@ -29,6 +30,21 @@ def sharding_plugin() -> FullyShardedDataParallelPlugin | None:
             "Set fsdp_cpu_ram_efficient_loading to false: it distributes weights only, not the buffers of batch norm."
         )
     return plugin
+
+
+def check_sharding(accelerator: Accelerator, *, ema: bool, auto_batch_size: bool) -> None:
+    """Refuse what FSDP would do otherwise than it was asked to.
+
+    Raises:
+        SystemExit: the launcher was told to use FSDP, but Accelerate does not shard on this device and would train as
+            without it; or weights are to be averaged, or batches tried out, which takes weights in one piece.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not accelerator.is_fsdp2:
+        raise SystemExit(f"Accelerate does not shard models on {accelerator.device.type}. Launch without FSDP.")
+    if ema and accelerator.is_fsdp2:
+        raise SystemExit("--ema averages whole weights, but FSDP cuts them up. Leave one of the two out.")
+    if auto_batch_size and accelerator.is_fsdp2:
+        raise SystemExit("--auto_batch_size tries batches on a whole model, which FSDP avoids. Leave it out.")
 
 
 def gather_weights(sharded: nn.Module, plain: nn.Module) -> None:
