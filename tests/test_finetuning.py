@@ -279,7 +279,7 @@ for number in range(3):
 weights = torch.stack([p.double().sum() for p in step.plain.parameters()]).sum()
 both = accelerator.gather(weights[None])
 left_out = [loss is None for loss in losses]
-sys.stdout.write(f"rank {{rank}} {{left_out}} {{bool(both[0] == both[1])}} {{step.reports}}\n")
+sys.stdout.write(f"rank {{rank}} {{left_out}} {{bool(both[0] == both[1])}} {{step.reports}}\\n")
 sys.stdout.flush()
 accelerator.end_training()
 """
