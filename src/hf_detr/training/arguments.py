@@ -15,6 +15,10 @@ TRAINING_VALUES = (
     "epochs", "batch_size", "learning_rate", "backbone_learning_rate", "weight_decay", "schedule", "warmup", "decay",
     "augmentation", "eval_every",
 )  # fmt: skip
+COUNTS = (
+    "epochs", "batch_size", "eval_every", "gradient_accumulation_steps", "save_total_limit", "logging_steps",
+    "early_stopping", "lora_rank", "image_size",
+)  # fmt: skip
 FIXED = ("ema", "overfit", "embedded")  # a run has them or not
 # to learn a few images by heart nothing may stand in the way
 OVERFIT = {
@@ -50,7 +54,7 @@ def parse_finetune_args(description: str | None, argv: Sequence[str] | None = No
     add("--image_size", type=int, help="shortest edge in pixels, default 800 (shapes: 96 x 96)")
     add("--mixed_precision", choices=("no", "bf16", "fp16"), help="default: bf16 where it is fast")
     add("--gradient_accumulation_steps", type=int, default=_accumulation(), help="batches in an optimizer step")
-    add("--auto_batch_size", action="store_true", help="halve batches until they fit, and accumulate more of them")
+    add("--auto_batch_size", action="store_true", help="smaller batches until they fit, and more of them a step")
     add("--gradient_checkpointing", action="store_true", help="less memory, more time")
     add("--compile", action="store_true", help="torch.compile backbone, encoder and decoder")
     add("--lora_rank", type=int, metavar="R", help="train adapters of this rank and the heads, not the transformer")
@@ -108,10 +112,7 @@ def _accumulation() -> int:
 
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    for name in ("gradient_accumulation_steps", "save_total_limit", "logging_steps", "early_stopping", "lora_rank"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
-    for name in ("epochs", "batch_size", "eval_every"):
+    for name in COUNTS:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
     for name in ("warmup", "decay"):
@@ -119,8 +120,8 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             parser.error(f"--{name} is a share of all steps, between 0 and 1")
     if (args.warmup or 0) + (args.decay or 0) > 1:
         parser.error("--warmup and --decay are shares of all steps, together at most 1")
-    if args.save_minutes < 0 or (args.image_size is not None and args.image_size < 1):
-        parser.error("--save_minutes and --image_size are not negative")
+    if args.save_minutes < 0:
+        parser.error("--save_minutes must not be negative")
     if args.lora_rank and not args.model:
         parser.error("--lora_rank adapts a trained detector: name one with --model")
     if args.ema is not None and not 0 < args.ema < 1:

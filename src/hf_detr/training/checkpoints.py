@@ -32,7 +32,6 @@ class Progress:
         evaluations: the lines of the log that have one.
         skipped: steps that were left out for numbers that were not finite.
         spread: over what an epoch is spread: processes, batch size, accumulated batches, seed.
-        metric: which `best` is of.
     """
 
     def __init__(self) -> None:
@@ -46,7 +45,6 @@ class Progress:
         self.evaluations: list[dict[str, float]] = []
         self.skipped = 0
         self.spread: dict[str, int] = {}
-        self.metric = "AP"
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
