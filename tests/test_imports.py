@@ -11,7 +11,7 @@ PACKAGE = ROOT / "src" / "hf_detr"
 MAY_IMPORT = {
     "boxes": set(),
     "configuration_hf_detr": set(),
-    "backbone": set(),
+    "backbone": {"memory_format"},
     "position_embedding": set(),
     "transformer": set(),
     "heads": set(),
@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "class_loss": set(),
     "denoising": {"boxes"},
     "dense_supervision": {"boxes", "heads", "loss"},
+    "memory_format": set(),
     "matcher": {"boxes", "class_loss"},
     "post_processing": {"boxes"},
     "loss": {"boxes", "class_loss", "denoising", "matcher"},

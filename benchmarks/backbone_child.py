@@ -1,0 +1,208 @@
+"""What `backbones.py` runs in processes of their own, printed as JSON lines.
+
+python benchmarks/backbone_child.py NAME [COMBINATION ...]
+python benchmarks/backbone_child.py --members FILE SECONDS
+"""
+
+import json
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from hf_detr.backbone import Backbone, feature_strides
+from hf_detr.memory_format import preferred_memory_format, replace_unsafe_convolutions, unsafe_convolutions
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+TOLERANCE = {"float32": 1e-4, "bf16": 5e-2}
+SHAPES = {"timm": (4, 3, 224, 224), "Backbone": (2, 3, 224, 224)}
+BIG = re.compile(r"large|huge|giant|enormous|gigantic|\d+b_|_so\d|so150m|tiny_distilled|_tf_|^tf_")
+NAMES = {torch.channels_last: "channels-last", torch.contiguous_format: "contiguous"}
+
+
+# -- which networks --------------------------------------------------------------------------------------------------
+
+
+def find_member(family: str, names: list[str]) -> dict[str, Any]:
+    """The smallest network of a family that gives features, from copies without weights."""
+    sizes = {}
+    for name in names:
+        with torch.device("meta"):
+            sizes[name] = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+    error = "has no models"
+    for name in sorted(names, key=lambda name: sizes[name]):
+        try:
+            strides = feature_strides(name)
+        except ValueError as raised:
+            error = str(raised)
+            continue
+        return {"family": family, "member": name, "parameters": sizes[name], "strides": strides} | describe(name)
+    return {"family": family, "unsupported": error[:120]}
+
+
+def describe(name: str) -> dict[str, Any]:
+    with torch.device("meta"):
+        network = timm.create_model(name, features_only=True)
+        unsafe = [name for name, _ in unsafe_convolutions(network)]
+        replace_unsafe_convolutions(network)
+        return {"unsafe": unsafe, "prefers": NAMES[preferred_memory_format(network)]}
+
+
+def find_members(path: Path, seconds: float, also: dict[str, list[str]]) -> None:
+    """One line a family is added to the file, from where the last call stopped."""
+    end = time.perf_counter() + seconds
+    known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = {line.get("family") for line in known}
+    with path.open("a") as file:
+        for family in timm.list_modules():
+            every = timm.list_models(module=family, include_tags=False)
+            if family in found or not every:
+                continue
+            if time.perf_counter() > end:
+                return
+            members = [find_member(family, [name for name in every if not BIG.search(name)] or every)]
+            for name in also.get(family, []):
+                if name != members[0].get("member"):
+                    members += [find_member(family, [name])]
+            file.writelines(json.dumps(member) + "\n" for member in members)
+            file.flush()
+        if not any("versions" in line for line in known):
+            file.write(json.dumps({"versions": versions()}) + "\n")
+
+
+def versions() -> str:
+    flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
+    isa = ", ".join(flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags)
+    onednn = re.search(r"MKL-DNN v([\d.]+)", torch.__config__.show())
+    return (
+        f"torch {torch.__version__} (oneDNN {onednn.group(1) if onednn else '?'}), timm {timm.__version__}, "
+        f"{platform.machine()} ({isa}), 2 threads"
+    )
+
+
+# -- one network -----------------------------------------------------------------------------------------------------
+
+
+def distance(ones: list[Tensor | None], others: list[Tensor | None]) -> float:
+    """The largest difference, in the largest value of its tensor; but of tensors that are next to nothing beside the
+    others (the gradient of a bias before a norm is rounding), in a thousandth of the largest value of all."""
+    largest = max(float(other.abs().max()) for other in others if other is not None)
+    worst = 0.0
+    for one, other in zip(ones, others, strict=True):
+        if (one is None) != (other is None):
+            return float("inf")
+        if one is not None and other is not None:
+            difference = (one.double() - other.double()).abs().max() / max(float(other.abs().max()), largest * 1e-3)
+            worst = max(worst, float(difference)) if torch.isfinite(difference) else float("inf")
+    return worst
+
+
+def raw_network(name: str) -> tuple[nn.Module, Callable[[Tensor], list[Tensor]]]:
+    kwargs = Backbone(name, freeze_batch_norm=False, frozen_stages=-1)._create_kwargs
+    torch.manual_seed(0)
+    network = timm.create_model(name, **{key: value for key, value in kwargs.items() if key != "out_indices"}).eval()
+    return network, network
+
+
+def backbone(name: str) -> tuple[nn.Module, Callable[[Tensor], list[Tensor]]]:
+    torch.manual_seed(0)
+    module = Backbone(name, freeze_batch_norm=True, frozen_stages=-1).train()
+    replace_unsafe_convolutions(module.model)
+    return module, lambda images: [module(images)[0]]
+
+
+def give_statistics(network: nn.Module) -> None:
+    """Batch norm of a network that saw no image lets values grow or vanish with depth; measure on a batch once."""
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = None
+        norm.reset_running_stats()
+        norm.train()
+    with torch.no_grad():
+        network(torch.randn(4, 3, 224, 224))
+    network.eval()
+
+
+class Case:
+    """A network and the images to run it on, as contiguous float32; `run` does a combination on it."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        self.kind = kind
+        self.network, self.forward = raw_network(name) if kind == "timm" else backbone(name)
+        if kind == "timm":
+            give_statistics(self.network)
+        self.images = torch.randn(SHAPES[kind], generator=torch.Generator().manual_seed(1))
+
+    def run(self, memory_format: torch.memory_format, dtype: torch.dtype) -> list[Tensor | None]:
+        """Features (of the Backbone also those in eval mode) and the gradients of all parameters."""
+        wide = dtype == torch.float64
+        images = self.images.double() if wide else self.images
+        images = images.contiguous(memory_format=memory_format)
+        self.network.to(dtype=images.dtype, memory_format=memory_format).zero_grad()
+        torch.manual_seed(2)
+        results: list[Tensor | None] = []
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            if self.kind == "Backbone":
+                with torch.no_grad():
+                    self.network.eval()
+                    results += self.forward(images)
+                    self.network.train()
+            features = self.forward(images)
+        upstream = [torch.randn(f.shape, generator=torch.Generator().manual_seed(3)).to(f) for f in features]
+        torch.autograd.backward(features, upstream)
+        results += [feature.detach() for feature in features]
+        gradients = [None if p.grad is None else p.grad.clone() for p in self.network.parameters()]
+        self.network.float()
+        return results + gradients
+
+    def seconds(self, memory_format: torch.memory_format, dtype: torch.dtype) -> float:
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            self.run(memory_format, dtype)
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+
+def check(name: str, combinations: list[str]) -> None:
+    torch.set_num_threads(2)
+    for kind in SHAPES:
+        mine = [(f, d) for d in DTYPES for f in FORMATS if not combinations or f"{kind} {f} {d}" in combinations]
+        if mine:
+            check_kind(Case(kind, name), mine)
+
+
+def check_kind(case: Case, combinations: list[tuple[str, str]]) -> None:
+    reference = case.run(torch.contiguous_format, torch.float32)
+    exact = None
+    for format_name, dtype_name in combinations:
+        outcome: dict[str, Any] = {"combination": f"{case.kind} {format_name} {dtype_name}"}
+        arguments = FORMATS[format_name], DTYPES[dtype_name]
+        try:
+            results = case.run(*arguments)
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            outcome["exception"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+        else:
+            outcome["error"] = distance(results, reference)
+            if case.kind == "Backbone":
+                outcome["seconds"] = case.seconds(*arguments)
+            if dtype_name == "float32" and outcome["error"] > TOLERANCE[dtype_name]:
+                exact = exact or case.run(torch.contiguous_format, torch.float64)
+                outcome["from_float64"] = distance(results, exact)
+                outcome["contiguous_from_float64"] = distance(reference, exact)
+        print(json.dumps(outcome), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--members":
+        find_members(Path(sys.argv[2]), float(sys.argv[3]), also=json.loads(sys.argv[4]))
+    else:
+        check(sys.argv[1], sys.argv[2:])
