@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
-SIZES = (512, 1024, 2048, 4096)
-SECONDS_A_SIZE = 1.0
+SIZES = (512, 1024, 2048)
+SECONDS_A_SIZE = 0.7
 # The counter of torch 2.14 knows the attention kernels of GPUs only; this one would count as zero.
 CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
@@ -26,8 +26,8 @@ CPU_ATTENTION = {
 
 
 def count_flops(function: Callable[[], Any]) -> int:
-    """FLOPs of one call, with its backward pass if the call runs it. Count outside of what is timed, and the eager model:
-    a compiled or exported one hides its operators."""
+    """FLOPs of one call, with its backward pass if the call runs it. Not to be timed, and of the eager model: a
+    compiled or exported one hides its operators."""
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         function()
     return int(counter.get_total_flops())
@@ -45,19 +45,39 @@ def _seconds(function: Callable[[], Any], budget: float) -> float:
     return statistics.median(times)
 
 
+def _torch_mm(size: int, dtype: torch.dtype) -> Callable[[], Any]:
+    one, other = torch.randn(2, size, size).to(dtype)
+    return functools.partial(torch.mm, one, other, out=torch.empty(size, size, dtype=dtype))
+
+
+def _onednn(size: int, dtype: torch.dtype) -> Callable[[], Any]:
+    """The same product as a 1x1 convolution of size pixels, which oneDNN computes."""
+    image = torch.randn(1, size, size // 32, 32).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(size, size, 1, 1).to(dtype)
+    return functools.partial(torch.nn.functional.conv2d, image, weight)
+
+
+# float32 `torch.mm` is MKL, which leaves half of what an AMD core can do; oneDNN, behind convolutions, does not.
+MATMULS = {"torch.mm": _torch_mm, "1x1 convolution": _onednn}
+
+
 @functools.cache
-def matmul_rates(dtype: torch.dtype, threads: int | None = None) -> dict[int, float]:
-    """FLOP/s of square matrix multiplies by their size, at the current number of threads. Takes a few seconds once."""
-    rates = {}
-    for size in SIZES:
-        one, other = torch.randn(2, size, size).to(dtype)
-        out = torch.empty(size, size, dtype=dtype)
-        rates[size] = 2 * size**3 / _seconds(functools.partial(torch.mm, one, other, out=out), SECONDS_A_SIZE)
+def matmul_rates(dtype: torch.dtype, threads: int) -> dict[tuple[str, int], float]:
+    """FLOP/s of square matrix multiplies by (how, size), at this number of threads. Takes ten seconds, once."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    with torch.no_grad():
+        rates = {
+            (name, size): 2 * size**3 / _seconds(make(size, dtype), SECONDS_A_SIZE)
+            for name, make in MATMULS.items()
+            for size in SIZES
+        }
+    torch.set_num_threads(before)
     return rates
 
 
 def peak(dtype: torch.dtype) -> float:
-    """FLOP/s of the best size: the roof."""
+    """FLOP/s of the best matrix multiply of all sizes and ways, at the current number of threads: the roof."""
     return max(matmul_rates(dtype, torch.get_num_threads()).values())
 
 
@@ -90,11 +110,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     print(f"| {args.threads} threads, GFLOP/s | float32 | bfloat16 |\n|---|---|---|")
     dtypes = (torch.float32, torch.bfloat16)
-    for size in SIZES:
-        rates = [matmul_rates(dtype, args.threads)[size] / 1e9 for dtype in dtypes]
-        print(f"| {size} x {size} x {size} | {rates[0]:.0f} | {rates[1]:.0f} |")
+    for key in matmul_rates(torch.float32, args.threads):
+        rates = [matmul_rates(dtype, args.threads)[key] / 1e9 for dtype in dtypes]
+        print(f"| {key[0]}, {' x '.join([str(key[1])] * 3)} | {rates[0]:.0f} | {rates[1]:.0f} |")
     rates = [convolution_rate(dtype) / 1e9 for dtype in dtypes]
-    print(f"| 3x3 convolution, 256 channels, 50 x 67 | {rates[0]:.0f} | {rates[1]:.0f} |")
+    print(f"| 3x3 convolution, 256 channels, 50 x 67 | {rates[0]:.0f} | {rates[1]:.0f} |\n")
+    one, other = torch.randn(2, 1536, 1536)
+    flops = count_flops(lambda: one @ other)
+    print(roofline_line(flops, _seconds(lambda: one @ other, SECONDS_A_SIZE), torch.float32))
 
 
 if __name__ == "__main__":
