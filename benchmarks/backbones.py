@@ -39,19 +39,21 @@ TEXT = """# Every timm family in both memory formats
 
 `python benchmarks/backbones.py --folder sweep` on {versions}.
 
-The smallest member of every timm family, in a process of its own: forward and backward on 2 images of 224 x 224 (1 if
-it has more than 40 million parameters), as timm builds it (all levels, eval mode) and in `hf_detr.backbone.Backbone`
-(deepest level, forward in eval mode, forward and backward in training). A cell says whether features and all gradients
-equal those of contiguous float32, with the largest difference in the largest value of its tensor: `ok` within 1e-4
-(float32) or 5e-2 (bf16 autocast), or where contiguous itself is about as far off (from float64 in float32, by a factor
-of 3; from float32 in bf16, by a factor of 2). Networks whose contiguous float32 fails: {failed}.
+The smallest member of every timm family, in a process of its own: forward and backward on 2 images of 224 x 224 (of 256
+where blocks do not divide 224; 1 image if it has more than 40 million parameters or is slow), as timm builds it (all
+levels, eval mode) and in `hf_detr.backbone.Backbone` (deepest level, forward in eval mode, forward and backward in
+training). A cell says whether features and all gradients equal those of contiguous float32, with the largest difference
+in the largest value of its tensor: `ok` within 1e-4 (float32) or 5e-2 (bf16 autocast), or where contiguous itself is
+about as far off (from float64 in float32, by a factor of 3; from float32 in bf16, by a factor of 2). The networks have
+random weights, which makes the deep ones sensitive: one rounding at a ReLU is 1e-3 of a gradient. Networks whose
+contiguous float32 fails: {failed}.
 
 What kills the process is one operator: the weight gradient of a strided 1x1 convolution without padding on fewer than
 16 channels, in channels-last float32 (uxlfoundation/oneDNN#6035). `replace_unsafe_convolutions` computes it as every
 stride-th pixel and a convolution of stride 1. Of {networks} networks of timm, {count} have one: {affected}.
 
 The columns of ratios are the time of forward (eval) plus forward and backward (training) in contiguous over that in
-channels-last: above 1, channels-last is faster. They are the faster of two runs, so take them as a hint.
+channels-last: above 1, channels-last is faster. One run each after one to warm up: a hint, not a measurement.
 
 {table}
 """
@@ -91,7 +93,7 @@ def sweep(member: dict[str, Any]) -> dict[str, Any]:
     lines, ending = call(backbone_child.check, name, [])
     for line in lines:
         outcomes[line.pop("combination")] = line
-    if ending:
+    if ending and not ending.startswith("error"):
         for combination in (f"{kind} {combination}" for kind in KINDS for combination in COMBINATIONS):
             lines, alone = call(backbone_child.check, name, [combination])
             outcomes[combination] = {"ending": alone} if alone else lines[-1]
@@ -169,6 +171,8 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     if checker := ctypes.util.find_library("c_malloc_debug"):
         os.environ |= {"LD_PRELOAD": checker, "GLIBC_TUNABLES": "glibc.malloc.check=3"}
+    # Python 3.11's forkserver forgets sys.path and then silently preloads nothing.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     CONTEXT.set_forkserver_preload(["backbone_child"])
     end = time.perf_counter() + args.seconds
     members_file, results_file = args.folder / "members.jsonl", args.folder / "results.jsonl"
