@@ -10,7 +10,7 @@ dies, one process for each combination finds out which it was. Features and grad
 contiguous float32. glibc's checking allocator is on where there is one: it notices more writes past the end of a block.
 
 A family is a module of timm; its member is the smallest by parameters that supports `features_only=True`. The first
-calls look for the members. Results are added to members.jsonl and results.jsonl in the folder; when all are there,
+calls look for the members. Results are added to members.jsonl and results.jsonl in the folder, and the table in
 benchmarks/backbones.md is written from them.
 """
 
@@ -38,6 +38,7 @@ TIMEOUT = 240
 TEXT = """# Every timm family in both memory formats
 
 `python benchmarks/backbones.py --folder sweep` on {versions}.
+Networks run: {done}.
 
 The smallest member of every timm family, in a process of its own: forward and backward on 2 images of 224 x 224 (of 256
 where blocks do not divide 224; 1 image if it has more than 40 million parameters or is slow), as timm builds it (all
@@ -45,8 +46,7 @@ levels, eval mode) and in `hf_detr.backbone.Backbone` (deepest level, forward in
 training). A cell says whether features and all gradients equal those of contiguous float32, with the largest difference
 in the largest value of its tensor: `ok` within 1e-4 (float32) or 5e-2 (bf16 autocast), or where contiguous itself is
 about as far off (from float64 in float32, by a factor of 3; from float32 in bf16, by a factor of 2). The networks have
-random weights, which makes the deep ones sensitive: one rounding at a ReLU is 1e-3 of a gradient. Networks whose
-contiguous float32 fails: {failed}.
+random weights. Networks whose contiguous float32 fails: {failed}.
 
 What kills the process is one operator: the weight gradient of a strided 1x1 convolution without padding on fewer than
 16 channels, in channels-last float32 (uxlfoundation/oneDNN#6035). `replace_unsafe_convolutions` computes it as every
@@ -133,10 +133,13 @@ def ratio(result: dict[str, Any], dtype: str) -> str:
 
 def table(members: list[dict[str, Any]], results: dict[str, dict[str, Any]], versions: str) -> str:
     shown = [f"{kind} {name}" for kind in KINDS for name in COMBINATIONS[1:]]
-    rows, failed = [], []
+    rows, failed, missing = [], [], []
     for member in members:
         if "member" not in member:
             rows.append(f"| {member['family']} | | | {member['unsupported']} |{' |' * (len(shown) + 3)}")
+            continue
+        if member["member"] not in results:
+            missing.append(member["member"])
             continue
         result = results[member["member"]]
         found = verdicts(result)
@@ -151,12 +154,14 @@ def table(members: list[dict[str, Any]], results: dict[str, dict[str, Any]], ver
     heads = ["family", "member", "parameters", "strides", *(f"{name.replace(' ', ': ', 1)}" for name in shown)]
     heads += ["contiguous / channels-last, float32", "the same, bf16", "`Backbone` takes"]
     affected = [name for member in members for name in member["affected"]]
+    done = f"{len(rows)} of {len(rows) + len(missing)}"
     return TEXT.format(
         versions=versions,
         networks=sum(member["networks"] for member in members),
         count=len(affected),
         affected=", ".join(affected),
         failed=", ".join(failed) or "none",
+        done=f"{done}; still to run: {', '.join(missing)}" if missing else done,
         table="\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *rows]),
     )
 
@@ -186,7 +191,7 @@ def main() -> None:
         if member["family"] not in known:
             print(json.dumps(member), flush=True)
     done = {} if args.repeat else {result["member"]: result for result in read(results_file)}
-    for member in members:
+    for member in sorted(members, key=lambda member: not member.get("unsafe")):  # what may crash comes first
         wanted = "member" in member and (not args.families or member["family"] in args.families)
         if wanted and member["member"] not in done and time.perf_counter() < end:
             result = sweep(member)
@@ -195,14 +200,11 @@ def main() -> None:
                 f"{member['family']} {member['member']} {result['took']:.0f} s:", *verdicts(result).values(), flush=True
             )
     results = {result["member"]: result for result in read(results_file)}
-    complete = any("versions" in line for line in read(members_file))
     missing = [m["member"] for m in members if "member" in m and m["member"] not in results]
-    if complete and not missing:
-        versions = next(line["versions"] for line in read(members_file) if "versions" in line)
-        TABLE.write_text(table(members, results, versions))
+    if versions := [line["versions"] for line in read(members_file) if "versions" in line]:
+        TABLE.write_text(table(members, results, versions[0]))
         print(f"Wrote {TABLE}.")
-    else:
-        print(f"{len(results)} done, {len(missing)} to do{'' if complete else ', members still to be found'}.")
+    print(f"{len(results)} done, {len(missing)} to do{'' if versions else ', members still to be found'}.")
 
 
 if __name__ == "__main__":
