@@ -164,6 +164,8 @@ class Case:
         images = images.contiguous(memory_format=memory_format)
         self.network.to(dtype=images.dtype, memory_format=memory_format).zero_grad()
         self.network.train(self.kind == "Backbone")
+        if self.kind == "Backbone":  # which would choose by itself
+            self.network.memory_format = memory_format
         torch.manual_seed(2)
         results: list[Tensor | None] = []
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
