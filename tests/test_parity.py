@@ -20,8 +20,16 @@ def models(request):
     return ours, transformers_twin(ours, **({"dilation": True} if "dilation" in changes else {}))
 
 
+@pytest.fixture
+def _float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("_float64")  # in float32 a ReLU may say otherwise about a value near 0
 def test_states_losses_and_gradients_equal_those_of_transformers(models):
-    ours, theirs = models
+    ours, theirs = models[0].double(), models[1].double()
     images, labels = torch.randn(3, 3, 96, 128), random_labels([2, 0, 5])
     a = ours(images, labels=labels, output_hidden_states=True)
     b = theirs(images, labels=labels, output_hidden_states=True)

@@ -12,6 +12,9 @@ from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .folding import find_pairs, fold, fold_for_good
+from .memory_format import preferred_memory_format, replace_unsafe_convolutions
+
 # Networks made for one image size have to be told to take any; which of these they know differs by family.
 ANY_SIZE_KWARGS = {"dynamic_img_size": True, "dynamic_img_pad": True, "strict_img_size": False}
 
@@ -103,6 +106,7 @@ class Backbone(nn.Module):
     Attributes:
         channels, stride: of the feature map.
         level: its index among the network's feature levels.
+        memory_format: that images are brought to; channels-last if the network convolves.
 
     Raises:
         ValueError: timm does not know the name, the network cannot give features, or has no level of that stride.
@@ -133,8 +137,12 @@ class Backbone(nn.Module):
         self._size_table = _SizeTable(name, self._create_kwargs)
         if freeze_batch_norm:
             self.model = freeze_batch_norm_2d(self.model)
-        self._frozen = self._freeze_norms_up_to(frozen_stages, levels) + self._unused()
+        unused, self._pairs = self._dry_run()
+        self._frozen = self._freeze_norms_up_to(frozen_stages, levels) + unused
         self.freeze()
+        replace_unsafe_convolutions(self.model)
+        self.memory_format = preferred_memory_format(self.model)
+        fold(self.model, self._pairs)
 
     # -- which parts train ---------------------------------------------------------------------------------------
 
@@ -168,17 +176,25 @@ class Backbone(nn.Module):
                 frozen = [parameter for parameter in frozen if not parameter.startswith(prefix)]  # now buffers
         return frozen
 
-    def _unused(self) -> list[str]:
-        """Parameters that the features do not depend on. timm builds some networks whole, whatever level is asked for;
-        what never gets a gradient must not wait for one (DistributedDataParallel does)."""
+    def freeze_batch_norm(self) -> None:
+        """Fix statistics and affine parameters of every batch norm from now on, in place."""
+        self.model = freeze_batch_norm_2d(self.model)
+        fold(self.model, self._pairs)
+
+    def _dry_run(self) -> tuple[list[str], dict[str, str]]:
+        """Parameters that the features do not depend on, and which batch norm follows which convolution.
+
+        timm builds some networks whole, whatever level is asked for; what never gets a gradient must not wait for one
+        (DistributedDataParallel does)."""
         with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
             network: Any = _create(self.name, **self._create_kwargs).eval()
             size = network.pretrained_cfg["input_size"][-2:]
-            features = network(torch.zeros(1, self._create_kwargs["in_chans"], *size))[0]
+            features, pairs = find_pairs(network, torch.zeros(1, self._create_kwargs["in_chans"], *size))
             names, parameters = zip(*network.named_parameters(), strict=True)
-            gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+            gradients = torch.autograd.grad(features[0].sum(), parameters, allow_unused=True)
         kept = dict(self.model.named_parameters())  # frozen batch norms have buffers instead
-        return [n for n, gradient in zip(names, gradients, strict=True) if gradient is None and n in kept]
+        unused = [n for n, gradient in zip(names, gradients, strict=True) if gradient is None and n in kept]
+        return unused, pairs
 
     def _in_order(self, end: str | None, before: str | None) -> Iterator[tuple[str, nn.Module]]:
         """Modules in timm's order of execution, up to and including the module called `end`, or up to `before`.
@@ -203,6 +219,14 @@ class Backbone(nn.Module):
                 f'Cannot tell where the stages of "{self.name}" end: timm reports {end or before}, which is no module '
                 "of it. Set frozen_stages=-1 and freeze what you want by hand."
             )
+
+    @torch.no_grad()
+    def prepare_for_inference(self) -> None:
+        """Fold every batch norm into the convolution before it for good, in place: weights and norms are those of no
+        checkpoint any more, the features are the same."""
+        self.freeze_batch_norm()
+        fold_for_good(self.model)
+        self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
 
     def sees_whole_batches(self) -> bool:
         """True while some batch norm computes statistics of the batch, so that images must not be run apart."""
@@ -265,7 +289,8 @@ class Backbone(nn.Module):
     # -- forward -------------------------------------------------------------------------------------------------
 
     def _features(self, pixel_values: Tensor) -> Tensor:
-        features: Tensor = self.model(pixel_values)[0]
+        dtype = next(self.model.parameters()).dtype
+        features: Tensor = self.model(pixel_values.to(dtype).contiguous(memory_format=self.memory_format))[0]
         if getattr(self.model, "output_fmt", None) == "NHWC":
             features = features.permute(0, 3, 1, 2)
         return features
@@ -312,7 +337,12 @@ class Backbone(nn.Module):
         rows = max(features.shape[2] for features in maps.values())
         columns = max(features.shape[3] for features in maps.values())
         some = next(iter(maps.values()))
-        feature_map = some.new_zeros(len(sizes), self.channels, rows, columns)
+        feature_map = torch.empty(
+            (len(sizes), self.channels, rows, columns),
+            dtype=some.dtype,
+            device=some.device,
+            memory_format=torch.channels_last,  # the transformer reads cell by cell
+        ).zero_()
         mask = torch.zeros(len(sizes), rows, columns, dtype=torch.bool, device=some.device)
         for size, indices in groups.items():
             _, _, height, width = maps[size].shape

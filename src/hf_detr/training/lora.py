@@ -2,8 +2,6 @@
 
 from copy import deepcopy
 
-from timm.utils.model import freeze_batch_norm_2d
-
 from ..modeling_hf_detr import DetrForDetection
 
 # The linear maps of the transformer. `input_projection`, a 1x1 convolution, is one more: behind a frozen backbone it is
@@ -56,8 +54,7 @@ def add_lora(model: DetrForDetection, rank: int) -> DetrForDetection:
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         parameter.requires_grad_("lora_" in name or not set(parts).isdisjoint(TRAINED_IN_FULL))
-    backbone = model.model.backbone
-    backbone.model = freeze_batch_norm_2d(backbone.model)
+    model.model.backbone.freeze_batch_norm()
     model.config.freeze_batch_norm = True
     return model
 
