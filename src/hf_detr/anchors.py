@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .heads import MLP, BoxHead
+from .linear import Linear
 from .position_embedding import ANCHOR_TEMPERATURE, sine_waves
 from .transformer import EncoderLayer, MultiHeadAttention
 
@@ -30,8 +31,8 @@ class ConditionalAttention(MultiHeadAttention):
     def __init__(self, d_model: int, num_heads: int, attention_dropout: float) -> None:
         super().__init__(d_model, num_heads, attention_dropout)
         self.scaling = (2 * self.head_dim) ** -0.5
-        self.q_position_proj = nn.Linear(d_model, d_model)
-        self.k_position_proj = nn.Linear(d_model, d_model)
+        self.q_position_proj = Linear(d_model, d_model)
+        self.k_position_proj = Linear(d_model, d_model)
 
     def forward(  # type: ignore[override]
         self,

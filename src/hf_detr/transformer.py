@@ -14,6 +14,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .linear import Linear
+
 
 def eager_attention_forward(
     module: nn.Module,
@@ -34,10 +36,10 @@ def eager_attention_forward(
     Returns:
         output (B, Q, heads, head_dim) and weights (B, heads, Q, K).
     """
-    scores = query @ key.transpose(2, 3) * scaling
+    scores = (query * scaling) @ key.transpose(2, 3)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    weights = softmax(scores, dim=-1)  # in float32 inside, whatever the type of its numbers
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
@@ -52,10 +54,10 @@ class MultiHeadAttention(nn.Module):
         self.head_dim = d_model // num_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = attention_dropout
-        self.q_proj = nn.Linear(d_model, d_model)
-        self.k_proj = nn.Linear(d_model, d_model)
-        self.v_proj = nn.Linear(d_model, d_model)
-        self.o_proj = nn.Linear(d_model, d_model)
+        self.q_proj = Linear(d_model, d_model)
+        self.k_proj = Linear(d_model, d_model)
+        self.v_proj = Linear(d_model, d_model)
+        self.o_proj = Linear(d_model, d_model)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, attn_implementation: str
@@ -78,6 +80,8 @@ class MultiHeadAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, attn_implementation: str
     ) -> tuple[Tensor, Tensor | None]:
         """What `forward` does after its projections; all of (B, heads, tokens, head_dim)."""
+        if attn_implementation == "sdpa" and _written_out_is_faster(query, key):
+            attn_implementation = "eager"
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             attn_implementation, eager_attention_forward
         )
@@ -93,11 +97,18 @@ class MultiHeadAttention(nn.Module):
         return self.o_proj(output.flatten(2)), weights
 
 
+def _written_out_is_faster(query: Tensor, key: Tensor) -> bool:
+    """On a CPU in bfloat16, PyTorch's kernel takes two to four times as long as matrix multiplies and a softmax, whose
+    table of weights is small for DETR's few places."""
+    small = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= 2**25
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and small
+
+
 class FeedForward(nn.Module):
     def __init__(self, d_model: int, ffn_dim: int, activation_function: str, activation_dropout: float) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(d_model, ffn_dim)
-        self.fc2 = nn.Linear(ffn_dim, d_model)
+        self.fc1 = Linear(d_model, ffn_dim)
+        self.fc2 = Linear(ffn_dim, d_model)
         self.activation_fn = ACT2FN[activation_function]
         self.activation_dropout = activation_dropout
 
