@@ -130,3 +130,24 @@ def test_other_models_get_the_pipeline_they_had():
     )
     assert type(detector) is transformers.ObjectDetectionPipeline
     assert isinstance(detector(photo(), threshold=0.0), list)
+
+
+def test_what_predicts_is_a_prepared_copy_that_follows_the_model(folder, detector, tmp_path):
+    before = detector(IMAGES[0], threshold=0.0)
+    assert detector._predictor().is_prepared
+    assert detector._predictor() is detector._predictor()
+    assert not detector.model.is_prepared
+    with torch.no_grad():
+        detector.model.class_labels_classifier.bias.add_(torch.tensor([5.0, 0, 0]))
+        detector.model.model.backbone.model.get_submodule("conv1.0").weight.mul_(-1)
+    after = detector(IMAGES[0], threshold=0.0)
+    fresh = pipeline("object-detection", model=detector.model, image_processor=detector.image_processor)
+    assert [object["label"] for object in before] != [object["label"] for object in after]
+    close(after, fresh(IMAGES[0], threshold=0.0))
+    detector.save_pretrained(tmp_path / "saved")
+    close(after, pipeline("object-detection", model=str(tmp_path / "saved"))(IMAGES[0], threshold=0.0))
+
+
+def test_a_compiled_model_is_used_as_it_is(detector):
+    detector.model.compile(backend="eager")
+    assert detector._predictor() is detector.model

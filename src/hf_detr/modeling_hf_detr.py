@@ -18,6 +18,7 @@ from .initialization import init_as_torch, init_class_head, init_mlp, init_queri
 from .loss import LossNormalizers, check_labels, count_for_loss, set_loss
 from .outputs import DetrDetectionOutput, DetrModelOutput
 from .position_embedding import LearnedPositionEmbedding, build_position_embedding
+from .preparation import prepare
 from .pretrained import DetrPreTrainedModel
 from .resizing import resize_class_head, resize_queries
 from .transformer import Decoder, Encoder
@@ -242,6 +243,18 @@ class DetrForDetection(DetrPreTrainedModel):
         model.model.backbone.load_pretrained(checkpoint)
         return model
 
+    def prepare_for_inference(self, dtype: torch.dtype | None = None, compile: bool = False) -> Self:
+        """A copy that only predicts, called like the model, with the same outputs (to 1e-4 in float32), and faster:
+        batch norm is folded into the convolutions, which run in channels-last. It neither trains nor saves; the model
+        stays as it is. `pipeline("object-detection")` uses such a copy by itself.
+
+        Args:
+            dtype: of weights and activations; None: the model's own. On a CPU with AMX or AVX-512 BF16
+                `torch.bfloat16` is several times faster. Heads and outputs have at least float32.
+            compile: with `torch.compile`, for any image size. The first calls take minutes.
+        """
+        return prepare(self, dtype, compile)
+
     def resize_queries(self, num_queries: int) -> str:
         """See [`DetrModel.resize_queries`]."""
         return self.model.resize_queries(num_queries)
@@ -300,7 +313,9 @@ class DetrForDetection(DetrPreTrainedModel):
         if labels is None or intermediate is None:
             intermediate = outputs.last_hidden_state[None]
             pred_boxes = None if pred_boxes is None else pred_boxes[-1:]
-        logits = self.class_labels_classifier(intermediate)  # (L, B, Q, num_labels+1)
+        logits = self.class_labels_classifier(
+            intermediate.to(self.class_labels_classifier.weight.dtype)
+        )  # (L, B, Q, C+1)
         if self.bbox_predictor is not None:
             pred_boxes = self.bbox_predictor(intermediate)
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import ObjectDetectionPipeline
+from transformers import ObjectDetectionPipeline, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .image_processing_hf_detr import DetrImageProcessor
@@ -19,9 +19,30 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
 
     An image travels through the pipeline's loader on its own, in a list so that nothing tries to stack it, and is
     padded together with its batch in `_forward`.
+
+    What predicts is a copy of `model` that is made for it (`prepare_for_inference`), at the first call and again when
+    the weights have changed. A model that was compiled, quantised or spread over devices is used as it is.
     """
 
     image_processor: DetrImageProcessor
+    _prepared: Any = None
+    _prepared_of: tuple[tuple[int, int], ...] = ()
+
+    def _predictor(self) -> Any:
+        model = self.model
+        theirs = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
+        if not isinstance(model, PreTrainedModel) or model._compiled_call_impl is not None or theirs:
+            return model
+        if model.is_prepared:
+            return model
+        state = tuple(
+            (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+            for tensors in (model.parameters(), model.buffers())
+            for tensor in tensors
+        )
+        if state != self._prepared_of:
+            self._prepared, self._prepared_of = model.prepare_for_inference(), state
+        return self._prepared
 
     def check_model_type(self, supported_models: Any) -> None:
         """Our models are supported; transformers only knows its own names."""
@@ -43,7 +64,7 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
         for image, values, mask in zip(images, pixel_values, pixel_mask, strict=True):
             values[:, : image.shape[1], : image.shape[2]] = image
             mask[: image.shape[1], : image.shape[2]] = 1
-        outputs = self.model(pixel_values=pixel_values, pixel_mask=pixel_mask)
+        outputs = self._predictor()(pixel_values=pixel_values, pixel_mask=pixel_mask)
         return ModelOutput(target_size=torch.tensor(sizes), logits=outputs.logits, pred_boxes=outputs.pred_boxes)
 
     def postprocess(

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 ANCHOR_TEMPERATURE = 20.0  # DAB-DETR, section 4.4: sharper than for language, since an image has few places
 
+MOST_KNOWN = 64  # grids whose embedding is kept, about a megabyte each
+
 
 class SinePositionEmbedding(nn.Module):
     """Fixed sines and cosines of the normalised row and column (paper, section A.4).
@@ -32,6 +34,7 @@ class SinePositionEmbedding(nn.Module):
         self.temperature = temperature
         self.scale = scale
         self.first = 0.5 if centered else 1.0
+        self._known: dict[tuple[int, int, torch.device], Tensor] = {}  # of grids without padding
 
     def forward(self, height: int, width: int, mask: Tensor | None, device: torch.device) -> Tensor:
         """Embedding of a (height, width) grid.
@@ -42,8 +45,19 @@ class SinePositionEmbedding(nn.Module):
         Returns:
             (B, height*width, d_model) float32; B is 1 without a mask.
         """
-        if mask is None:
-            mask = torch.ones(1, height, width, dtype=torch.bool, device=device)
+        if mask is not None:
+            return self._embed(mask)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return self._embed(torch.ones(1, height, width, dtype=torch.bool, device=device))
+        key = (height, width, device)
+        if key not in self._known:
+            if len(self._known) == MOST_KNOWN:
+                self._known.clear()
+            with torch.inference_mode(False):  # a later call may be one that trains
+                self._known[key] = self._embed(torch.ones(1, height, width, dtype=torch.bool, device=device))
+        return self._known[key]
+
+    def _embed(self, mask: Tensor) -> Tensor:
         rows = mask.cumsum(1, dtype=torch.float32)
         columns = mask.cumsum(2, dtype=torch.float32)
         rows = (rows + (self.first - 1)) / (rows[:, -1:, :] + 1e-6) * self.scale

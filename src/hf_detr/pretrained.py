@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -27,6 +27,7 @@ class DetrPreTrainedModel(PreTrainedModel):
     Attributes:
         foreign_weight_names: by `model_type`, the weight names of other DETR checkpoints as {pattern: our name},
             applied in turn. Filled by `hf_detr.interop`; a copy of this file in a model repository knows our own only.
+        is_prepared: made by `prepare_for_inference`.
         write_model_card: writes `README.md` into a folder that is about to be pushed. Set by `hf_detr.hub`.
     """
 
@@ -44,6 +45,8 @@ class DetrPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_missing = [r"num_batches_tracked"]
     _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked", *(rf"{name}\." for name in TRAINING_ONLY)]
 
+    is_prepared = False
+
     foreign_weight_names: ClassVar[dict[str, dict[str, str]]] = {}
     write_model_card: ClassVar[Callable[[Any, Path, str], None] | None] = None
 
@@ -53,6 +56,12 @@ class DetrPreTrainedModel(PreTrainedModel):
         super().post_init()
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = sorted(present.intersection(self._no_split_modules or ()))
+
+    def train(self, mode: bool = True) -> Self:
+        """As in PyTorch; ValueError for a copy that was made for prediction."""
+        if mode and self.is_prepared:
+            raise ValueError("This copy was prepared for prediction. Train the model that it was made of.")
+        return super().train(mode)
 
     def get_input_embeddings(self) -> None:
         """None: images are not looked up. transformers raises for a model without word embeddings, and with it
@@ -133,7 +142,13 @@ class DetrPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in transformers. Weights keep our names, also those that came from a checkpoint with other names."""
+        """As in transformers. Weights keep our names, also those that came from a checkpoint with other names.
+
+        Raises:
+            ValueError: this is a copy that was made for prediction, whose weights are no checkpoint's.
+        """
+        if self.is_prepared:
+            raise ValueError("This copy was prepared for prediction. Save the model that it was made of.")
         super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
     def _upload_modified_files(

@@ -1,0 +1,36 @@
+"""A copy of a model that only predicts, and does so as fast as the hardware allows."""
+
+from copy import deepcopy
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def prepare(model: Model, dtype: torch.dtype | None, compile: bool) -> Model:
+    """See [`DetrForDetection.prepare_for_inference`]."""
+    prepared: Any = deepcopy(model).eval().requires_grad_(False)
+    inner = prepared.model
+    inner.backbone.prepare_for_inference()
+    prepared.to(dtype or model.dtype)
+    # what is said about a box needs more than bfloat16's 256 places between 0.5 and 1, and costs next to nothing
+    for head in (prepared.class_labels_classifier, prepared.bbox_predictor or inner.decoder.bbox_predictor):
+        head.to(torch.promote_types(prepared.dtype, torch.float32))
+    if compile:
+        # parts, since what lies between them depends on the data: which images have equal sizes
+        for part in (inner.backbone.model, inner.encoder, inner.decoder):
+            part.compile(dynamic=True, backend=_compile_frozen)
+    prepared.is_prepared = True
+    return prepared
+
+
+def _compile_frozen(graph: Any, inputs: Any) -> Any:
+    """Inductor with freezing: weights are constants, laid out once as the kernels want them. `torch.compile` takes this
+    among its options, but does not act on it."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    with config.patch(freezing=True):
+        return compile_fx(graph, inputs)
