@@ -34,12 +34,12 @@ CASES = {
 }
 
 
-def build(options: set[str]) -> tuple[DetrForDetection, dict]:
+def build(options: set[str], height: int = HEIGHT, width: int = WIDTH) -> tuple[DetrForDetection, dict]:
     """The paper's DETR on a ResNet-50 with random weights, and a batch of which both images fill it."""
     torch.manual_seed(0)
     names = {index: str(index) for index in range(CLASSES)}
     model = DetrForDetection(DetrConfig(backbone="resnet50", id2label=names)).train()
-    images = torch.randn(IMAGES, 3, HEIGHT, WIDTH)
+    images = torch.randn(IMAGES, 3, height, width)
     if "channels_last" in options:
         model.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
