@@ -1,7 +1,9 @@
-"""Detect objects in an image or a folder of images of any size.
+"""Detect objects in an image, a folder of images of any size, or a video.
 
     python examples/predict.py IMAGE_OR_FOLDER --model CHECKPOINT
     accelerate launch examples/predict.py FOLDER --model CHECKPOINT --output_dir DIR --batch_size 8
+    python examples/predict.py FOLDER --model CHECKPOINT --tile 800 --overlap 0.25
+    python examples/predict.py clip.mp4 --model CHECKPOINT
 
 Leaves in the output folder:
 
@@ -15,12 +17,23 @@ Ids are those of the folder's annotations, if it has any, else positions in the 
 likewise. After a kill or SIGTERM, the same command goes on, on any number of processes; only images that were in no
 shard yet are done again. Which images belong to the job is decided when it first starts. Threads, batches and shards
 may change between starts; what decides about the results may not.
+
+Of a video, in one process:
+
+    clip.mp4           the video with boxes: the frames as shown, their times, and the audio
+    clip.jsonl         a line a frame: frame (from 0), time in seconds, and objects as the pipeline gives them (score,
+                       label, box with xmin, ymin, xmax, ymax in pixels of the frame as shown)
+    clip.job.json      the settings, and at the end what was found and what could not be read
+
+Neither of the first two is there before it is whole; the same command goes on after the frames that were done.
 """
 
 import argparse
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import pipeline
@@ -29,10 +42,18 @@ from hf_detr import DetrForDetection, DetrImageProcessor
 from hf_detr.inference import (
     PredictionJob,
     ShardWriter,
+    Tiling,
+    VideoJob,
+    VideoOutput,
+    VideoReader,
+    VideoSummary,
+    is_video,
     load_batches,
+    load_frames,
     merge_shards,
     model_settings,
     open_job,
+    open_video_job,
     predict_batch,
 )
 from hf_detr.jobs import Everyone, StopRequest, end_with_launcher
@@ -46,14 +67,37 @@ def main() -> None:
     args = parse_args()
     end_with_launcher()
     accelerator = Accelerator()
-    everyone = Everyone()
     use_all_cores(accelerator.num_processes)
+    if is_video(args.images) and accelerator.num_processes > 1:
+        raise SystemExit("A video is predicted by one process. Start it without a launcher, or with --num_processes 1.")
     with accelerator.main_process_first():  # the others find it in the cache
         model = DetrForDetection.from_pretrained(args.model)
         processor = DetrImageProcessor.from_pretrained(args.model)
+    dtype = getattr(torch, args.dtype) if args.dtype else model.dtype
     name = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
-    settings = {"model": name, "threshold": args.threshold, **model_settings(model, processor)}
-    id2label = model.config.id2label
+    settings = {"model": name, "threshold": args.threshold, "dtype": str(dtype).removeprefix("torch.")}
+    settings |= {"tile": args.tile, "overlap": args.overlap if args.tiling else None}
+    settings |= model_settings(model, processor)
+    if hasattr(model, "prepare_for_inference"):  # LEAD: drop this line and the "else" once it is on this branch
+        model = model.prepare_for_inference(dtype=dtype, compile=args.compile)
+    else:
+        model = model.to(dtype)
+    detector = pipeline(
+        "object-detection", model=model, image_processor=processor, device=args.device or accelerator.device
+    )
+    if args.num_workers is None:
+        # on a CPU, the model keeps all cores busy, and reading ahead only takes some away
+        args.num_workers = 0 if detector.device.type == "cpu" else 2
+    if is_video(args.images):
+        predict_video(args, detector, settings)
+    else:
+        predict_images(args, accelerator, detector, settings)
+    accelerator.end_training()
+
+
+def predict_images(args: argparse.Namespace, accelerator: Accelerator, detector, settings: dict[str, Any]) -> None:
+    everyone = Everyone()
+    id2label = detector.model.config.id2label
     if not accelerator.is_main_process:
         everyone.wait()
     try:
@@ -65,12 +109,8 @@ def main() -> None:
     if job.finished:
         if accelerator.is_main_process:
             print(f"Done already, nothing was changed: {job.detections_file}")
-        accelerator.end_training()
         return
 
-    detector = pipeline(
-        "object-detection", model=model, image_processor=processor, device=args.device or accelerator.device
-    )
     images = job.pending(accelerator.num_processes, accelerator.process_index)
     everyone.wait()  # nobody writes while others still look at what is left
     stop = StopRequest()
@@ -87,7 +127,6 @@ def main() -> None:
             print(f"not read: {path}: {reason}")
         if summary.unreadable > len(summary.unread):
             print(f"{summary.unreadable - len(summary.unread)} more could not be read: {job.images_file}")
-    accelerator.end_training()
 
 
 def detect(
@@ -99,18 +138,17 @@ def detect(
     pictures = job.num_images <= MOST_PICTURES if args.pictures is None else args.pictures
     if accelerator.is_main_process:
         print(f"{job.num_images} images; ids from {job.ids_from or 'their order'}; pictures: {pictures}", flush=True)
-    # on a CPU, the model keeps all cores busy, and reading ahead only takes some away
-    num_workers = (0 if detector.device.type == "cpu" else 2) if args.num_workers is None else args.num_workers
     batches = load_batches(
-        detector, job.image_folder, images, batch_size=args.batch_size, num_workers=num_workers, pictures=pictures
-    )
+        detector, job.image_folder, images,
+        batch_size=args.batch_size, num_workers=args.num_workers, pictures=pictures, tiles=args.tiling is not None,
+    )  # fmt: skip
     with (
         ShardWriter(job.shards, accelerator.process_index, id2label, args.shard_size) as writer,
         closing(batches),
         tqdm(total=len(images), desc="Detecting", disable=not accelerator.is_main_process) as bar,
     ):
         for batch in batches:
-            for prediction in predict_batch(detector, batch, args.threshold):
+            for prediction in predict_batch(detector, batch, args.threshold, args.tiling, args.batch_size):
                 if prediction.picture is not None:
                     path = args.output_dir / f"{prediction.file}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,22 +160,79 @@ def detect(
     return False
 
 
+def predict_video(args: argparse.Namespace, detector, settings: dict[str, Any]) -> None:
+    try:
+        reader = VideoReader(args.images)
+        job = open_video_job(args.output_dir, args.images, settings)
+    except (ImportError, OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    if job.result is not None:
+        print(f"Done already, nothing was changed: {job.records}")
+        return
+    stop = StopRequest()
+    with reader:
+        summary = detect_in_frames(args, job, detector, reader, stop)
+    if summary is None:
+        print(f"Stopped; there is no video yet. The same command goes on from here: {job.records}", flush=True)
+        raise SystemExit(stop.exit_code)
+    stop.end()
+    print(f"{summary.objects} objects in {summary.frames} frames: {job.records}")
+    for problem in summary.problems:
+        print(f"{args.images}: {problem}")
+
+
+def detect_in_frames(
+    args: argparse.Namespace, job: VideoJob, detector, reader: VideoReader, stop: StopRequest
+) -> VideoSummary | None:
+    """Numbers of the video, whose outputs are whole then; None if it was asked to stop before the end."""
+    id2label = detector.model.config.id2label
+    label2id = {name: index for index, name in id2label.items()}
+    output = VideoOutput(job, reader)
+    batches = load_frames(
+        detector, reader,
+        batch_size=args.batch_size, num_workers=args.num_workers, known=output.known, tiles=args.tiling is not None,
+    )  # fmt: skip
+    with output, closing(batches), tqdm(total=reader.num_frames, desc="Detecting", unit="frame") as bar:
+        for batch in batches:
+            predictions = predict_batch(detector, batch.images, args.threshold, args.tiling, args.batch_size)
+            found = {prediction.image_id: prediction for prediction in predictions}
+            for frame in batch.frames:
+                objects = output.record(frame, found.get(frame.index), id2label)
+                if args.pictures is not False:
+                    output.write(frame, draw_detections(frame.picture, objects, label2id))
+            output.copy_audio(batch.audio)
+            bar.update(len(batch.frames))
+            if stop.requested:
+                return None
+        return output.finish()
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", type=Path, help="an image, or a folder that is searched for images")
+    parser.add_argument("images", type=Path, help="an image, a folder that is searched for images, or a video")
     parser.add_argument("--model", required=True, help="checkpoint, a folder or a Hub id")
     parser.add_argument("--output_dir", type=Path, default=Path("predictions"))
     parser.add_argument("--threshold", type=float, default=0.5, help="least score of a detection")
-    parser.add_argument("--batch_size", type=int, default=1, help="images a process and step")
+    parser.add_argument("--tile", type=int, help="look at large images in tiles of this many pixels as well")
+    parser.add_argument("--overlap", type=float, default=0.25, help="of tiles, as a part of their side")
+    parser.add_argument("--batch_size", type=int, default=1, help="images, frames or tiles a process and step")
     parser.add_argument(
         "--num_workers", type=int, help="threads a process that read images ahead; default: 2, and 0 on a CPU"
     )
     parser.add_argument("--shard_size", type=int, default=512, help="images a process between two writes")
     parser.add_argument(
-        "--pictures", action=argparse.BooleanOptionalAction, help=f"default: for up to {MOST_PICTURES:,} images"
+        "--pictures",
+        action=argparse.BooleanOptionalAction,
+        help=f"default: for up to {MOST_PICTURES:,} images, and for videos",
     )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as the checkpoint is stored")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile: the first images take minutes")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the best there is")
     args = parser.parse_args()
+    try:
+        args.tiling = Tiling(args.tile, args.overlap) if args.tile is not None else None
+    except ValueError as error:
+        parser.error(f"--tile, --overlap: {error}")
     for name in ("batch_size", "shard_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1.")

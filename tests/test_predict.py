@@ -30,13 +30,16 @@ from hf_detr.inference import (
     category_records,
     done_ids,
     find_images,
+    load_batches,
     merge_shards,
     model_settings,
     open_job,
+    predict_batch,
     read_shards,
 )
-from hf_detr.inference.predict import run_ahead
+from hf_detr.inference.batches import group_by_size, read_size, run_ahead
 from hf_detr.jobs import PARTIAL, hold_lock
+from hf_detr.pipeline_hf_detr import DetrDetectionPipeline
 
 PREDICT = Path(__file__).parents[1] / "examples" / "predict.py"
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
@@ -207,6 +210,24 @@ def test_a_finished_job_is_left_alone_and_another_refused(mixed, checkpoint, tmp
     refused = run(ONE, folder, checkpoint, output, "--threshold", "0.3", code=1)
     assert "threshold was 0.25 and is 0.3" in refused
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+def test_in_tiles_more_is_looked_at(checkpoint, tmp_path):
+    folder, output = tmp_path / "images", tmp_path / "out"
+    folder.mkdir()
+    photo(200, 120, 1).save(folder / "large.jpg")
+    photo(60, 40, 2).save(folder / "small.jpg")
+    run(ONE, folder, checkpoint, output, "--tile", "80", "--overlap", "0.25", "--batch_size", "4")
+    rows = rows_of(output)
+    assert_equal(rows["small.jpg"], expected(checkpoint, folder / "small.jpg"))  # it is smaller than a tile
+    assert len(rows["large.jpg"]["scores"]) > len(expected(checkpoint, folder / "large.jpg"))
+    assert rows["large.jpg"]["scores"] == sorted(rows["large.jpg"]["scores"], reverse=True)
+    boxes = np.array(rows["large.jpg"]["boxes"])
+    assert boxes.min() >= 0
+    assert (boxes <= [200, 120, 200, 120]).all()
+    assert Image.open(output / "large.jpg.png").size == (200, 120)
+    settings = json.loads((output / "job.json").read_text())["settings"]
+    assert (settings["tile"], settings["overlap"], settings["dtype"]) == (80, 0.25, "float32")
 
 
 # -- several processes, and ends that come early -----------------------------------------------------------------------
@@ -506,6 +527,59 @@ def test_damaged_annotations_do_not_keep_images_from_being_looked_at(tmp_path):
     assert annotation_ids(*find_images(tmp_path / "val")) is None
     (tmp_path / "val.json").write_text('{"images": 1, "annotations": 2, "categories": 3}')
     assert annotation_ids(*find_images(tmp_path / "val")) is None
+
+
+def test_equal_sizes_come_together_and_none_is_left_out():
+    a, b, c, far = (80, 100), (80, 101), (80, 102), (100, 80)
+    batches = group_by_size([a, far, b, a, a, b, a, b, a], 2)
+    assert sorted(map(sorted, batches)) == [[0, 3], [1], [2, 5], [4, 6], [7, 8]]
+    assert group_by_size([], 4) == []
+    assert sorted(map(len, group_by_size([a] * 9 + [b] + [c], 4))) == [3, 4, 4]  # what is left shares a batch
+    assert sorted(map(len, group_by_size([(0, 0)] * 5 + [a], 4))) == [1, 1, 4]  # unreadable ones stay among themselves
+    generator = random.Random(0)
+    sizes = [(generator.randint(40, 200), generator.randint(40, 200)) for _ in range(500)]
+    batches = group_by_size(sizes, 8)
+    assert sorted(index for batch in batches for index in batch) == list(range(500))
+    for batch in batches:
+        padded = len(batch) * max(sizes[i][0] for i in batch) * max(sizes[i][1] for i in batch)
+        assert padded <= 1.05 * sum(sizes[i][0] * sizes[i][1] for i in batch)
+
+
+def test_sizes_come_from_headers(mixed):
+    folder, output, _ = mixed
+    for file, row in rows_of(output).items():
+        if row["error"] is None and "latin" not in file:
+            assert read_size(folder / file) == (row["height"], row["width"])
+    assert read_size(folder / "turned.jpg") == (100, 60)
+    assert read_size(folder / "text.jpg") == read_size(folder / "gone.jpg") == (0, 0)
+
+
+@pytest.mark.parametrize("size", [{"shortest_edge": 64, "longest_edge": 120}, {"max_height": 90, "max_width": 60}])
+def test_batches_hold_one_size_and_results_do_not_depend_on_them(checkpoint, many, tmp_path, size, monkeypatch):
+    detector = pipeline("object-detection", model=str(checkpoint), device="cpu")
+    detector.image_processor = DetrImageProcessor(size=size)
+    job = open_job(tmp_path, many, {}, {0: "cat"})
+    images = job.pending().slice(0, 70)
+    shapes, found = [], {}
+    forward = DetrDetectionPipeline._forward
+
+    def note(self, inputs):
+        shapes.append([image.shape[1:] for image in inputs["pixel_values"]])
+        return forward(self, inputs)
+
+    monkeypatch.setattr(DetrDetectionPipeline, "_forward", note)
+    for batch_size in (1, 4):
+        for batch in load_batches(detector, many, images, batch_size=batch_size, num_workers=batch_size // 4):
+            for row in predict_batch(detector, batch, 0.25):
+                found.setdefault(row.image_id, []).append(row)
+    assert sorted(found) == images["image_id"].to_pylist()
+    for sizes in shapes:
+        padded = len(sizes) * max(height for height, _ in sizes) * max(width for _, width in sizes)
+        assert padded <= 1.05 * sum(height * width for height, width in sizes)
+    assert len(shapes) < 70 + 35  # one by one, and at least two at a time on average
+    for alone, together in found.values():
+        assert alone.label_ids.tolist() == together.label_ids.tolist()
+        torch.testing.assert_close(alone.boxes, together.boxes, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])

@@ -158,7 +158,14 @@ def _refuse_other(folder: Path, job_file: Path, settings: Mapping[str, Any]) -> 
             for path in folder.glob(name):
                 raise ValueError(f"{path} exists and is of no job. Name another --output_dir.")
         return
-    before = json.loads(job_file.read_text(encoding="utf-8"))["settings"]
+    compare_settings(folder, json.loads(job_file.read_text(encoding="utf-8"))["settings"], settings)
+
+
+def compare_settings(folder: Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: the settings of the job in the folder were others; the message says which.
+    """
     names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
     if names:
         differences = "; ".join(f"{name} was {before.get(name)!r} and is {settings.get(name)!r}" for name in names)

@@ -1,23 +1,21 @@
 """Images into a model, batch by batch, while further ones are being read."""
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import PIL.Image
 import pyarrow as pa
 import torch
 from torch import Tensor
+from transformers.utils import ModelOutput
 
-from ..images import open_image, to_rgb_tensor
+from ..images import Image, open_image, to_rgb_tensor
 from ..pipeline_hf_detr import DetrDetectionPipeline
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+from .batches import run_ahead, size_sorted_batches
+from .tiles import Tiling, merge_views
 
 
 @dataclass
@@ -28,14 +26,16 @@ class LoadedImage:
         file: relative to the folder of images, as text.
         size: (width, height) in pixels.
         inputs: what the pipeline's `preprocess` gives.
+        pixels: (3, height, width) RGB, if tiles are to be cut from it.
         picture: the image as RGB, if it was asked for.
-        error: why it could not be read; `size`, `inputs` and `picture` are None then.
+        error: why it could not be read; `size`, `inputs`, `pixels` and `picture` are None then.
     """
 
     image_id: int
     file: str
     size: tuple[int, int] | None = None
     inputs: dict[str, Any] | None = None
+    pixels: Tensor | None = None
     picture: PIL.Image.Image | None = None
     error: str | None = None
 
@@ -75,8 +75,10 @@ def load_batches(
     batch_size: int,
     num_workers: int = 1,
     pictures: bool = False,
+    tiles: bool = False,
 ) -> Iterator[list[LoadedImage]]:
-    """Read images in their order, some batches ahead of the one that is being used.
+    """Read images, some batches ahead of the one that is being used. Images that the processor brings to one size come
+    together, so not in the order of the table; see [`~hf_detr.inference.batches.size_sorted_batches`].
 
     Args:
         detector: prepares the images.
@@ -85,79 +87,125 @@ def load_batches(
         batch_size: images at a time; those that cannot be read are among them.
         num_workers: threads that read. As many batches, and one, wait at most. 0 reads when a batch is asked for.
         pictures: keep the images themselves as well.
+        tiles: keep their pixels as well, from which tiles are cut. Images then come one by one: they are large.
     """
 
-    def load(start: int) -> list[LoadedImage]:
-        rows = images.slice(start, batch_size).to_pylist()
-        return [_load(detector, image_folder, row["image_id"], row["path"], pictures) for row in rows]
+    def load(rows: list[dict[str, Any]]) -> list[LoadedImage]:
+        return [_read(detector, image_folder, row["image_id"], row["path"], pictures, tiles) for row in rows]
 
-    return run_ahead(load, range(0, len(images), batch_size), num_workers)
-
-
-def run_ahead(function: Callable[[Item], Result], items: Iterable[Item], num_workers: int) -> Iterator[Result]:
-    """`map` in threads; at most `num_workers + 1` results are made or wait."""
-    if num_workers == 0:
-        yield from map(function, items)
-        return
-    waiting: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(num_workers)
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > num_workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    batches = size_sorted_batches(
+        detector.image_processor, image_folder, images, 1 if tiles else batch_size, num_workers
+    )
+    return run_ahead(load, batches, num_workers)
 
 
-def _load(
-    detector: DetrDetectionPipeline, image_folder: Path, image_id: int, path: bytes, pictures: bool
+def _read(
+    detector: DetrDetectionPipeline, image_folder: Path, image_id: int, path: bytes, picture: bool, tiles: bool
 ) -> LoadedImage:
     file = path.decode("utf-8", "backslashreplace")  # Parquet and JSON hold text only
     whole = image_folder / os.fsdecode(path)
     try:
         if whole.is_dir():
             raise PermissionError("a folder that may not be listed")
-        image = open_image(whole)
-        inputs = detector.preprocess(image)
-        picture = _to_picture(image) if pictures else None
+        return load_image(detector, image_id, file, open_image(whole), picture=picture, tiles=tiles)
     except Exception as error:
         # of any kind: on damaged files, decoders fail with whatever the bytes lead them to
         known = isinstance(error, (ValueError, OSError)) and str(error)
         return LoadedImage(image_id, file, error=str(error) if known else f"{type(error).__name__}: {error}")
-    height, width = inputs["target_size"][0]
-    return LoadedImage(image_id, file, (width, height), inputs, picture)
 
 
-def _to_picture(image: PIL.Image.Image) -> PIL.Image.Image:
-    """As the model sees it: Pillow itself cannot turn all modes into RGB."""
+def load_image(
+    detector: DetrDetectionPipeline,
+    image_id: int,
+    file: str,
+    image: Image,
+    *,
+    picture: bool = False,
+    tiles: bool = False,
+) -> LoadedImage:
+    """Any image as `load_batches` gives it.
+
+    Args:
+        detector: prepares it.
+        image_id, file: to know it by.
+        picture: keep the image itself as well.
+        tiles: keep its pixels as well, from which tiles are cut.
+
+    Raises:
+        ValueError, TypeError: it is none that can be used.
+    """
     pixels = to_rgb_tensor(image)
+    inputs = detector.preprocess(pixels)
+    height, width = pixels.shape[-2:]
+    shown = _to_picture(pixels) if picture else None
+    return LoadedImage(image_id, file, (width, height), inputs, pixels if tiles else None, shown)
+
+
+def _to_picture(pixels: Tensor) -> PIL.Image.Image:
+    """As the model sees it: Pillow itself cannot turn all modes into RGB."""
     if pixels.is_floating_point():
         pixels = (pixels * 255).round().to(torch.uint8)
     return PIL.Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
 def predict_batch(
-    detector: DetrDetectionPipeline, batch: Sequence[LoadedImage], threshold: float | str
+    detector: DetrDetectionPipeline,
+    batch: Sequence[LoadedImage],
+    threshold: float | str,
+    tiling: Tiling | None = None,
+    batch_size: int = 1,
 ) -> list[Prediction]:
     """What the detector finds in each image of a batch: what the pipeline gives with `round_boxes=False`, in its order.
 
     Args:
         threshold: see `DetrImageProcessor.post_process_object_detection`.
+        tiling: look at each image in tiles as well, and merge what is found; see [`~hf_detr.inference.Tiling`].
+        batch_size: tiles at a time.
     """
     readable = [image.inputs for image in batch if image.inputs is not None]
-    results: Iterator[dict[str, Tensor]] = iter(())
-    if readable:
-        keys = ("pixel_values", "target_size")
-        outputs = detector.forward({key: [inputs[key][0] for inputs in readable] for key in keys})
-        sizes = outputs["target_size"]
-        results = iter(detector.image_processor.post_process_object_detection(outputs, threshold, sizes))
+    results = iter(_detect(detector, readable, threshold) if readable else [])
     nothing = {"scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
     predictions = []
     for image in batch:
         result = nothing if image.inputs is None else next(results)
+        if tiling is not None and image.inputs is not None:
+            result = _detect_in_tiles(detector, image, result, threshold, tiling, batch_size)
         found = (result[name] for name in ("scores", "labels", "boxes"))
         predictions.append(Prediction(image.image_id, image.file, image.size, image.picture, image.error, *found))
     return predictions
+
+
+def _detect(
+    detector: DetrDetectionPipeline, inputs: Sequence[dict[str, Any]], threshold: float | str
+) -> list[dict[str, Tensor]]:
+    """`scores`, `labels` and `boxes` in pixels of each image, on the CPU. Nothing is fetched from the device but one
+    tensor, and nothing waits for it before."""
+    gathered = {key: [given[key][0] for given in inputs] for key in ("pixel_values", "target_size")}
+    with detector.device_placement(), detector.get_inference_context()():
+        outputs = detector._forward(detector._ensure_tensor_on_device(gathered, device=detector.device))
+        fetched = torch.cat((outputs.logits.float(), outputs.pred_boxes.float()), dim=-1).cpu()  # (B, Q, C + 1 + 4)
+    logits, boxes = fetched.split((fetched.shape[-1] - 4, 4), dim=-1)
+    found = ModelOutput(logits=logits, pred_boxes=boxes)
+    return detector.image_processor.post_process_object_detection(found, threshold, gathered["target_size"])
+
+
+def _detect_in_tiles(
+    detector: DetrDetectionPipeline,
+    image: LoadedImage,
+    whole: dict[str, Tensor],
+    threshold: float | str,
+    tiling: Tiling,
+    batch_size: int,
+) -> dict[str, Tensor]:
+    """Tiles are cut and prepared when it is their turn: those of a large image would not fit into memory at once."""
+    if image.size is None or image.pixels is None:
+        raise ValueError(f"{image.file} was loaded without its pixels. Give tiles=True to load_batches.")
+    width, height = image.size
+    tiles = tiling.tiles(width, height)
+    results = [whole]
+    for start in range(0, len(tiles), batch_size):
+        parts = (
+            image.pixels[:, top:bottom, left:right] for left, top, right, bottom in tiles[start : start + batch_size]
+        )
+        results += _detect(detector, [detector.preprocess(part) for part in parts], threshold)
+    return merge_views([(0, 0, width, height), *tiles], results) if tiles else whole
