@@ -7,6 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
@@ -30,6 +31,9 @@ def main() -> None:
     parser.add_argument("--split", default="val")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--num_workers", type=int, default=1)
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="predict in this precision; default: the checkpoint's own"
+    )
     parser.add_argument("--output", type=Path, help="write the numbers to this JSON file as well")
     parser.add_argument("--report", type=Path, help="write report.html and report.json into this folder")
     parser.add_argument(
@@ -45,6 +49,7 @@ def main() -> None:
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)
     model = DetrForDetection.from_pretrained(args.model)
+    model = model.prepare_for_inference(dtype=getattr(torch, args.dtype) if args.dtype else None)
     processor = DetrImageProcessor.from_pretrained(args.model)
     with accelerator.main_process_first():  # the others find it in the cache
         dataset = load_detection_dataset(

@@ -78,10 +78,7 @@ def main() -> None:
     settings = {"model": name, "threshold": args.threshold, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {"tile": args.tile, "overlap": args.overlap if args.tiling else None}
     settings |= model_settings(model, processor)
-    if hasattr(model, "prepare_for_inference"):  # LEAD: drop this line and the "else" once it is on this branch
-        model = model.prepare_for_inference(dtype=dtype, compile=args.compile)
-    else:
-        model = model.to(dtype)
+    model = model.prepare_for_inference(dtype=dtype, compile=args.compile)
     detector = pipeline(
         "object-detection", model=model, image_processor=processor, device=args.device or accelerator.device
     )

@@ -58,13 +58,18 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
 
     def _forward(self, model_inputs: dict[str, Any]) -> ModelOutput:
         images, sizes = (_flatten(model_inputs[key]) for key in ("pixel_values", "target_size"))
-        height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
-        pixel_values = images[0].new_zeros(len(images), images[0].shape[0], height, width, dtype=self.model.dtype)
-        pixel_mask = torch.zeros(len(images), height, width, dtype=torch.int64, device=pixel_values.device)
-        for image, values, mask in zip(images, pixel_values, pixel_mask, strict=True):
-            values[:, : image.shape[1], : image.shape[2]] = image
-            mask[: image.shape[1], : image.shape[2]] = 1
-        outputs = self._predictor()(pixel_values=pixel_values, pixel_mask=pixel_mask)
+        predictor = self._predictor()
+        pixel_mask = None
+        if len({image.shape for image in images}) == 1:
+            pixel_values = torch.stack(images).to(predictor.dtype)
+        else:
+            height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+            pixel_values = images[0].new_zeros(len(images), images[0].shape[0], height, width, dtype=predictor.dtype)
+            pixel_mask = torch.zeros(len(images), height, width, dtype=torch.int64, device=pixel_values.device)
+            for image, values, mask in zip(images, pixel_values, pixel_mask, strict=True):
+                values[:, : image.shape[1], : image.shape[2]] = image
+                mask[: image.shape[1], : image.shape[2]] = 1
+        outputs = predictor(pixel_values=pixel_values, pixel_mask=pixel_mask)
         return ModelOutput(target_size=torch.tensor(sizes), logits=outputs.logits, pred_boxes=outputs.pred_boxes)
 
     def postprocess(
