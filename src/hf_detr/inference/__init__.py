@@ -1,8 +1,11 @@
-"""A model over a folder of any size: shared out over processes, written in shards, resumed after a kill.
+"""A model over a folder of any size: shared out over processes, written in shards, resumed after a kill; and models as
+graphs for other runtimes.
 
-`examples/predict.py` shows how the parts go together.
+`examples/predict.py` and `examples/export.py` show how the parts go together.
 """
 
+from .export import export_model
+from .exported import ExportedDetr, ExportedOutput, is_exported, load_exported
 from .images import annotation_ids, category_records, find_images
 from .job import PredictionJob, model_settings, open_job
 from .merge import Summary, merge_shards
@@ -11,6 +14,8 @@ from .shards import SHARD_SCHEMA, ShardWriter, done_ids, read_shards
 
 __all__ = [
     "SHARD_SCHEMA",
+    "ExportedDetr",
+    "ExportedOutput",
     "LoadedImage",
     "Prediction",
     "PredictionJob",
@@ -19,8 +24,11 @@ __all__ = [
     "annotation_ids",
     "category_records",
     "done_ids",
+    "export_model",
     "find_images",
+    "is_exported",
     "load_batches",
+    "load_exported",
     "merge_shards",
     "model_settings",
     "open_job",
