@@ -19,6 +19,7 @@ for prediction. Importing this package registers the classes with transformers' 
 `pipeline("object-detection")`.
 """
 
+import sys
 from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForObjectDetection, ObjectDetectionPipeline
@@ -65,14 +66,31 @@ _task = PIPELINE_REGISTRY.supported_tasks["object-detection"]
 _impl_of_others = _task["impl"]  # a class, or the dotted path of one that transformers imports when it is needed
 
 
+_NO_PROCESSOR = "Impossible to guess which image processor to use"  # what transformers says of a model without a name
+
+
+class _UnlessNothingIsSaid:
+    """Whether an image processor must be found: True, except where transformers is about to give up because the model
+    was not given by its name. Ours knows where it is from."""
+
+    def __bool__(self) -> bool:
+        return _NO_PROCESSOR not in str(sys.exception())
+
+
 class _ObjectDetection(ObjectDetectionPipeline):
     """What `pipeline("object-detection")` calls: ours for our models, for all others the class it was before."""
 
+    _load_image_processor = _UnlessNothingIsSaid()
     # Looking for one, transformers would take our image processor's auto_map for it and ask whether to run its code.
     _load_video_processor = False
 
     def __new__(cls, *args: Any, model: Any, **kwargs: Any) -> Any:
-        if model.config.model_type == DetrConfig.model_type:
+        ours = model.config.model_type == DetrConfig.model_type
+        if kwargs.get("image_processor") is None and kwargs.get("feature_extractor") is None:
+            if not ours or not model.config.name_or_path:
+                raise ValueError(f"{_NO_PROCESSOR}: give pipeline() an image_processor.")
+            kwargs["image_processor"] = DetrImageProcessor.from_pretrained(model.config.name_or_path)
+        if ours:
             return DetrDetectionPipeline(*args, model=model, **kwargs)
         return _resolve_impl(_impl_of_others)(*args, model=model, **kwargs)
 

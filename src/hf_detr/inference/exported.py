@@ -197,6 +197,7 @@ def load_exported(path: str | Path, dtype: torch.dtype | str | None = None) -> E
     folder = Path(path)
     export = _read_export(folder)
     config = DetrConfig.from_pretrained(folder)
+    config.name_or_path = str(folder)  # where a pipeline looks for the image processor
     if isinstance(dtype, str):
         named = getattr(torch, dtype, None)
         if not isinstance(named, torch.dtype):

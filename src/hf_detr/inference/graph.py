@@ -4,6 +4,7 @@ import builtins
 import copy
 import importlib
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,14 +161,16 @@ def _write_onnx(program: torch.export.ExportedProgram, post_process: bool, path:
         "target_sizes": {0: "batch"},
     }
     names = input_names(post_process)
-    written = torch.onnx.export(
-        program,
-        input_names=names,
-        output_names=output_names(post_process),
-        dynamic_shapes={name: shapes[name] for name in names},
-        dynamo=True,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "# The axis name")  # two inputs share an axis, as they should
+        written = torch.onnx.export(
+            program,
+            input_names=names,
+            output_names=output_names(post_process),
+            dynamic_shapes={name: shapes[name] for name in names},
+            dynamo=True,
+            verbose=False,
+        )
     if written is None:
         raise RuntimeError("torch.onnx.export gave no graph.")
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
