@@ -8,7 +8,7 @@ from conftest import tiny_model, transformers_twin
 from test_image_processing import photo
 from transformers import pipeline
 
-from hf_detr import DetrDetectionPipeline, DetrImageProcessor
+from hf_detr import DetrDetectionPipeline, DetrForDetection, DetrImageProcessor
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +130,15 @@ def test_other_models_get_the_pipeline_they_had():
     )
     assert type(detector) is transformers.ObjectDetectionPipeline
     assert isinstance(detector(photo(), threshold=0.0), list)
+
+
+def test_a_model_given_as_an_object_brings_the_processor_of_the_folder_it_is_from(folder, detector):
+    again = pipeline("object-detection", model=DetrForDetection.from_pretrained(folder))
+    assert again.image_processor.size == detector.image_processor.size
+    for found, expected in zip(again(IMAGES[0], threshold=0.3), detector(IMAGES[0], threshold=0.3), strict=True):
+        close([found], [expected])
+    for unknown in (tiny_model(), transformers_twin(tiny_model())):
+        with pytest.raises(ValueError, match="Impossible to guess which image processor"):
+            pipeline("object-detection", model=unknown)
+    with pytest.raises(OSError, match="nowhere"):
+        pipeline("object-detection", model=tiny_model(), image_processor="nowhere/at-all")

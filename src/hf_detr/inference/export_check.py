@@ -44,7 +44,7 @@ def check_cases(stride: int, working_size: tuple[int, int]) -> list[Case]:
     stride: of the backbone; the small sizes are some cells of it, and no multiples.
     working_size: (height, width) that the processor makes of a photo.
     """
-    unit = max(stride, 16)
+    unit = max(stride, 32)
     sizes = [(5 * unit, 3 * unit), (3 * unit - 5, 7 * unit + 1), (6 * unit + 9, 5 * unit - 3)]
     cases = [Case(n, *size, padded) for size in sizes for n in (1, 2, 3) for padded in (False, True)]
     return [*cases, Case(1, *working_size, False), Case(2, *working_size, True)]

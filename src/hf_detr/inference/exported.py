@@ -149,11 +149,13 @@ class ExportedDetr:
             raise ValueError(f"`pixel_mask` must be {expected} to fit `pixel_values`, got {tuple(pixel_mask.shape)}.")
         if target_sizes is not None and not self.export["post_processing"]:
             raise ValueError("`target_sizes` is for exports with post-processing in the graph; this one has none.")
+        self._check_size(pixel_values.shape[2], pixel_values.shape[3])
+
+    def _check_size(self, height: int, width: int) -> None:
         smallest = self.export["smallest_side"]
-        if min(pixel_values.shape[2:]) < smallest:
+        if min(height, width) < smallest:
             raise ValueError(
-                f"This export takes images of {smallest} pixels and more on both sides, got "
-                f"{pixel_values.shape[2]} x {pixel_values.shape[3]}. Pad them, and say so in `pixel_mask`."
+                f"This export takes images of {smallest} pixels and more on both sides, got {height} x {width}."
             )
 
     def _by_size(self, inputs: dict[str, Tensor]) -> list[Tensor]:
@@ -161,6 +163,8 @@ class ExportedDetr:
         sizes = _image_sizes(inputs["pixel_mask"])
         if sizes is None:
             raise ValueError("This export takes masks that are one rectangle at the top left each.")
+        for size in sizes:
+            self._check_size(*size)
         outputs: list[Tensor] = []
         for height, width in dict.fromkeys(sizes):
             indices = [index for index, size in enumerate(sizes) if size == (height, width)]
@@ -290,10 +294,12 @@ def _open_openvino(path: Path, dtype: torch.dtype) -> Run:
     core.read_model(path)  # what is wrong with the file is told now
 
     def run(inputs: dict[str, Tensor]) -> list[Tensor]:
-        padded = not bool(inputs["pixel_mask"].all())
+        arrays = {name: value.numpy() for name, value in inputs.items()}
+        # asked of numpy: PyTorch's threads would wait for more work on the cores that OpenVINO needs now
+        padded = not bool(arrays["pixel_mask"].all())
         if padded not in requests:
             requests[padded] = open_request(padded)
-        found = requests[padded].infer({name: value.numpy() for name, value in inputs.items()}, share_inputs=True)
+        found = requests[padded].infer(arrays, share_inputs=True)
         return [torch.from_numpy(found[index]) for index in range(len(found))]
 
     return run
