@@ -21,12 +21,16 @@ from hf_detr.evaluation import (
     save_class_thresholds,
     write_report,
 )
+from hf_detr.inference import is_exported, load_exported
 from hf_detr.training import use_all_cores
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="checkpoint, a folder or a Hub id")
+    parser.add_argument(
+        "--model", required=True, help="checkpoint, a folder or a Hub id; or a folder that export.py wrote"
+    )
+    parser.add_argument("--dtype", help="an OpenVINO export's: bfloat16, float16 or float32")
     parser.add_argument("--dataset", required=True, help="annotated folder, or a data set on the Hub")
     parser.add_argument("--split", default="val")
     parser.add_argument("--batch_size", type=int, default=8)
@@ -45,11 +49,17 @@ def main() -> None:
     if args.save_thresholds and not (Path(args.model) / "preprocessor_config.json").is_file():
         parser.error(f"--save_thresholds writes into a local folder with a preprocessor, and {args.model} is none.")
 
+    if args.dtype and not is_exported(args.model):
+        parser.error(f"--dtype is for OpenVINO exports, and {args.model} is none.")
+
     accelerator = Accelerator()
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)
-    model = DetrForDetection.from_pretrained(args.model)
-    model = model.prepare_for_inference(dtype=getattr(torch, args.dtype) if args.dtype else None)
+    if is_exported(args.model):
+        model = load_exported(args.model, args.dtype)
+    else:
+        model = DetrForDetection.from_pretrained(args.model)
+        model = model.prepare_for_inference(dtype=getattr(torch, args.dtype) if args.dtype else None)
     processor = DetrImageProcessor.from_pretrained(args.model)
     with accelerator.main_process_first():  # the others find it in the cache
         dataset = load_detection_dataset(

@@ -47,7 +47,7 @@ class ConditionalAttention(MultiHeadAttention):
         queries = torch.cat(
             (self.heads(self.q_proj(query)), self.heads(self.q_position_proj(query_place.to(query.dtype)))), dim=-1
         )
-        placed_keys = self.heads(self.k_position_proj(key_place)).expand(len(key), -1, -1, -1)
+        placed_keys = self.heads(self.k_position_proj(key_place)).expand(key.shape[0], -1, -1, -1)
         keys = torch.cat((self.heads(self.k_proj(key)), placed_keys), dim=-1)
         return self.attend(queries, keys, self.heads(self.v_proj(key)), attention_mask, attn_implementation)
 

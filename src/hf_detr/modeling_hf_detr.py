@@ -138,10 +138,10 @@ class DetrModel(DetrPreTrainedModel):
         queries, query_mask = self._queries(denoising)
         if isinstance(self.decoder, AnchorDecoder) and attention != "eager":
             attention = "sdpa"
-        cross_mask = self._attention_mask(mask, memory.new_empty(len(memory), len(queries), 1), memory, attention)
+        cross_mask = self._attention_mask(mask, memory.new_empty(memory.shape[0], len(queries), 1), memory, attention)
         boxes = None
         if isinstance(self.decoder, AnchorDecoder):
-            anchors = queries.float().sigmoid().expand(len(memory), -1, -1)
+            anchors = queries.float().sigmoid().expand(memory.shape[0], -1, -1)
             content = memory.new_zeros(*anchors.shape[:2], config.d_model)
             if denoising is not None:
                 anchors = torch.cat((anchors, denoising[0].anchors), dim=1)

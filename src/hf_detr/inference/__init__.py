@@ -1,9 +1,11 @@
 """A model over a folder of any size: shared out over processes, written in shards, resumed after a kill. Over videos,
-too, and over large images in tiles.
+too, and over large images in tiles. And models as graphs for other runtimes.
 
-`examples/predict.py` shows how the parts go together.
+`examples/predict.py` and `examples/export.py` show how the parts go together.
 """
 
+from .export import export_model
+from .exported import ExportedDetr, ExportedOutput, is_exported, load_exported
 from .images import annotation_ids, category_records, find_images
 from .job import PredictionJob, model_settings, open_job
 from .merge import Summary, merge_shards
@@ -17,6 +19,8 @@ from .video_writer import VideoWriter
 __all__ = [
     "SHARD_SCHEMA",
     "VIDEO_SUFFIXES",
+    "ExportedDetr",
+    "ExportedOutput",
     "Frame",
     "FrameBatch",
     "LoadedImage",
@@ -33,9 +37,12 @@ __all__ = [
     "annotation_ids",
     "category_records",
     "done_ids",
+    "export_model",
     "find_images",
+    "is_exported",
     "is_video",
     "load_batches",
+    "load_exported",
     "load_frames",
     "load_image",
     "merge_shards",

@@ -1,0 +1,361 @@
+"""Exports give what the model gives, at any batch and size, padded or not, on every runtime, and say if they do not."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from conftest import padded_batch, randomise_norms, relative_difference, tiny_model
+from test_image_processing import photo
+from torch.utils.data import DataLoader
+from transformers import pipeline
+
+from hf_detr import DetrForDetection, DetrImageProcessor
+from hf_detr.data import DetectionCollator, draw_shapes_dataset, load_detection_dataset
+from hf_detr.evaluation import evaluate_detection
+from hf_detr.inference import export, export_model, is_exported, load_exported
+from hf_detr.inference.masked_backbone import MaskedBackbone, plan_masks
+from hf_detr.inference.quantize import CalibrationImages, quantize_graph
+
+EXPORT = Path(__file__).parents[1] / "examples" / "export.py"
+SMALL = {"backbone": "resnet10t", "feature_stride": 8, "encoder_layers": 1, "decoder_layers": 2}
+KINDS = {  # the formats, and between them every kind of query and of position embedding
+    "onnx": {"query_type": "learned"},
+    "openvino": {"query_type": "anchor"},
+    "torch": {"query_type": "learned", "position_embedding_type": "learned"},
+}
+BATCHES = [[(97, 131), (64, 200), (50, 70)], [(128, 128)], [(64, 96), (64, 96)]]
+
+
+def spread(model):
+    """Some detections above any threshold, with boxes over the image's edge."""
+    randomise_norms(model)
+    with torch.no_grad():
+        head = model.bbox_predictor or model.model.decoder.bbox_predictor
+        head.layers[-1].weight.mul_(20)
+        model.class_labels_classifier.weight.mul_(3)
+    return model
+
+
+def processor():
+    return DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 120})
+
+
+@pytest.fixture(scope="module")
+def export_of(tmp_path_factory):
+    """A model, the folder of its export to a format, and what was reported; with post-processing in the ONNX graph."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            torch.manual_seed(0)
+            model = spread(tiny_model(**SMALL, **KINDS[kind]))
+            folder, said = tmp_path_factory.mktemp("exports") / kind, []
+            export_model(model, processor(), folder, graph_format=kind, post_process=kind == "onnx", report=said.append)
+            made[kind] = model, folder, said
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture(params=list(KINDS))
+def exported(request, export_of):
+    return export_of(request.param)
+
+
+def assert_equal(found, expected):
+    assert relative_difference(found.logits, expected.logits) < 1e-4
+    assert relative_difference(found.pred_boxes, expected.pred_boxes) < 1e-4
+
+
+@torch.no_grad()
+def test_an_export_gives_what_the_model_gives_for_any_batch_size_and_padding(exported):
+    model, folder, said = exported
+    loaded = load_exported(folder)
+    for sizes in BATCHES:
+        pixel_values, pixel_mask = padded_batch(sizes)
+        assert_equal(loaded(pixel_values, pixel_mask), model(pixel_values, pixel_mask))
+    pixel_values, pixel_mask = padded_batch(BATCHES[0])
+    wider, mask = (torch.nn.functional.pad(tensor, (0, 45, 0, 30)) for tensor in (pixel_values, pixel_mask))
+    wider = wider + 7.0 * (1 - mask[:, None])  # whatever stands in the padding
+    assert_equal(loaded(wider, mask), model(pixel_values, pixel_mask))
+    alone, _ = padded_batch([(90, 110)])
+    assert_equal(loaded(alone), model(alone))
+    assert "20 cases" in said[-1]
+    assert len(said) == 1
+
+
+def test_an_export_stands_in_the_place_of_the_model_in_a_pipeline(exported):
+    model, folder, _ = exported
+    images = [photo(90, 60, 1), photo(60, 100, 2), photo(64, 64, 3)]
+    expected = pipeline("object-detection", model=model, image_processor=processor(), device="cpu")
+    detector = pipeline("object-detection", model=load_exported(folder), image_processor=str(folder), device="cpu")
+    for batch_size in (1, 3):
+        pairs = zip(
+            detector(images, threshold=0.25, batch_size=batch_size),
+            expected(images, threshold=0.25, batch_size=batch_size),
+            strict=True,
+        )
+        found = 0
+        for ours, theirs in pairs:
+            assert [d["label"] for d in ours] == [d["label"] for d in theirs]
+            for a, b in zip(ours, theirs, strict=True):
+                assert a["score"] == pytest.approx(b["score"], abs=1e-4)
+                assert all(abs(a["box"][key] - b["box"][key]) <= 1 for key in b["box"])
+            found += len(ours)
+        assert found > 3
+
+
+assert "ExportedDetr" in repr(detector)
+
+
+def test_export_json_tells_what_was_compared(exported):
+    _, folder, _ = exported
+    told = json.loads((folder / "export.json").read_text())
+    assert told["format"] == folder.name
+    assert (told["precision"], told["padding_exact"]) == ("float32", True)
+    assert told["check"]["tolerance"] == 1e-4
+    assert 0 < told["check"]["largest_difference"] < 1e-4
+    cases = [(case["batch"], case["height"], case["width"], case["padded"]) for case in told["check"]["cases"]]
+    assert len(set(cases)) == 20
+    assert {case[0] for case in cases} == {1, 2, 3}
+    assert told["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+@torch.no_grad()
+def test_post_processing_in_the_graph_is_that_of_the_processor(export_of):
+    model, folder, _ = export_of("onnx")
+    pixel_values, pixel_mask = padded_batch(BATCHES[0])
+    sizes = torch.tensor([[480, 640], [100, 333], [75, 50]])
+    found = load_exported(folder)(pixel_values, pixel_mask, sizes)
+    expected = processor().post_process_object_detection(model(pixel_values, pixel_mask), 0.0, sizes)
+    for index, result in enumerate(expected):
+        assert torch.allclose(found.scores[index], result["scores"], atol=1e-5)
+        assert torch.equal(found.labels[index], result["labels"])
+        assert torch.allclose(found.boxes[index], result["boxes"], atol=1e-2)
+
+
+def test_an_onnx_file_names_its_inputs_outputs_and_free_sizes(export_of):
+    _, folder, _ = export_of("onnx")
+    graph = onnx.load(folder / "model.onnx").graph
+    shapes = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in graph.input}
+    assert shapes == {
+        "pixel_values": ["batch", 3, "height", "width"],
+        "pixel_mask": ["batch", "height", "width"],
+        "target_sizes": ["batch", 2],
+    }
+    assert [output.name for output in graph.output] == ["logits", "pred_boxes", "scores", "labels", "boxes"]
+
+
+@torch.no_grad()
+def test_openvino_computes_in_bfloat16_on_request_only(export_of):
+    model, folder, _ = export_of("openvino")
+    pixel_values, pixel_mask = padded_batch(BATCHES[0])
+    expected = model(pixel_values, pixel_mask)
+    differences = {
+        name: relative_difference(load_exported(folder, name)(pixel_values, pixel_mask).logits, expected.logits)
+        for name in ("float32", "bfloat16")
+    }
+    assert differences["float32"] < 1e-4 < differences["bfloat16"] < 0.1
+
+
+def calibration_folder(path, count=6):
+    path.mkdir()
+    for index in range(count):
+        photo(80 + index, 64, index).save(path / f"{index}.jpg")
+    (path / "damaged.jpg").write_text("no image")
+    return path
+
+
+@torch.no_grad()
+def test_onnx_int8_quantises_convolutions_and_linear_layers_but_not_the_heads(export_of, tmp_path):
+    model, folder, _ = export_of("onnx")
+    folder = shutil.copytree(folder, tmp_path / "int8")
+    images = CalibrationImages(calibration_folder(tmp_path / "images"), processor())
+    quantize_graph("onnx", folder, ["pixel_values", "pixel_mask", "target_sizes"], images)
+    assert list(images.unread) == [tmp_path / "images" / "damaged.jpg"]
+    graph = onnx.load(folder / "model.onnx").graph
+    producer = {output: node.op_type for node in graph.node for output in node.output}
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    assert all(producer[node.input[1]] == "DequantizeLinear" for node in convolutions)
+    assert len(convolutions) > 7
+    initializers = {entry.name: list(entry.dims) for entry in graph.initializer}
+    kept = [initializers.get(node.input[1]) for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+    assert [32, 6] in kept or [6, 32] in kept  # classes
+    pixel_values, pixel_mask = padded_batch(BATCHES[0])
+    found, expected = load_exported(folder)(pixel_values, pixel_mask), model(pixel_values, pixel_mask)
+    assert 1e-4 < relative_difference(found.pred_boxes, expected.pred_boxes) < 0.3
+
+
+def test_the_example_quantises_measures_ap_and_stores_both(tmp_path):
+    data = tmp_path / "data"
+    draw_shapes_dataset(data, num_train=2, num_val=6, progress=False)
+    names = {0: "rectangle", 1: "ellipse", 2: "triangle"}
+    model = spread(tiny_model(**SMALL, id2label=names, label2id={name: i for i, name in names.items()}))
+    model.save_pretrained(tmp_path / "model")
+    processor().save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    command = [EXPORT, tmp_path / "model", "--format", "openvino", "--output_dir", out, "--int8"]
+    command += ["--calibration", calibration_folder(tmp_path / "images"), "--dataset", data]
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for words in ("float32 against PyTorch", "int8 against PyTorch", "Calibrated on 6 of 7 images", "a drop of"):
+        assert words in done.stdout
+    told = json.loads((out / "export.json").read_text())
+    assert (told["precision"], told["calibration"]) == ("int8", {"images": 6, "unread": 1, "in_folder": 7})
+    assert told["check"]["largest_difference"] < 1e-4 < told["int8_check"]["largest_difference"]
+    assert 'element_type="i8"' in (out / "model.xml").read_text()
+    dataset = load_detection_dataset(data, "val", id2label=names)
+    loader = DataLoader(dataset, batch_size=3, collate_fn=DetectionCollator(processor()))
+    for name, tested in (("before", model), ("after", load_exported(out))):
+        again = evaluate_detection(tested, loader, dataset, processor(), progress=False).compute()
+        assert again["AP"] == pytest.approx(told["evaluation"][name]["AP"], abs=2e-3)
+    drop = told["evaluation"]["before"]["AP"] - told["evaluation"]["after"]["AP"]
+    assert told["evaluation"]["drop"] == drop
+
+
+# -- where padding cannot be hidden --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_squeeze_and_excitation_runs_images_of_equal_size_together(tmp_path):
+    model = spread(tiny_model(**(SMALL | {"backbone": "mobilenetv3_small_050"})))
+    said = []
+    told = export_model(model, processor(), tmp_path / "out", graph_format="torch", report=said.append)
+    assert told["padding_exact"] is False
+    assert any("padding_exact: false" in line for line in said)
+    loaded = load_exported(tmp_path / "out")
+    pixel_values, pixel_mask = padded_batch([(64, 100), (97, 90), (64, 100)])
+    expected = model(pixel_values, pixel_mask)
+    assert_equal(loaded(pixel_values, pixel_mask), expected)
+    as_the_graph = loaded._run({"pixel_values": pixel_values, "pixel_mask": pixel_mask})
+    assert relative_difference(as_the_graph[0], expected.logits) > 1e-4
+    with pytest.raises(ValueError, match="rectangle"):
+        loaded(pixel_values, pixel_mask.flip(1))
+    pixel_mask[1, :, 3:] = 0
+    with pytest.raises(ValueError, match=r"got 97 x 3\."):
+        loaded(pixel_values, pixel_mask)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "changes"),
+    [
+        ("resnet18", {}),
+        ("resnet26d", {}),  # average pools that count the cells of the image
+        ("resnet26", {"dilation": True}),
+        ("convnext_atto", {}),  # rows that do not fill a patch fall away
+        ("vgg11_bn", {}),
+        ("densenet121", {}),
+    ],
+)
+@torch.no_grad()
+def test_hiding_padding_gives_the_features_of_each_image_alone(backbone, changes):
+    model = tiny_model(backbone=backbone, **changes)
+    randomise_norms(model)
+    eager = model.model.backbone
+    pixel_values, pixel_mask = padded_batch([(97, 131), (70, 200), (64, 83)])
+    expected, _ = eager(pixel_values, pixel_mask)
+    sizes = eager.feature_sizes(pixel_values, pixel_mask)
+    masked = MaskedBackbone(eager, plan_masks(eager, 3))
+    found, mask = masked(pixel_values + 5.0 * (1 - pixel_mask[:, None]), pixel_mask)
+    for index, (rows, columns) in enumerate(sizes):
+        assert relative_difference(found[index, :, :rows, :columns], expected[index, :, :rows, :columns]) < 1e-5
+        assert mask[index].sum() == rows * columns
+        assert mask[index, :rows, :columns].all()
+
+
+# -- errors --------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_check_writes_nothing_and_leaves_an_earlier_export(monkeypatch, export_of, tmp_path):
+    model, folder, _ = export_of("torch")
+    earlier = shutil.copytree(folder, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in earlier.iterdir()}
+    other = DetrForDetection(model.config).eval()
+    monkeypatch.setattr(export, "trace", lambda model, **kwargs: torch.export.load(folder / "model.pt2"))
+    monkeypatch.setattr(export, "write_graph", lambda *args: shutil.copy(folder / "model.pt2", args[-1]))
+    with pytest.raises(ValueError, match=r"other results than PyTorch.*Nothing was written"):
+        export_model(other, processor(), earlier, graph_format="torch", report=lambda line: None)
+    assert {path.name: path.read_bytes() for path in earlier.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_of_something_else_is_refused_before_anything_is_computed(export_of, tmp_path):
+    model, _, _ = export_of("torch")
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="neither empty nor an export"):
+        export_model(model, processor(), tmp_path, graph_format="torch")
+    with pytest.raises(ValueError, match="no images"):
+        export_model(model, processor(), tmp_path / "out", graph_format="onnx", calibration=tmp_path)
+    with pytest.raises(FileNotFoundError, match="calibrate"):
+        export_model(model, processor(), tmp_path / "out", graph_format="onnx", calibration=tmp_path / "none")
+    with pytest.raises(ValueError, match=r"onnx, openvino, torch"):
+        export_model(model, processor(), tmp_path / "out", graph_format="tflite")
+    with pytest.raises(ValueError, match="float32"):
+        export_model(tiny_model().bfloat16(), processor(), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_loading_says_what_is_wrong_with_a_folder(export_of, tmp_path):
+    _, good, _ = export_of("openvino")
+    assert is_exported(good)
+    assert not is_exported(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_exported(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"not an exported model: it has no export\.json"):
+        load_exported(tmp_path)
+    with pytest.raises(ValueError, match="name the folder"):
+        load_exported(good / "model.xml")
+    folder = shutil.copytree(good, tmp_path / "copy")
+    (folder / "model.bin").unlink()
+    with pytest.raises(ValueError, match=r"incomplete: it has no model\.bin"):
+        load_exported(folder)
+    (folder / "model.bin").write_bytes(b"")
+    (folder / "model.xml").write_text("<net>")
+    with pytest.raises(ValueError, match=r"model\.xml cannot be opened"):
+        load_exported(folder)
+    (folder / "export.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        load_exported(folder)
+    (folder / "export.json").write_text('{"format": "tflite"}')
+    with pytest.raises(ValueError, match="not from hf_detr"):
+        load_exported(folder)
+
+
+def test_a_precision_that_a_runtime_does_not_have_is_refused(export_of):
+    with pytest.raises(ValueError, match="cannot be told to compute in"):
+        load_exported(export_of("onnx")[1], dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match='no dtype "bf16"'):
+        load_exported(export_of("openvino")[1], dtype="bf16")
+    with pytest.raises(ValueError, match=r"torch\.int8"):
+        load_exported(export_of("openvino")[1], dtype=torch.int8)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_a_missing_runtime_is_named_with_its_extra(monkeypatch, export_of, tmp_path, kind):
+    model, folder, _ = export_of(kind)
+    monkeypatch.setitem(sys.modules, {"onnx": "onnxruntime", "openvino": "openvino"}[kind], None)
+    with pytest.raises(ImportError, match=rf"hf_detr\[{kind}\]"):
+        load_exported(folder)
+    with pytest.raises(ImportError, match=rf"hf_detr\[{kind}\]"):
+        export_model(model, processor(), tmp_path / "out", graph_format=kind)
+
+
+def test_inputs_that_do_not_fit_are_refused(export_of):
+    loaded = load_exported(export_of("torch")[1])
+    with pytest.raises(ValueError, match=r"\(batch, 3, height, width\)"):
+        loaded(torch.zeros(1, 1, 64, 64))
+    with pytest.raises(ValueError, match="to fit `pixel_values`"):
+        loaded(torch.zeros(1, 3, 64, 64), torch.ones(1, 64, 65))
+    with pytest.raises(ValueError, match="none"):
+        loaded(torch.zeros(1, 3, 64, 64), target_sizes=torch.ones(1, 2))
+    with pytest.raises(ValueError, match=r"images of \d+ pixels and more"):
+        loaded(torch.zeros(1, 3, 4, 64))
+    with pytest.raises(ValueError, match="trained"):
+        loaded.train()
