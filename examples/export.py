@@ -12,8 +12,8 @@ those of PyTorch over batches of many shapes, with padding and without. Leaves i
 
 and in Python, on the runtime of the format:
 
-    detector = pipeline("object-detection", model=load_exported(FOLDER), image_processor=FOLDER)  # from hf_detr.inference
-    load_exported(FOLDER, dtype="bfloat16")  # OpenVINO on a CPU that has it
+    model = load_exported(FOLDER)  # of hf_detr.inference; dtype="bfloat16" for OpenVINO on a CPU that has it
+    detector = pipeline("object-detection", model=model, image_processor=FOLDER)
 
 `examples/evaluate.py --model FOLDER` measures an export. Each format has its extra: pip install "hf_detr[onnx]",
 "hf_detr[openvino]".

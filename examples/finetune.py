@@ -104,7 +104,7 @@ def main() -> None:
     # model
     processor = build_processor(args)
     recipe = settle(args, data, processor, accelerator)
-    model, start = build_model(args, recipe, names, sharded=accelerator.is_fsdp2)
+    model, start = build_model(args, recipe, names)
     if args.push_to_hub and accelerator.is_main_process:  # not to find out after the training that it is not allowed
         args.push_to_hub = prepare_repo(args.push_to_hub, private=args.hub_private or None)
     run_name = (dataset_name(args.dataset) if args.dataset else "shapes") + ("-overfit" if args.overfit else "")

@@ -41,7 +41,6 @@ def main() -> None:
     values = recipe.values("training", {"epochs": args.epochs} if args.epochs else {})
     config = DetrConfig(**recipe.values("model", {"backbone": backbone, "id2label": names}))
     model = DetrForDetection.from_pretrained_backbone(config) if args.dataset else DetrForDetection(config)
-    model.to(memory_format=torch.channels_last)
     augmentation = data.paper_augmentation(size) if args.dataset else data.turns_augmentation()
     if args.dataset is None:  # drawn images stay in memory, as large as the model sees them
         resize = data.Augmentation(v2.Resize(edges))

@@ -109,8 +109,7 @@ def test_an_export_stands_in_the_place_of_the_model_in_a_pipeline(exported):
             found += len(ours)
         assert found > 3
 
-
-assert "ExportedDetr" in repr(detector)
+    assert "ExportedDetr" in repr(detector)
 
 
 def test_export_json_tells_what_was_compared(exported):

@@ -123,11 +123,8 @@ def _backbone_name(args: argparse.Namespace) -> str:
     return str(args.set.get("backbone") or args.backbone or (SHAPES_BACKBONE if args.embedded else "resnet50"))
 
 
-def build_model(
-    args: argparse.Namespace, recipe: Recipe | None, names: dict[int, str], *, sharded: bool = False
-) -> tuple[DetrForDetection, str]:
-    """The model and one line on where it comes from. In channels-last form, unless FSDP is to cut it up, which it does
-    only with weights in one piece."""
+def build_model(args: argparse.Namespace, recipe: Recipe | None, names: dict[int, str]) -> tuple[DetrForDetection, str]:
+    """The model and one line on where it comes from."""
     labels: dict[str, Any] = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
     model: DetrForDetection
     if args.model:
@@ -153,8 +150,6 @@ def build_model(
         start += f" Adapters of rank {args.lora_rank} train, and the heads."
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    if not sharded:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
     return model, start
 
 
