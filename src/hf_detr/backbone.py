@@ -306,7 +306,7 @@ class Backbone(nn.Module):
         if pixel_mask is None:
             return self._features(pixel_values), None
         tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        sizes = None if tracing else _image_sizes(pixel_mask)
+        sizes = None if tracing else image_sizes(pixel_mask)
         if sizes is None or (len(set(sizes)) > 1 and self.sees_whole_batches()):
             return self._padded_batch(pixel_values, pixel_mask)
         return self._by_size(pixel_values, sizes)
@@ -314,7 +314,7 @@ class Backbone(nn.Module):
     def feature_sizes(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> list[tuple[int, int]]:
         """(rows, columns) of the features of each image without its padding, as [`forward`] makes them of images that
         it runs apart; without running the network on them."""
-        sizes = None if pixel_mask is None else _image_sizes(pixel_mask)
+        sizes = None if pixel_mask is None else image_sizes(pixel_mask)
         every = sizes or [(pixel_values.shape[2], pixel_values.shape[3])] * len(pixel_values)
         return [self._size_table.look_up(size) for size in every]
 
@@ -351,7 +351,7 @@ class Backbone(nn.Module):
         return feature_map, None if len({features.shape[2:] for features in maps.values()}) == 1 else mask
 
 
-def _image_sizes(pixel_mask: Tensor) -> list[tuple[int, int]] | None:
+def image_sizes(pixel_mask: Tensor) -> list[tuple[int, int]] | None:
     """(height, width) of each image, or None if some mask is not one rectangle at the top left. One transfer from
     the device."""
     mask = pixel_mask.bool()

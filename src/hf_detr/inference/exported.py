@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backbone import _image_sizes
+from ..backbone import image_sizes
 from ..configuration_hf_detr import DetrConfig
 from ..outputs import DetrDetectionOutput
 
@@ -160,7 +160,7 @@ class ExportedDetr:
 
     def _by_size(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         """Images of equal size together and without their padding, which would change the result."""
-        sizes = _image_sizes(inputs["pixel_mask"])
+        sizes = image_sizes(inputs["pixel_mask"])
         if sizes is None:
             raise ValueError("This export takes masks that are one rectangle at the top left each.")
         for size in sizes:
