@@ -30,13 +30,14 @@ def main() -> None:
     parser.add_argument(
         "--model", required=True, help="checkpoint, a folder or a Hub id; or a folder that export.py wrote"
     )
-    parser.add_argument("--dtype", help="an OpenVINO export's: bfloat16, float16 or float32")
     parser.add_argument("--dataset", required=True, help="annotated folder, or a data set on the Hub")
     parser.add_argument("--split", default="val")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--num_workers", type=int, default=1)
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="predict in this precision; default: the checkpoint's own"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="predict in this precision, with a checkpoint or an OpenVINO export; default: its own",
     )
     parser.add_argument("--output", type=Path, help="write the numbers to this JSON file as well")
     parser.add_argument("--report", type=Path, help="write report.html and report.json into this folder")
@@ -48,9 +49,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.save_thresholds and not (Path(args.model) / "preprocessor_config.json").is_file():
         parser.error(f"--save_thresholds writes into a local folder with a preprocessor, and {args.model} is none.")
-
-    if args.dtype and not is_exported(args.model):
-        parser.error(f"--dtype is for OpenVINO exports, and {args.model} is none.")
 
     accelerator = Accelerator()
     if accelerator.device.type == "cpu":

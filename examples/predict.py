@@ -160,7 +160,7 @@ def detect(
 def predict_video(args: argparse.Namespace, detector, settings: dict[str, Any]) -> None:
     try:
         reader = VideoReader(args.images)
-        job = open_video_job(args.output_dir, args.images, settings)
+        job = open_video_job(args.output_dir, args.images, settings, pictures=args.pictures is not False)
     except (ImportError, OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
     if job.result is not None:
@@ -199,7 +199,7 @@ def detect_in_frames(
                     output.write(frame, draw_detections(frame.picture, objects, label2id))
             output.copy_audio(batch.audio)
             bar.update(len(batch.frames))
-            if stop.requested:
+            if stop.requested and not (reader.num_frames and bar.n >= reader.num_frames):
                 return None
         return output.finish()
 

@@ -16,6 +16,8 @@ class Linear(nn.Linear):
         """(..., in_features) to (..., out_features)"""
         if (
             not HAS_BOTH
+            or type(self.weight) is not nn.Parameter  # sharded or quantised
+            or not input.numel()
             or input.device.type != "cpu"
             or input.dtype != torch.float32
             or torch.compiler.is_compiling()

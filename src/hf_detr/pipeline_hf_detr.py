@@ -21,26 +21,30 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
     padded together with its batch in `_forward`.
 
     What predicts is a copy of `model` that is made for it (`prepare_for_inference`), at the first call and again when
-    the weights have changed. A model that was compiled, quantised or spread over devices is used as it is.
+    the weights have changed (but not through `.data`, which PyTorch does not count). It takes the memory of one more
+    model.
+    A model that was compiled, quantised, spread over devices or has adapters is used as it is.
     """
 
     image_processor: DetrImageProcessor
     _prepared: Any = None
-    _prepared_of: tuple[tuple[int, int], ...] = ()
+    _prepared_of: tuple[Any, ...] = ()
 
     def _predictor(self) -> Any:
         model = self.model
-        theirs = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
-        if not isinstance(model, PreTrainedModel) or model._compiled_call_impl is not None or theirs:
+        special = ("hf_device_map", "_hf_hook", "is_quantized", "peft_config", "_compiled_call_impl")
+        if not isinstance(model, PreTrainedModel) or any(getattr(model, name, None) for name in special):
             return model
         if model.is_prepared:
             return model
-        state = tuple(
+        state: tuple[Any, ...] = tuple(
             (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
             for tensors in (model.parameters(), model.buffers())
             for tensor in tensors
         )
+        state += (model.config._attn_implementation,)
         if state != self._prepared_of:
+            self._prepared = None  # its memory is for the next one
             self._prepared, self._prepared_of = model.prepare_for_inference(), state
         return self._prepared
 

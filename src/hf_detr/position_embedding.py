@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 ANCHOR_TEMPERATURE = 20.0  # DAB-DETR, section 4.4: sharper than for language, since an image has few places
 
-MOST_KNOWN = 64  # grids whose embedding is kept, about a megabyte each
+MOST_KNOWN = 2**24  # numbers that are kept, 64 MiB; a photo at stride 32 has 0.2 million
 
 
 class SinePositionEmbedding(nn.Module):
@@ -50,12 +50,14 @@ class SinePositionEmbedding(nn.Module):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return self._embed(torch.ones(1, height, width, dtype=torch.bool, device=device))
         key = (height, width, device)
-        if key not in self._known:
-            if len(self._known) == MOST_KNOWN:
-                self._known.clear()
+        embedding = self._known.get(key)
+        if embedding is None:
             with torch.inference_mode(False):  # a later call may be one that trains
-                self._known[key] = self._embed(torch.ones(1, height, width, dtype=torch.bool, device=device))
-        return self._known[key]
+                embedding = self._embed(torch.ones(1, height, width, dtype=torch.bool, device=device))
+            if sum(known.numel() for known in list(self._known.values())) + embedding.numel() > MOST_KNOWN:
+                self._known = {}
+            self._known[key] = embedding
+        return embedding
 
     def _embed(self, mask: Tensor) -> Tensor:
         rows = mask.cumsum(1, dtype=torch.float32)

@@ -1,5 +1,6 @@
 """A copy of a model that only predicts, and does so as fast as the hardware allows."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, TypeVar
 
@@ -21,16 +22,21 @@ def prepare(model: Model, dtype: torch.dtype | None, compile: bool) -> Model:
     if compile:
         # parts, since what lies between them depends on the data: which images have equal sizes
         for part in (inner.backbone.model, inner.encoder, inner.decoder):
-            part.compile(dynamic=True, backend=_compile_frozen)
+            part.forward = _compiled(part.forward)
     prepared.is_prepared = True
     return prepared
 
 
-def _compile_frozen(graph: Any, inputs: Any) -> Any:
-    """Inductor with freezing: weights are constants, laid out once as the kernels want them. `torch.compile` takes this
-    among its options, but does not act on it."""
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled when it is called, for any shapes, with freezing: weights become constants, laid out once as the kernels
+    want them. `torch.compile` takes freezing among its options, but looks for it elsewhere while it traces; and without
+    `no_grad` it does not freeze."""
     from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
 
-    with config.patch(freezing=True):
-        return compile_fx(graph, inputs)
+    compiled = torch.compile(function, dynamic=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), config.patch(freezing=True):
+            return compiled(*args, **kwargs)
+
+    return call

@@ -80,7 +80,8 @@ class MultiHeadAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, attn_implementation: str
     ) -> tuple[Tensor, Tensor | None]:
         """What `forward` does after its projections; all of (B, heads, tokens, head_dim)."""
-        if attn_implementation == "sdpa" and _written_out_is_faster(query, key):
+        written_out = attn_implementation == "sdpa" and _written_out_is_faster(query, key)
+        if written_out:
             attn_implementation = "eager"
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             attn_implementation, eager_attention_forward
@@ -94,7 +95,7 @@ class MultiHeadAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
         )
-        return self.o_proj(output.flatten(2)), weights
+        return self.o_proj(output.flatten(2)), None if written_out else weights
 
 
 def _written_out_is_faster(query: Tensor, key: Tensor) -> bool:

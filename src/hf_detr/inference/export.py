@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -240,22 +241,24 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 @contextmanager
 def _whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, put in the place of `target` when nothing went wrong, and removed if something did."""
+    """A folder to fill, put in the place of `target` when nothing went wrong, and removed if something did. If only the
+    last step fails, it is left, and the error says where."""
+    target = Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL}")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    name = f".{target.name}.{uuid4().hex[:8]}"
+    partial, old = target.with_name(name + PARTIAL), target.with_name(name + ".old")
     partial.mkdir()
     try:
         yield partial
-        if target.exists():
-            target.rename(old)
-        try:
-            partial.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    try:
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+    except OSError as error:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise OSError(f"The export is whole, but cannot be put at {target} ({error}). It is in {partial}.") from error
     shutil.rmtree(old, ignore_errors=True)

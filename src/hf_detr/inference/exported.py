@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -284,6 +285,7 @@ def _open_openvino(path: Path, dtype: torch.dtype) -> Run:
     # said in any case: left to itself, OpenVINO takes bfloat16 where the processor has it
     options = {"INFERENCE_PRECISION_HINT": precisions[dtype], "PERFORMANCE_HINT": "LATENCY"}
     requests: dict[bool, Any] = {}
+    busy = Lock()  # a request serves one caller at a time
 
     def open_request(padded: bool) -> Any:
         graph = core.read_model(path)
@@ -297,10 +299,11 @@ def _open_openvino(path: Path, dtype: torch.dtype) -> Run:
         arrays = {name: value.numpy() for name, value in inputs.items()}
         # asked of numpy: PyTorch's threads would wait for more work on the cores that OpenVINO needs now
         padded = not bool(arrays["pixel_mask"].all())
-        if padded not in requests:
-            requests[padded] = open_request(padded)
-        found = requests[padded].infer(arrays, share_inputs=True)
-        return [torch.from_numpy(found[index]) for index in range(len(found))]
+        with busy:
+            if padded not in requests:
+                requests[padded] = open_request(padded)
+            found = requests[padded].infer(arrays, share_inputs=True)
+            return [torch.from_numpy(found[index]) for index in range(len(found))]
 
     return run
 

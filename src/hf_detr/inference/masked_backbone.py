@@ -87,7 +87,7 @@ def plan_masks(backbone: Backbone, in_channels: int) -> MaskPlan | None:
     try:
         with torch.no_grad():
             features: Tensor = twin(torch.zeros(1, in_channels, *start, device="meta"))[0]
-    except _Unplannable:
+    except Exception:  # of whatever kind a network raises at an odd size or without weights; then masks cannot help
         return None
     height_first = getattr(twin, "output_fmt", None) == "NHWC"
     plan.end = (features.shape[1], features.shape[2]) if height_first else (features.shape[2], features.shape[3])

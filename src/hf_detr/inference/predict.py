@@ -179,7 +179,7 @@ def _detect(
     detector: DetrDetectionPipeline, inputs: Sequence[dict[str, Any]], threshold: float | str
 ) -> list[dict[str, Tensor]]:
     """`scores`, `labels` and `boxes` in pixels of each image, on the CPU. Nothing is fetched from the device but one
-    tensor, and nothing waits for it before."""
+    tensor, and the sizes of images where they differ."""
     gathered = {key: [given[key][0] for given in inputs] for key in ("pixel_values", "target_size")}
     with detector.device_placement(), detector.get_inference_context()():
         outputs = detector._forward(detector._ensure_tensor_on_device(gathered, device=detector.device))

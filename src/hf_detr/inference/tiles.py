@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 View = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the image
@@ -114,19 +112,22 @@ def _is_cut(boxes: np.ndarray, frame: np.ndarray, frames: np.ndarray) -> np.ndar
 
 
 def _group_pieces(boxes: np.ndarray, labels: np.ndarray, view: np.ndarray, frames: np.ndarray) -> np.ndarray:
-    """(N,) the number of the object that each cut box is a piece of."""
-    pairs: list[tuple[int, int]] = []
+    """(N,) the number of the object that each cut box is a piece of; of one view, each object has one piece at most."""
+    pairs: list[tuple[float, int, int]] = []
     for index in range(len(boxes)):
         # as far as both views show them; areas are negative nowhere, so that views apart never agree
         window = _clip(frames[view], frames[view[index]])
         mine, others = _clip(window, boxes[index]), _clip(window, boxes)
         shared = _area(_clip(mine, others))
-        agree = (shared > 0) & (shared >= SAME_PIECE * (_area(mine) + _area(others) - shared))
-        agree &= (labels == labels[index]) & (view != view[index])
-        pairs += [(index, int(other)) for other in np.flatnonzero(agree)]
-    rows, columns = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-    links = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(boxes), len(boxes)))
-    return connected_components(links, directed=False)[1] if len(boxes) else np.zeros(0, dtype=np.int64)
+        agreement = shared / np.maximum(_area(mine) + _area(others) - shared, 1e-9)
+        agree = (shared > 0) & (agreement >= SAME_PIECE) & (labels == labels[index]) & (view != view[index])
+        pairs += [(-agreement[other], index, int(other)) for other in np.flatnonzero(agree) if other > index]
+    group = np.arange(len(boxes))
+    for _, one, other in sorted(pairs):  # those that agree best first
+        members, others = group == group[one], group == group[other]
+        if not set(view[members]) & set(view[others]):
+            group[others] = group[one]
+    return np.unique(group, return_inverse=True)[1]
 
 
 def _clip(boxes: np.ndarray, window: np.ndarray) -> np.ndarray:

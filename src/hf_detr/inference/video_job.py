@@ -53,13 +53,14 @@ class VideoJob:
     _lock: IO[Any] | None = field(default=None, repr=False)
 
 
-def open_video_job(folder: Path, source: Path, settings: Mapping[str, Any]) -> VideoJob:
+def open_video_job(folder: Path, source: Path, settings: Mapping[str, Any], pictures: bool = True) -> VideoJob:
     """Begin a job in a folder, or go on with the one that is there for a video of this name.
 
     Args:
         folder: of the outputs.
         source: the video.
         settings: all that decides about the results, as JSON has it; see `model_settings`.
+        pictures: a video is wanted. A job that ended without one goes on then, with what it has found.
 
     Raises:
         FileNotFoundError: there is no such video.
@@ -85,7 +86,10 @@ def open_video_job(folder: Path, source: Path, settings: Mapping[str, Any]) -> V
         content = json.loads(about.read_text(encoding="utf-8"))
         compare_settings(folder, content["settings"], recorded)
         if "result" in content and records.exists():
-            result = VideoSummary(**content["result"])
+            if pictures and not video.exists():
+                records.replace(records.with_name(records.name + PARTIAL))
+            else:
+                result = VideoSummary(**content["result"])
     else:
         with replacing(about) as file:
             json.dump({"settings": recorded}, file, indent=2)
@@ -154,9 +158,9 @@ class VideoOutput:
         """All frames were written: give the outputs their names."""
         problems = list(self._reader.problems)
         if self._writer is not None:
-            writer, self._writer = self._writer, None
-            writer.close()
-            problems += writer.problems
+            self._writer.close()
+            problems += self._writer.problems
+            self._writer = None
             sync(self._partial_video)
             self._partial_video.replace(self.job.video)
         summary = VideoSummary(self._frames, self._objects, problems)

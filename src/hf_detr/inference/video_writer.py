@@ -32,10 +32,10 @@ class VideoWriter:
         self._av = import_av()
         self.problems: list[str] = []
         self._reader = reader
-        self._file = self._av.open(str(path), "w", format="mp4")
         encoder = next((name for name in ENCODERS if name in self._av.codecs_available), None)
         if encoder is None:
             raise ValueError(f"PyAV was built without an encoder for H.264 ({', '.join(ENCODERS)}).")
+        self._file = self._av.open(str(path), "w", format="mp4")
         source = reader.stream.codec_context
         self._stream = self._file.add_stream(encoder, rate=reader.rate, options=QUALITY if encoder == "libx264" else {})
         self._stream.width, self._stream.height = width, height
