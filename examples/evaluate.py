@@ -66,7 +66,7 @@ def main() -> None:
     loader = DataLoader(
         dataset, batch_size=args.batch_size, collate_fn=DetectionCollator(processor), num_workers=args.num_workers
     )
-    model, loader = accelerator.prepare(model, loader)
+    model, loader = model.to(accelerator.device), accelerator.prepare(loader)  # nothing trains: no wrapper around it
     evaluator = evaluate_detection(model, loader, dataset, processor, progress=accelerator.is_main_process)
     if accelerator.is_main_process:
         metrics = evaluator.compute()

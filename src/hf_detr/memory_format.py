@@ -4,7 +4,7 @@ oneDNN up to the version in torch 2.14.1 (uxlfoundation/oneDNN#6035) computes th
 convolution in a workspace with room for `in_channels` values a pixel, but steps through it by a vector register (8 or
 16 values). With fewer channels, float32 and channels-last, it writes past the end: wrong gradients, a hang, or a
 process killed by "corrupted double-linked list". RepVGG, MobileOne and FastViT have such a convolution on the three
-channels of the image. `benchmarks/backbones.md` has the sweep over all timm families.
+channels of the image. `benchmarks/backbones.py` sweeps over all timm families.
 """
 
 from collections.abc import Iterator
