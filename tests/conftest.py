@@ -1,6 +1,7 @@
 """Shared by all tests: tiny models, transformers' model with equal weights, images and labels from a seed."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -52,6 +53,18 @@ def randomise_norms(model: torch.nn.Module) -> None:
         for name in ("bias", "running_mean"):
             if f"{norm}.{name}" in state:
                 state[f"{norm}.{name}"].normal_(0, 0.2)
+
+
+@torch.no_grad()
+def save_tiny_checkpoint(path: Path, names: dict[int, str]) -> Path:
+    """A checkpoint with its processor. Its box head is spread, so that boxes reach over the image's edge."""
+    torch.manual_seed(0)
+    model = tiny_model(id2label=names, label2id={name: index for index, name in names.items()})
+    model.bbox_predictor.layers[-1].weight.mul_(20)
+    model.class_labels_classifier.weight.mul_(3)
+    model.save_pretrained(path)
+    hf_detr.DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 120}).save_pretrained(path)
+    return path
 
 
 def transformers_twin(model: hf_detr.DetrForDetection, **changes) -> transformers.DetrForObjectDetection:

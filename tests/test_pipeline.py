@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import tiny_model, transformers_twin
+from conftest import save_tiny_checkpoint, tiny_model, transformers_twin
 from test_image_processing import photo
 from transformers import pipeline
 
@@ -13,16 +13,7 @@ from hf_detr import DetrDetectionPipeline, DetrImageProcessor
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint with its processor on disk. Its box head is spread, so that boxes reach over the image's edge."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("checkpoint")
-    model = tiny_model(id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1})
-    with torch.no_grad():
-        model.bbox_predictor.layers[-1].weight.mul_(20)
-        model.class_labels_classifier.weight.mul_(3)
-    model.save_pretrained(path)
-    DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 120}).save_pretrained(path)
-    return path
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), {0: "cat", 1: "dog"})
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import save_tiny_checkpoint, tiny_model
 from datasets import Dataset
 from PIL import Image
 from pycocotools.coco import COCO
@@ -50,16 +50,8 @@ TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_p
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("checkpoint")
     names = {0: "rectangle", 1: "ellipse", 2: "triangle", 3: "none of them"}
-    model = tiny_model(id2label=names, label2id={name: index for index, name in names.items()})
-    with torch.no_grad():
-        model.bbox_predictor.layers[-1].weight.mul_(20)
-        model.class_labels_classifier.weight.mul_(3)
-    model.save_pretrained(path)
-    DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 120}).save_pretrained(path)
-    return path
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), names)
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import tiny_model
+from conftest import save_tiny_checkpoint
 from transformers import pipeline
 
-from hf_detr import DetrImageProcessor
 from hf_detr.inference import VideoReader, VideoWriter, load_frames
 
 av = pytest.importorskip("av")
@@ -27,15 +25,7 @@ STEP = 3003  # of TIME_BASE between two frames at RATE
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("checkpoint")
-    model = tiny_model(id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1})
-    with torch.no_grad():
-        model.bbox_predictor.layers[-1].weight.mul_(20)
-        model.class_labels_classifier.weight.mul_(3)
-    model.save_pretrained(path)
-    DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 120}).save_pretrained(path)
-    return path
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), {0: "cat", 1: "dog"})
 
 
 def picture(width=96, height=64, seed=0):

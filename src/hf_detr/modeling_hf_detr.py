@@ -122,7 +122,7 @@ class DetrModel(DetrPreTrainedModel):
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return_dict = config.return_dict if return_dict is None else return_dict
-        _check_images(pixel_values, pixel_mask, config.num_channels)
+        check_images(pixel_values, pixel_mask, config.num_channels)
 
         feature_map, mask = self.backbone(pixel_values, pixel_mask)
         height, width = feature_map.shape[-2:]
@@ -399,7 +399,10 @@ class DetrForDetection(DetrPreTrainedModel):
         )
 
 
-def _check_images(pixel_values: Tensor, pixel_mask: Tensor | None, num_channels: int) -> None:
+def check_images(pixel_values: Tensor, pixel_mask: Tensor | None, num_channels: int) -> None:
+    """Raises:
+    ValueError: not (B, num_channels, H, W), or a mask that is not (B, H, W).
+    """
     if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
         raise ValueError(
             f"`pixel_values` must be (batch, {num_channels}, height, width), got {tuple(pixel_values.shape)}. "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..backbone import image_sizes
 from ..configuration_hf_detr import DetrConfig
+from ..modeling_hf_detr import check_images
 from ..outputs import DetrDetectionOutput
 
 EXPORT_FILE = "export.json"
@@ -139,15 +140,7 @@ class ExportedDetr:
         return ExportedOutput(**found)
 
     def _check(self, pixel_values: Tensor, pixel_mask: Tensor | None, target_sizes: Tensor | None) -> None:
-        channels = self.config.num_channels
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
-            raise ValueError(
-                f"`pixel_values` must be (batch, {channels}, height, width), got {tuple(pixel_values.shape)}. "
-                "The image processor makes them."
-            )
-        expected = (pixel_values.shape[0], *pixel_values.shape[2:])
-        if pixel_mask is not None and pixel_mask.shape != expected:
-            raise ValueError(f"`pixel_mask` must be {expected} to fit `pixel_values`, got {tuple(pixel_mask.shape)}.")
+        check_images(pixel_values, pixel_mask, self.config.num_channels)
         if target_sizes is not None and not self.export["post_processing"]:
             raise ValueError("`target_sizes` is for exports with post-processing in the graph; this one has none.")
         self._check_size(pixel_values.shape[2], pixel_values.shape[3])
