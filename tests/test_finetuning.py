@@ -496,6 +496,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
 
 
 def test_signals_are_noted_and_the_second_interrupt_is_obeyed():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
     stop = StopRequest()
     try:
         assert not stop.requested
