@@ -81,6 +81,7 @@ def test_preparing_twice_is_preparing_once():
 def test_compiled_copies_take_other_sizes():
     """How few recompiles real sizes need is measured by `benchmarks/inference.py`; tiny networks need more."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = tiny_model(encoder_layers=1, decoder_layers=1)
     randomise_norms(model)
     prepared = model.prepare_for_inference(compile=True)

@@ -313,9 +313,7 @@ class DetrForDetection(DetrPreTrainedModel):
         if labels is None or intermediate is None:
             intermediate = outputs.last_hidden_state[None]
             pred_boxes = None if pred_boxes is None else pred_boxes[-1:]
-        logits = self.class_labels_classifier(
-            intermediate.to(self.class_labels_classifier.weight.dtype)
-        )  # (L, B, Q, C+1)
+        logits = self.class_labels_classifier(intermediate)  # (L, B, Q, num_labels+1)
         if self.bbox_predictor is not None:
             pred_boxes = self.bbox_predictor(intermediate)
 

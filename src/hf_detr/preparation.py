@@ -17,8 +17,10 @@ def prepare(model: Model, dtype: torch.dtype | None, compile: bool) -> Model:
     inner.backbone.prepare_for_inference()
     prepared.to(dtype or model.dtype)
     # what is said about a box needs more than bfloat16's 256 places between 0.5 and 1, and costs next to nothing
-    for head in (prepared.class_labels_classifier, prepared.bbox_predictor or inner.decoder.bbox_predictor):
-        head.to(torch.promote_types(prepared.dtype, torch.float32))
+    wide = torch.promote_types(prepared.dtype, torch.float32)
+    class_head = prepared.class_labels_classifier.to(wide)
+    class_head.register_forward_pre_hook(lambda head, inputs: inputs[0].to(wide))
+    (prepared.bbox_predictor or inner.decoder.bbox_predictor).to(wide)  # which widens what it reads by itself
     if compile:
         # parts, since what lies between them depends on the data: which images have equal sizes
         for part in (inner.backbone.model, inner.encoder, inner.decoder):
