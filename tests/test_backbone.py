@@ -6,6 +6,7 @@ import torch
 from conftest import padded_batch, relative_difference, tiny_config, tiny_model
 from safetensors.torch import save_file
 from timm.layers.norm_act import FrozenBatchNormAct2d
+from timm.models.vision_transformer import VisionTransformer
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from hf_detr import DetrForDetection
@@ -113,6 +114,34 @@ def test_padding_does_not_change_predictions():
             for other in (alone, padded_more):
                 torch.testing.assert_close(other.logits[0], together.logits[index], atol=1e-4, rtol=1e-4)
                 torch.testing.assert_close(other.pred_boxes[0], together.pred_boxes[index], atol=1e-4, rtol=1e-4)
+
+
+def test_a_network_that_reads_values_to_know_its_sizes_tells_them_on_the_cpu(monkeypatch):
+    """As gemma4_vit does; tensors on the meta device have no values."""
+    embed = VisionTransformer._pos_embed
+
+    def count_first(self, x):
+        assert int(torch.ones_like(x[:, 0]).sum().item()) == x[:, 0].numel()
+        return embed(self, x)
+
+    monkeypatch.setattr(VisionTransformer, "_pos_embed", count_first)
+    backbone = Backbone("test_vit").eval()
+    images, pixel_mask = padded_batch([(64, 96), (32, 64)])
+    state = torch.get_rng_state()
+    assert backbone.feature_sizes(images, pixel_mask) == [(4, 6), (2, 4)]
+    assert torch.equal(torch.get_rng_state(), state)
+    _, mask = backbone(images, pixel_mask)
+    assert mask.sum((1, 2)).tolist() == [24, 8]
+
+
+def test_parameters_that_timm_has_fixed_stay_fixed(tmp_path):
+    config = tiny_config(backbone="efficientvim_m1", feature_stride=16)
+    DetrForDetection(config).save_pretrained(tmp_path)
+    for model in (DetrForDetection(config), DetrForDetection.from_pretrained(tmp_path)):
+        network = model.model.backbone.model
+        assert not network.get_parameter("model.weights").requires_grad
+        model.train()(torch.randn(1, 3, 64, 64)).pred_boxes.sum().backward()
+        assert all(parameter.grad is not None for parameter in network.parameters() if parameter.requires_grad)
 
 
 def test_a_batch_of_equal_sizes_goes_through_in_one_piece_without_a_mask():

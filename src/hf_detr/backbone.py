@@ -33,6 +33,12 @@ def _create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         raise ValueError(f'timm has no model "{name}". Names that look alike: {similar or "none"}.') from error
 
 
+def _create_copy(name: str, kwargs: dict[str, Any]) -> Any:
+    """A network to learn sizes and structure from. It takes no random numbers from those who train."""
+    with torch.random.fork_rng(devices=[]):
+        return _create(name, **kwargs).eval()
+
+
 def _plan(name: str, feature_stride: int | None, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The arguments that build the network up to the wanted level, and its levels up to there. Builds on `meta`."""
     with torch.device("meta"):
@@ -64,17 +70,18 @@ def feature_strides(name: str) -> list[int]:
 
 class _SizeTable:
     """(rows, columns) of the feature map for images of some (height, width), asked of a copy of the network that has no
-    weights and computes nothing. No module, so that the copy is no part of the model."""
+    weights and computes nothing (on the device "cpu": random weights). No module, so that the copy is no part of the
+    model."""
 
-    def __init__(self, name: str, kwargs: dict[str, Any]) -> None:
-        self.name, self.kwargs = name, kwargs
+    def __init__(self, name: str, kwargs: dict[str, Any], device: str) -> None:
+        self.name, self.kwargs, self.device = name, kwargs, device
         self.network: Any = None
         self.known: dict[tuple[int, int], tuple[int, int]] = {}
 
     def look_up(self, size: tuple[int, int]) -> tuple[int, int]:
         if size not in self.known:
-            with torch.device("meta"), torch.inference_mode(False), torch.no_grad():
-                self.network = self.network or _create(self.name, **self.kwargs).eval()
+            with torch.device(self.device), torch.inference_mode(False), torch.no_grad():
+                self.network = self.network or _create_copy(self.name, self.kwargs)
                 features: Tensor = self.network(torch.zeros(1, self.kwargs["in_chans"], *size))[0]
             height_first = getattr(self.network, "output_fmt", None) == "NHWC"
             rows, columns = features.shape[1:3] if height_first else features.shape[2:]
@@ -134,10 +141,17 @@ class Backbone(nn.Module):
         self.stride = int(levels[-1]["reduction"])
         self.level = len(levels) - 1
         self.model = _create(name, **self._create_kwargs)
-        self._size_table = _SizeTable(name, self._create_kwargs)
         if freeze_batch_norm:
             self.model = freeze_batch_norm_2d(self.model)
-        unused, self._pairs = self._dry_run()
+        device = "meta"
+        try:
+            unused, self._pairs = self._dry_run(device)
+        except RuntimeError as error:
+            if "meta tensors" not in str(error).lower():
+                raise
+            device = "cpu"  # the network reads values to know its sizes (gemma4_vit), and meta tensors have none
+            unused, self._pairs = self._dry_run(device)
+        self._size_table = _SizeTable(name, self._create_kwargs, device)
         self._frozen = self._freeze_norms_up_to(frozen_stages, levels) + unused
         self.freeze()
         replace_unsafe_convolutions(self.model)
@@ -181,20 +195,21 @@ class Backbone(nn.Module):
         self.model = freeze_batch_norm_2d(self.model)
         fold(self.model, self._pairs)
 
-    def _dry_run(self) -> tuple[list[str], dict[str, str]]:
-        """Parameters that the features do not depend on, and which batch norm follows which convolution.
+    def _dry_run(self, device: str) -> tuple[list[str], dict[str, str]]:
+        """Parameters that do not train since timm fixed them or the features do not depend on them, and which batch
+        norm follows which convolution.
 
         timm builds some networks whole, whatever level is asked for; what never gets a gradient must not wait for one
         (DistributedDataParallel does)."""
-        with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
-            network: Any = _create(self.name, **self._create_kwargs).eval()
+        with torch.device(device), torch.inference_mode(False), torch.enable_grad():
+            network = _create_copy(self.name, self._create_kwargs)
             size = network.pretrained_cfg["input_size"][-2:]
             features, pairs = find_pairs(network, torch.zeros(1, self._create_kwargs["in_chans"], *size))
-            names, parameters = zip(*network.named_parameters(), strict=True)
-            gradients = torch.autograd.grad(features[0].sum(), parameters, allow_unused=True)
-        kept = dict(self.model.named_parameters())  # frozen batch norms have buffers instead
-        unused = [n for n, gradient in zip(names, gradients, strict=True) if gradient is None and n in kept]
-        return unused, pairs
+            trained = {name: tensor for name, tensor in network.named_parameters() if tensor.requires_grad}
+            gradients = torch.autograd.grad(features[0].sum(), list(trained.values()), allow_unused=True)
+        used = {name for name, gradient in zip(trained, gradients, strict=True) if gradient is not None}
+        # frozen batch norms have buffers instead
+        return [name for name, _ in self.model.named_parameters() if name not in used], pairs
 
     def _in_order(self, end: str | None, before: str | None) -> Iterator[tuple[str, nn.Module]]:
         """Modules in timm's order of execution, up to and including the module called `end`, or up to `before`.
