@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import nn
 
+from hf_detr.backbone import Backbone
 from hf_detr.memory_format import (
     SubsampledConv2d,
     preferred_memory_format,
@@ -18,15 +19,12 @@ from hf_detr.memory_format import (
 )
 
 TRAIN = """
-import timm, torch
-from hf_detr.memory_format import replace_unsafe_convolutions
-network = timm.create_model("repvgg_a0", features_only=True)
-replace_unsafe_convolutions(network)
-network.to(memory_format=torch.channels_last)
-images = torch.randn(4, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+import torch
+from hf_detr.backbone import Backbone
+backbone = Backbone("repvgg_a0", freeze_batch_norm=False, frozen_stages=-1).train()
 for _ in range(2):
-    network(images)[-1].square().mean().backward()
-print("alive", all(parameter.grad.isfinite().all() for parameter in network.parameters()))
+    backbone(torch.randn(4, 3, 224, 224))[0].square().mean().backward()
+print("alive", all(parameter.grad.isfinite().all() for parameter in backbone.parameters()))
 """
 
 
@@ -70,6 +68,18 @@ class TestReplacedConvolutions:
         replace_unsafe_convolutions(network)
         assert isinstance(network[0], SubsampledConv2d)
         assert not network[0].weight.requires_grad
+
+    @pytest.mark.parametrize("name", ["repvgg_a0", "test_resnet"])
+    def test_the_backbone_runs_in_channels_last_with_them_replaced(self, name):
+        backbone = Backbone(name)
+        assert backbone.memory_format is torch.channels_last
+        assert not list(unsafe_convolutions(backbone))
+        assert any(isinstance(module, SubsampledConv2d) for module in backbone.modules()) == (name == "repvgg_a0")
+        seen = []
+        backbone.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        features, _ = backbone(torch.randn(2, 3, 64, 64))
+        assert seen[0].is_contiguous(memory_format=torch.channels_last)
+        assert features.is_contiguous(memory_format=torch.channels_last)
 
     def test_training_in_channels_last_does_not_kill_the_process(self):
         environment = os.environ | {"OMP_NUM_THREADS": "2"}

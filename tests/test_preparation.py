@@ -1,5 +1,7 @@
 """`prepare_for_inference`: the same predictions from a copy that is made for them."""
 
+import pickle
+
 import pytest
 import torch
 from conftest import padded_batch, randomise_norms, relative_difference, tiny_model
@@ -75,6 +77,30 @@ def test_preparing_twice_is_preparing_once():
     images = torch.randn(1, 3, 64, 64)
     once = model.prepare_for_inference()
     assert torch.equal(once.prepare_for_inference()(images).logits, once(images).logits)
+
+
+@torch.no_grad()
+def test_a_copy_goes_to_another_process():
+    model = tiny_model()
+    images = torch.randn(1, 3, 64, 64)
+    for prepared in (model.prepare_for_inference(), model.prepare_for_inference("bfloat16")):
+        again = pickle.loads(pickle.dumps(prepared))
+        assert torch.equal(again(images).logits, prepared(images).logits)
+
+
+@torch.no_grad()
+def test_a_compiled_copy_can_be_prepared_again():
+    """Functions are not copied with what they are called on. Nothing is compiled before the first call."""
+    model = tiny_model()
+    images = torch.randn(1, 3, 64, 64)
+    again = model.prepare_for_inference(compile=True).prepare_for_inference(torch.bfloat16)
+    assert torch.equal(again(images).logits, model.prepare_for_inference(torch.bfloat16)(images).logits)
+
+
+def test_a_dtype_that_there_is_not_is_refused():
+    assert tiny_model().prepare_for_inference("bfloat16").dtype == torch.bfloat16
+    with pytest.raises(ValueError, match='no dtype "bf16"'):
+        tiny_model().prepare_for_inference("bf16")
 
 
 @torch.no_grad()

@@ -243,15 +243,18 @@ class DetrForDetection(DetrPreTrainedModel):
         model.model.backbone.load_pretrained(checkpoint)
         return model
 
-    def prepare_for_inference(self, dtype: torch.dtype | None = None, compile: bool = False) -> Self:
+    def prepare_for_inference(self, dtype: torch.dtype | str | None = None, compile: bool = False) -> Self:
         """A copy that only predicts, called like the model, with the same outputs (to 1e-4 in float32), and faster:
         batch norm is folded into the convolutions, which run in channels-last. It neither trains nor saves; the model
         stays as it is. `pipeline("object-detection")` uses such a copy by itself.
 
         Args:
-            dtype: of weights and activations; None: the model's own. On a CPU with AMX or AVX-512 BF16
+            dtype: of weights and activations, also by name; None: the model's own. On a CPU with AMX or AVX-512 BF16
                 `torch.bfloat16` is several times faster. Heads and outputs have at least float32.
             compile: with `torch.compile`, for any image size. The first calls take minutes.
+
+        Raises:
+            ValueError: there is no such `dtype`.
         """
         return prepare(self, dtype, compile)
 
