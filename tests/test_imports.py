@@ -36,7 +36,7 @@ MAY_IMPORT = {
         "anchors", "backbone", "configuration_hf_detr", "denoising", "dense_supervision", "heads", "initialization",
         "loss", "outputs", "position_embedding", "preparation", "pretrained", "resizing", "transformer",
     },
-    "pipeline_hf_detr": {"image_processing_hf_detr", "images"},
+    "pipeline_hf_detr": {"image_processing_hf_detr", "images", "post_processing"},
 }  # fmt: skip
 TRAVELLING = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 

@@ -1,5 +1,7 @@
 """`pipeline("object-detection")` with our models, and with everyone else's as before. PEERS.md defect 7."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -137,6 +139,22 @@ def test_what_predicts_is_a_prepared_copy_that_follows_the_model(folder, detecto
     close(after, fresh(IMAGES[0], threshold=0.0))
     detector.save_pretrained(tmp_path / "saved")
     close(after, pipeline("object-detection", model=str(tmp_path / "saved"))(IMAGES[0], threshold=0.0))
+
+
+def test_workers_that_are_not_forked_get_the_pipeline_after_it_was_used(detector):
+    before = detector(IMAGES[0], threshold=0.0)
+    assert pickle.loads(pickle.dumps(detector))(IMAGES[0], threshold=0.0) == before
+    assert detector._prepared is not None
+
+
+def test_outputs_cross_to_the_host_once_a_batch(detector, monkeypatch):
+    inputs = [detector.preprocess(image) for image in IMAGES[:2]]
+    gathered = {key: [given[key][0] for given in inputs] for key in inputs[0]}
+    copies, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor.shape) or cpu(tensor))
+    with torch.no_grad():
+        outputs = detector._forward(gathered)
+    assert copies == [(2, outputs.logits.shape[1], outputs.logits.shape[2] + 4)]
 
 
 def test_a_compiled_model_is_used_as_it_is(detector):

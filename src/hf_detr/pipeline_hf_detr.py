@@ -8,6 +8,7 @@ from transformers.utils import ModelOutput
 
 from .image_processing_hf_detr import DetrImageProcessor
 from .images import to_rgb_tensor
+from .post_processing import to_host
 
 
 class DetrDetectionPipeline(ObjectDetectionPipeline):
@@ -48,6 +49,10 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
             self._prepared, self._prepared_of = model.prepare_for_inference(), state
         return self._prepared
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers that read images get the pipeline, but predict nothing."""
+        return self.__dict__ | {"_prepared": None, "_prepared_of": ()}
+
     def check_model_type(self, supported_models: Any) -> None:
         """Our models are supported; transformers only knows its own names."""
 
@@ -73,8 +78,8 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
             for image, values, mask in zip(images, pixel_values, pixel_mask, strict=True):
                 values[:, : image.shape[1], : image.shape[2]] = image
                 mask[: image.shape[1], : image.shape[2]] = 1
-        outputs = predictor(pixel_values=pixel_values, pixel_mask=pixel_mask)
-        return ModelOutput(target_size=torch.tensor(sizes), logits=outputs.logits, pred_boxes=outputs.pred_boxes)
+        outputs = to_host(predictor(pixel_values=pixel_values, pixel_mask=pixel_mask))
+        return ModelOutput(target_size=torch.tensor(sizes), **outputs)
 
     def postprocess(
         self, model_outputs: ModelOutput, threshold: float | str = 0.5, round_boxes: bool = True

@@ -5,8 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 from .boxes import cxcywh_to_xyxy
+
+
+def to_host(outputs: Any) -> ModelOutput:
+    """`logits` and `pred_boxes` of a model's outputs on the CPU, in float32, fetched in one piece: what comes after is
+    a little work on many small tensors, each of which would wait for the device."""
+    fetched = torch.cat((outputs.logits.float(), outputs.pred_boxes.float()), dim=-1).cpu()  # (B, Q, C + 1 + 4)
+    logits, boxes = fetched.split((fetched.shape[-1] - 4, 4), dim=-1)
+    return ModelOutput(logits=logits, pred_boxes=boxes)
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ import PIL.Image
 import pyarrow as pa
 import torch
 from torch import Tensor
-from transformers.utils import ModelOutput
 
 from ..images import Image, open_image, to_rgb_tensor
 from ..pipeline_hf_detr import DetrDetectionPipeline
@@ -183,10 +182,7 @@ def _detect(
     gathered = {key: [given[key][0] for given in inputs] for key in ("pixel_values", "target_size")}
     with detector.device_placement(), detector.get_inference_context()():
         outputs = detector._forward(detector._ensure_tensor_on_device(gathered, device=detector.device))
-        fetched = torch.cat((outputs.logits.float(), outputs.pred_boxes.float()), dim=-1).cpu()  # (B, Q, C + 1 + 4)
-    logits, boxes = fetched.split((fetched.shape[-1] - 4, 4), dim=-1)
-    found = ModelOutput(logits=logits, pred_boxes=boxes)
-    return detector.image_processor.post_process_object_detection(found, threshold, gathered["target_size"])
+    return detector.image_processor.post_process_object_detection(outputs, threshold, gathered["target_size"])
 
 
 def _detect_in_tiles(
