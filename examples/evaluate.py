@@ -7,7 +7,6 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
@@ -22,6 +21,7 @@ from hf_detr.evaluation import (
     write_report,
 )
 from hf_detr.inference import is_exported, load_exported
+from hf_detr.jobs import import_extra
 from hf_detr.training import use_all_cores
 
 
@@ -50,6 +50,7 @@ def main() -> None:
     if args.save_thresholds and not (Path(args.model) / "preprocessor_config.json").is_file():
         parser.error(f"--save_thresholds writes into a local folder with a preprocessor, and {args.model} is none.")
 
+    import_extra("faster_coco_eval", "evaluation")
     accelerator = Accelerator()
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)
@@ -57,7 +58,7 @@ def main() -> None:
         model = load_exported(args.model, args.dtype)
     else:
         model = DetrForDetection.from_pretrained(args.model)
-        model = model.prepare_for_inference(dtype=getattr(torch, args.dtype) if args.dtype else None)
+        model = model.prepare_for_inference(args.dtype)
     processor = DetrImageProcessor.from_pretrained(args.model)
     with accelerator.main_process_first():  # the others find it in the cache
         dataset = load_detection_dataset(

@@ -201,6 +201,8 @@ def test_a_missing_engine_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(ImportError, match=r"hf_detr\[evaluation\]"):
         coco_metrics(*random_case(0))
+    with pytest.raises(ImportError, match=r"hf_detr\[evaluation\]"):
+        evaluate_detection(None, None, None, None)  # before anything is asked of model, batches and data set
 
 
 def test_the_input_records_are_left_as_they_were():

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ..data.checks import Finding, quick_checks
 from ..data.find import find_source
 from ..data.source import Box, Photo, Source, image_files, read_headers
+from ..jobs.extras import import_extra
 
 THUMB = 16  # pixels a side of what is kept of each image to compare it with others
 MAX_HASH_DISTANCE = 3  # of 64 bits, and
@@ -82,10 +83,7 @@ def examine(
         FileNotFoundError: there is nothing annotated.
         ImportError: imagehash is not installed; the extra that has it is named.
     """
-    try:
-        import imagehash  # noqa: F401  used in the workers; better missed here
-    except ImportError as error:
-        raise ImportError("The doctor needs imagehash: pip install 'hf_detr[doctor]'") from error
+    import_extra("imagehash", "doctor")  # used in the workers; better missed here
     started = time.perf_counter()
     folder = Path(folder)
     sources: dict[str, Source] = {}

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import importlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..boxes import xyxy_to_xywh
+from ..jobs.extras import import_extra
+from ..post_processing import to_host
 
 if TYPE_CHECKING:
     from ..data.schema import DetectionDataset
@@ -115,10 +116,7 @@ def _run(
     images: Iterable[Record], annotations: Sequence[Record], detections: Sequence[Record], id2label: Mapping[int, str]
 ) -> Any:
     """The engine, after it ran."""
-    try:
-        engine = importlib.import_module("faster_coco_eval")
-    except ImportError as error:
-        raise ImportError("Evaluation needs faster-coco-eval: pip install 'hf_detr[evaluation]'") from error
+    engine = import_extra("faster_coco_eval", "evaluation")
     image_records = [{"id": int(image["id"])} for image in images]
     image_ids = {image["id"] for image in image_records}
     if len(image_ids) != len(image_records):
@@ -291,18 +289,22 @@ def evaluate_detection(
         model: in any mode; it is left in the mode it came in.
         loader: batches as `DetectionCollator` makes them, on the model's device.
         progress: show a bar.
+
+    Raises:
+        ImportError: faster-coco-eval is not installed, told before the first batch.
     """
+    import_extra("faster_coco_eval", "evaluation")
     # without DistributedDataParallel around it, which would wait for processes that have no image left
     model = getattr(model, "module", model)
     was_training = model.training
     model.eval()
     evaluator = CocoEvaluator(dataset)
     for batch in tqdm(loader, desc="Evaluating", disable=not progress, leave=False):
-        labels = batch["labels"]
-        outputs = model(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"])
-        sizes = torch.stack([label["orig_size"] for label in labels])
+        outputs = to_host(model(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"]))
+        numbers = [torch.cat((label["image_id"].reshape(1), label["orig_size"])) for label in batch["labels"]]
+        image_ids, sizes = torch.stack(numbers).cpu().split((1, 2), dim=1)
         results = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
-        evaluator.update([label["image_id"].item() for label in labels], results)
+        evaluator.update(image_ids[:, 0].tolist(), results)
     evaluator.gather()
     model.train(was_training)
     return evaluator

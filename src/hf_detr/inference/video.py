@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from ..jobs.extras import import_extra
 from ..pipeline_hf_detr import DetrDetectionPipeline
 from .batches import run_ahead
 from .predict import LoadedImage, load_image
@@ -62,18 +63,6 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES and not path.is_dir()
 
 
-def import_av() -> Any:
-    """
-    Raises:
-        ImportError: PyAV is not installed; the message says how to.
-    """
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError('Videos need PyAV: pip install "hf_detr[video]"') from error
-    return av
-
-
 class VideoReader:
     """The first video stream of a file, and its audio. What is damaged is left out and counted, what is there is read.
 
@@ -91,7 +80,7 @@ class VideoReader:
     """
 
     def __init__(self, path: Path) -> None:
-        self._av = import_av()
+        self._av = import_extra("av", "video")
         self.path = path
         self.problems: list[str] = []
         try:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from .video import Frame, VideoReader, import_av
+from ..jobs.extras import import_extra
+from .video import Frame, VideoReader
 
 ENCODERS = ("libx264", "libopenh264")  # the first that PyAV was built with
 QUALITY = {"crf": "20", "preset": "fast"}  # of libx264
@@ -29,7 +30,7 @@ class VideoWriter:
     """
 
     def __init__(self, path: Path, reader: VideoReader, width: int, height: int) -> None:
-        self._av = import_av()
+        self._av = import_extra("av", "video")
         self.problems: list[str] = []
         self._reader = reader
         encoder = next((name for name in ENCODERS if name in self._av.codecs_available), None)

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 
+from ..jobs.extras import import_extra
 from ..modeling_hf_detr import DetrForDetection
 
 # The linear maps of the transformer. `input_projection`, a 1x1 convolution, is one more: behind a frozen backbone it is
@@ -41,16 +42,13 @@ def add_lora(model: DetrForDetection, rank: int) -> DetrForDetection:
         ImportError: PEFT is not installed.
         ValueError: `rank` is not positive, or the model has adapters already.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ImportError('LoRA needs PEFT: pip install "hf_detr[lora]"') from error
+    peft = import_extra("peft", "lora")
     if rank < 1:
         raise ValueError(f"The rank of LoRA must be at least 1, got {rank}.")
     if hasattr(model, "peft_config"):
         raise ValueError("The model has adapters already. Merge them first: `merged(model)`.")
     # injected, not wrapped: names and attributes stay those of the model, for the optimizer's groups and for evaluation
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS), model)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS), model)
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         parameter.requires_grad_("lora_" in name or not set(parts).isdisjoint(TRAINED_IN_FULL))
