@@ -16,25 +16,29 @@ and in Python, on the runtime of the format:
     detector = pipeline("object-detection", model=model, image_processor=FOLDER)
 
 `examples/evaluate.py --model FOLDER` measures an export. Each format has its extra: pip install "hf_detr[onnx]",
-"hf_detr[openvino]".
+"hf_detr[openvino]"; --dataset takes "hf_detr[evaluation]".
 """
 
 import argparse
 from pathlib import Path
 
+import torch
 from torch.utils.data import DataLoader
 
 from hf_detr import DetrForDetection, DetrImageProcessor
 from hf_detr.data import DetectionCollator, load_detection_dataset
 from hf_detr.evaluation import evaluate_detection
 from hf_detr.inference import export_model
+from hf_detr.jobs import import_extra
 from hf_detr.training import use_all_cores
 
 
 def main() -> None:
     args = parse_args()
     use_all_cores()
-    model = DetrForDetection.from_pretrained(args.model)
+    if args.dataset:
+        import_extra("faster_coco_eval", "evaluation")
+    model = DetrForDetection.from_pretrained(args.model, dtype=torch.float32)
     processor = DetrImageProcessor.from_pretrained(args.model)
     evaluate = None
     if args.dataset:
@@ -70,7 +74,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="checkpoint, a folder or a Hub id")
     parser.add_argument("--format", choices=("onnx", "openvino", "torch"), default="onnx")
-    parser.add_argument("--output_dir", type=Path, help="default: exports/MODEL-FORMAT; an earlier export is replaced")
+    parser.add_argument(
+        "--output_dir", type=Path, help="default: exports/MODEL-FORMAT; an earlier export of MODEL is replaced"
+    )
     parser.add_argument(
         "--post_process",
         action="store_true",

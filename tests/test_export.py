@@ -1,6 +1,7 @@
 """Exports give what the model gives, at any batch and size, padded or not, on every runtime, and say if they do not."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,8 @@ def test_an_export_stands_in_the_place_of_the_model_in_a_pipeline(exported):
         assert found > 3
 
     assert "ExportedDetr" in repr(detector)
+    again = pickle.loads(pickle.dumps(detector))  # as workers get it that were not forked
+    assert again(images[0], threshold=0.25) == detector(images[0], threshold=0.25)
 
 
 def test_export_json_tells_what_was_compared(exported):
@@ -285,6 +288,49 @@ def test_a_failed_check_writes_nothing_and_leaves_an_earlier_export(monkeypatch,
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_a_kill_left_behind_is_put_right(monkeypatch, export_of, tmp_path):
+    """A folder that was being filled, and an earlier export that was moved out of the way a moment before the new one
+    was to take its place."""
+    model, folder, _ = export_of("torch")
+    shutil.copytree(folder, tmp_path / ".out.old")
+    (tmp_path / ".out.partial").mkdir()
+    monkeypatch.setattr(export, "trace", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ValueError, match=r'"resnet10t" cannot be exported as torch\. ZeroDivisionError'):
+        export_model(model, processor(), tmp_path / "out", graph_format="torch", report=lambda line: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    load_exported(tmp_path / "out")
+
+
+def test_what_cannot_be_written_with_padding_hidden_is_written_without(monkeypatch, tmp_path):
+    model, said = spread(tiny_model(**SMALL)), []
+    write = export.write_graph
+    tried = []
+
+    def fail_first(*args):
+        tried.append(args)
+        if len(tried) == 1:
+            raise RuntimeError("no such operator\nand a page of it")
+        write(*args)
+
+    monkeypatch.setattr(export, "write_graph", fail_first)
+    told = export_model(model, processor(), tmp_path / "out", graph_format="torch", report=said.append)
+    assert told["padding_exact"] is False
+    assert 'hides padding fails with "resnet10t" (RuntimeError: no such operator)' in said[0]
+    pixel_values, pixel_mask = padded_batch(BATCHES[0])
+    with torch.no_grad():
+        assert_equal(load_exported(tmp_path / "out")(pixel_values, pixel_mask), model(pixel_values, pixel_mask))
+
+
+def test_an_export_of_another_model_is_not_replaced(export_of, tmp_path):
+    model, folder, _ = export_of("torch")
+    earlier = shutil.copytree(folder, tmp_path / "last-torch")
+    other = DetrForDetection(model.config).eval()
+    other.config.name_or_path = "someone/other"
+    with pytest.raises(FileExistsError, match="is the export of another model"):
+        export_model(other, processor(), earlier, graph_format="torch")
+    assert [path.name for path in tmp_path.iterdir()] == ["last-torch"]
+
+
 def test_a_folder_of_something_else_is_refused_before_anything_is_computed(export_of, tmp_path):
     model, _, _ = export_of("torch")
     (tmp_path / "thesis.tex").write_text("years of work")
@@ -354,6 +400,8 @@ def test_inputs_that_do_not_fit_are_refused(export_of):
         loaded(torch.zeros(1, 3, 64, 64), torch.ones(1, 64, 65))
     with pytest.raises(ValueError, match="none"):
         loaded(torch.zeros(1, 3, 64, 64), target_sizes=torch.ones(1, 2))
+    with pytest.raises(ValueError, match=r"`target_sizes` must be \(2, 2\)"):
+        load_exported(export_of("onnx")[1])(torch.zeros(2, 3, 64, 64), target_sizes=torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"images of \d+ pixels and more"):
         loaded(torch.zeros(1, 3, 4, 64))
     with pytest.raises(ValueError, match="trained"):

@@ -17,23 +17,14 @@ import torch
 from torch import Tensor
 
 from ..image_processing_hf_detr import DetrImageProcessor
-from ..jobs.files import PARTIAL
+from ..jobs.files import PARTIAL, hold_lock
 from ..modeling_hf_detr import DetrForDetection
 from .export_check import TOLERANCE, Case, CheckResult, check_cases, compare
-from .exported import (
-    EXPORT_FILE,
-    EXTRAS,
-    GRAPH_FILES,
-    ExportedDetr,
-    import_or_name_extra,
-    input_names,
-    is_exported,
-    load_exported,
-    output_names,
-)
+from .exported import EXPORT_FILE, ExportedDetr, input_names, is_exported, load_exported, output_names
 from .graph import trace, write_graph
 from .masked_backbone import plan_masks
 from .quantize import CalibrationImages, quantize_graph
+from .runtimes import GRAPH_FILES, check_packages
 
 Evaluate = Callable[[Any], Mapping[str, Any]]
 
@@ -58,7 +49,7 @@ def export_model(
 
     Args:
         model: float32.
-        output_dir: a new or empty folder, or an earlier export, which is replaced.
+        output_dir: a new or empty folder, or an earlier export of the same model, which is replaced.
         graph_format: "onnx", "openvino" or "torch".
         post_process: see [`~hf_detr.inference.graph.ExportGraph`].
         calibration: a folder of images; weights and activations become int8. The float32 graph is checked as said,
@@ -67,14 +58,15 @@ def export_model(
         report: gets sentences about what was found.
 
     Returns:
-        what stands in `export.json`, beside the graph: `format`, `precision`, `opset`, `inputs`, `outputs`,
-        `post_processing`, `padding_exact`, `smallest_side` in pixels, `versions`, `check` (of float32: `tolerance`,
-        `cases`, `largest_difference`), and where there is something to say `int8_check`, `calibration`, `evaluation`
-        (`before`, `after`, and `drop` of AP).
+        what stands in `export.json`, beside the graph: `model` (where it came from), `format`, `precision`, `opset`,
+        `inputs`, `outputs`, `post_processing`, `padding_exact`, `smallest_side` in pixels, `versions`, `check` (of
+        float32: `tolerance`, `cases`, `largest_difference`), and where there is something to say `int8_check`,
+        `calibration`, `evaluation` (`before`, `after`, and `drop` of AP).
 
     Raises:
         ValueError: something given does not fit, the backbone cannot be exported, or the check failed.
-        FileExistsError: the folder has something else in it.
+        FileExistsError: the folder has something else in it, or the export of another model.
+        TimeoutError: another process exports to this folder.
         ImportError: a package is missing; the extra that has it is named.
     """
     output_dir = Path(os.path.abspath(output_dir))
@@ -83,10 +75,11 @@ def export_model(
     reference = (model if model.device.type == "cpu" else copy.deepcopy(model).cpu()).eval()
     try:
         with _whole_folder(output_dir) as folder:
+            _check_folder(output_dir, model)  # now that no other export can put one there
             job = _Job(folder, reference, check_cases(model.model.backbone.stride, _working_size(processor)), report)
             model.config.to_json_file(folder / "config.json", use_diff=True)
             processor.to_json_file(folder / "preprocessor_config.json")
-            export = job.make_float32(graph_format, post_process)
+            export = {"model": _source(model)} | job.make_float32(graph_format, post_process)
             if images is not None:
                 export |= job.make_int8(export, images)
             if evaluate is not None:
@@ -115,19 +108,16 @@ class _Job:
             self.report(f'It is not known how to hide padding from "{name}".')
             ways = [False]
         for hide_padding in ways:
-            program = trace(self.model, hide_padding=hide_padding, post_process=post_process)
-            write_graph(program, graph_format, post_process, self.folder)
-            export: dict[str, Any] = {
-                "format": graph_format,
-                "precision": "float32",
-                "opset": _opset(self.folder) if graph_format == "onnx" else None,
-                "inputs": input_names(post_process),
-                "outputs": output_names(post_process),
-                "post_processing": post_process,
-                "padding_exact": hide_padding,
-                "smallest_side": _smallest_side(program) if graph_format == "torch" else 1,
-            }
-            result = self.check(export)
+            try:
+                export, result = self._make(graph_format, post_process, hide_padding)
+            except (OSError, ImportError):
+                raise
+            except Exception as error:  # exporters and runtimes have their own
+                reason = f"{type(error).__name__}: {str(error).strip()}"
+                if hide_padding:
+                    self.report(f'A graph that hides padding fails with "{name}" ({reason.splitlines()[0][:200]}).')
+                    continue
+                raise ValueError(f'"{name}" cannot be exported as {graph_format}. {reason}') from error
             self.report(f"{graph_format}, float32 against PyTorch: {result.summary()}.")
             if result.passes():
                 break
@@ -143,6 +133,22 @@ class _Job:
                 "load_exported runs images of equal size together instead; other users of the graph have to as well."
             )
         return export | {"check": result.record(TOLERANCE)}
+
+    def _make(self, graph_format: str, post_process: bool, hide_padding: bool) -> tuple[dict[str, Any], CheckResult]:
+        """Write one graph, and compare it with the model."""
+        program = trace(self.model, hide_padding=hide_padding, post_process=post_process)
+        write_graph(program, graph_format, post_process, self.folder)
+        export: dict[str, Any] = {
+            "format": graph_format,
+            "precision": "float32",
+            "opset": _opset(self.folder) if graph_format == "onnx" else None,
+            "inputs": input_names(post_process),
+            "outputs": output_names(post_process),
+            "post_processing": post_process,
+            "padding_exact": hide_padding,
+            "smallest_side": _smallest_side(program) if graph_format == "torch" else 1,
+        }
+        return export, self.check(export)
 
     def make_int8(self, export: dict[str, Any], images: CalibrationImages) -> dict[str, Any]:
         """Quantise the graph that is there."""
@@ -184,22 +190,38 @@ def _check_request(
     """Everything that can be wrong before anything is computed."""
     if graph_format not in GRAPH_FILES:
         raise ValueError(f'There is no format "{graph_format}"; there are {", ".join(GRAPH_FILES)}.')
-    if output_dir.exists():
-        if not output_dir.is_dir():
-            raise FileExistsError(f"{output_dir} is a file; an export is a folder.")
-        if any(output_dir.iterdir()) and not is_exported(output_dir):
-            raise FileExistsError(f"{output_dir} is neither empty nor an export. Nothing was written.")
+    _check_folder(output_dir, model)
     types = {parameter.dtype for parameter in model.parameters()}
     if types != {torch.float32}:
         raise ValueError(f"Only float32 models are exported, got {', '.join(map(str, types))}. Call model.float().")
-    packages = EXTRAS[graph_format]
-    for package in (*packages.to_write, *(packages.to_quantize if calibration is not None else ())):
-        import_or_name_extra(package, graph_format)
+    if calibration is not None and graph_format == "torch":
+        raise ValueError('int8 is for the formats "onnx" and "openvino".')
+    check_packages(graph_format, quantize=calibration is not None)
     if calibration is None:
         return None
-    if graph_format == "torch":
-        raise ValueError('int8 is for the formats "onnx" and "openvino".')
     return CalibrationImages(calibration, processor)
+
+
+def _check_folder(output_dir: Path, model: DetrForDetection) -> None:
+    if not output_dir.exists():
+        return
+    if not output_dir.is_dir():
+        raise FileExistsError(f"{output_dir} is a file; an export is a folder.")
+    if not any(output_dir.iterdir()):
+        return
+    if not is_exported(output_dir):
+        raise FileExistsError(f"{output_dir} is neither empty nor an export. Nothing was written.")
+    earlier = json.loads((output_dir / EXPORT_FILE).read_text(encoding="utf-8")).get("model")
+    if earlier != _source(model):
+        raise FileExistsError(
+            f"{output_dir} is the export of another model ({earlier}). Nothing was written. Name another folder."
+        )
+
+
+def _source(model: DetrForDetection) -> str:
+    """Where the model came from: a folder or a name on the Hub; empty if it was made here."""
+    name = model.config.name_or_path
+    return os.path.realpath(name) if name and os.path.isdir(name) else name
 
 
 def _working_size(processor: DetrImageProcessor) -> tuple[int, int]:
@@ -223,9 +245,7 @@ def _smallest_side(program: torch.export.ExportedProgram) -> int:
 
 
 def _versions(graph_format: str, quantized: bool) -> dict[str, str]:
-    packages = {"hf_detr", "torch", "transformers", "timm", *EXTRAS[graph_format].to_write}
-    if quantized:
-        packages |= {*EXTRAS[graph_format].to_quantize}
+    packages = {"hf_detr", "torch", "transformers", "timm", *check_packages(graph_format, quantized)}
     versions = {}
     for package in sorted(packages):
         try:
@@ -242,17 +262,28 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 @contextmanager
 def _whole_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, put in the place of `target` when nothing went wrong, and removed if something did. If only the
-    last step fails, it is left, and the error says where."""
+    last step fails, it is kept, and the error says where. What a kill left behind is put right by the next export."""
     target = Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    name = f".{target.name}.{uuid4().hex[:8]}"
-    partial, old = target.with_name(name + PARTIAL), target.with_name(name + ".old")
-    partial.mkdir()
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    partial, old, lock = (target.with_name(f".{target.name}{ending}") for ending in (PARTIAL, ".old", ".lock"))
+    with hold_lock(lock, seconds=1):
+        try:
+            if old.exists() and not target.exists():  # killed between the last two steps
+                old.rename(target)
+            for leftover in (partial, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial.mkdir()
+            try:
+                yield partial
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            _put_in_place(partial, target, old)
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _put_in_place(partial: Path, target: Path, old: Path) -> None:
     try:
         if target.exists():
             target.rename(old)
@@ -260,5 +291,6 @@ def _whole_folder(target: Path) -> Iterator[Path]:
     except OSError as error:
         if old.exists() and not target.exists():
             old.rename(target)
-        raise OSError(f"The export is whole, but cannot be put at {target} ({error}). It is in {partial}.") from error
+        kept = partial.rename(target.with_name(f"{target.name}-{uuid4().hex[:8]}"))
+        raise OSError(f"The export is whole, but cannot be put at {target} ({error}). It is in {kept}.") from error
     shutil.rmtree(old, ignore_errors=True)

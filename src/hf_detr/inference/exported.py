@@ -1,12 +1,10 @@
 """An exported model in the place of the model: loading it takes its runtime and no weights of ours."""
 
-import importlib
 import json
-from collections.abc import Callable
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,33 +13,10 @@ from ..backbone import image_sizes
 from ..configuration_hf_detr import DetrConfig
 from ..modeling_hf_detr import check_images
 from ..outputs import DetrDetectionOutput
+from ..preparation import named_dtype
+from .runtimes import GRAPH_FILES, Run, open_graph
 
 EXPORT_FILE = "export.json"
-GRAPH_FILES = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2"}
-Run = Callable[[dict[str, Tensor]], list[Tensor]]
-
-
-class _Packages(NamedTuple):
-    to_load: tuple[str, ...]
-    to_write: tuple[str, ...]
-    to_quantize: tuple[str, ...]
-
-
-EXTRAS = {
-    "onnx": _Packages(("onnxruntime",), ("onnx", "onnxscript", "onnxruntime"), ("onnx", "onnxruntime")),
-    "openvino": _Packages(("openvino",), ("openvino",), ("openvino", "nncf")),
-    "torch": _Packages((), (), ()),
-}
-
-
-def import_or_name_extra(package: str, extra: str) -> Any:
-    """Raises:
-    ImportError: it is not installed; says which extra has it.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(f'This needs {package}: pip install "hf_detr[{extra}]"') from error
 
 
 def input_names(post_process: bool) -> list[str]:
@@ -85,10 +60,15 @@ class ExportedDetr:
     device = torch.device("cpu")
     input_modalities = ("image",)  # read where a pipeline is printed
 
-    def __init__(self, config: DetrConfig, export: dict[str, Any], run: Run) -> None:
+    def __init__(self, config: DetrConfig, export: dict[str, Any], run: Run, computes_in: torch.dtype | None) -> None:
         self.config = config
         self.export = export
         self._run = run
+        self._computes_in = computes_in
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the folder itself."""
+        return load_exported, (os.path.abspath(self.config.name_or_path), self._computes_in)
 
     def __repr__(self) -> str:
         return f"ExportedDetr({self.config.name_or_path!r}, {self.export['format']}, {self.export['precision']})"
@@ -125,6 +105,7 @@ class ExportedDetr:
         Raises:
             ValueError: the inputs do not fit the model or each other.
         """
+        target_sizes = None if target_sizes is None else torch.as_tensor(target_sizes)  # also a list of pairs
         self._check(pixel_values, pixel_mask, target_sizes)
         inputs = {"pixel_values": pixel_values.detach().float().cpu()}
         if pixel_mask is None:
@@ -133,7 +114,7 @@ class ExportedDetr:
         if self.export["post_processing"]:
             if target_sizes is None:
                 target_sizes = torch.ones(len(pixel_values), 2)
-            inputs["target_sizes"] = torch.as_tensor(target_sizes).long().cpu()
+            inputs["target_sizes"] = target_sizes.long().cpu()
         outputs = self._run(inputs) if self.export["padding_exact"] else self._by_size(inputs)
         names = output_names(self.export["post_processing"])
         found: dict[str, Any] = dict(zip(names, (value.to(pixel_values.device) for value in outputs), strict=True))
@@ -143,6 +124,11 @@ class ExportedDetr:
         check_images(pixel_values, pixel_mask, self.config.num_channels)
         if target_sizes is not None and not self.export["post_processing"]:
             raise ValueError("`target_sizes` is for exports with post-processing in the graph; this one has none.")
+        if target_sizes is not None and target_sizes.shape != (len(pixel_values), 2):
+            raise ValueError(
+                f"`target_sizes` must be ({len(pixel_values)}, 2), height and width of each image, got "
+                f"{tuple(target_sizes.shape)}."
+            )
         self._check_size(pixel_values.shape[2], pixel_values.shape[3])
 
     def _check_size(self, height: int, width: int) -> None:
@@ -192,31 +178,11 @@ def load_exported(path: str | Path, dtype: torch.dtype | str | None = None) -> E
         ValueError: it is not an export, or damaged, or cannot compute in this `dtype`.
         ImportError: the runtime is not installed; the extra that has it is named.
     """
-    folder = Path(path)
+    folder, dtype = Path(path), named_dtype(dtype)
     export = _read_export(folder)
     config = DetrConfig.from_pretrained(folder)
     config.name_or_path = str(folder)  # where a pipeline looks for the image processor
-    if isinstance(dtype, str):
-        named = getattr(torch, dtype, None)
-        if not isinstance(named, torch.dtype):
-            raise ValueError(f'There is no dtype "{dtype}". Say "bfloat16", "float16" or "float32".')
-        dtype = named
-    graph_format = export["format"]
-    if graph_format != "openvino" and dtype not in (None, torch.float32):
-        raise ValueError(f"{folder} is of format {graph_format}, which cannot be told to compute in {dtype}.")
-    for package in EXTRAS[graph_format].to_load:
-        import_or_name_extra(package, graph_format)
-    graph = folder / GRAPH_FILES[graph_format]
-    try:
-        if graph_format == "onnx":
-            run = _open_onnx(graph)
-        elif graph_format == "openvino":
-            run = _open_openvino(graph, dtype or torch.float32)
-        else:
-            run = _open_torch(graph)
-    except Exception as error:  # each runtime has its own
-        raise ValueError(f"{graph} cannot be opened: {error}") from error
-    return ExportedDetr(config, export, run)
+    return ExportedDetr(config, export, open_graph(folder, export["format"], dtype), dtype)
 
 
 def _read_export(folder: Path) -> dict[str, Any]:
@@ -241,73 +207,3 @@ def _read_export(folder: Path) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is incomplete: it has no {name}. Export the model again.")
     return export
-
-
-# -- runtimes ------------------------------------------------------------------------------------------------------
-
-
-def _open_onnx(path: Path) -> Run:
-    runtime = importlib.import_module("onnxruntime")
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-    def run(inputs: dict[str, Tensor]) -> list[Tensor]:
-        found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
-        return [torch.from_numpy(value) for value in found]
-
-    return run
-
-
-def _open_torch(path: Path) -> Run:
-    graph: Any = torch.export.load(path).module()
-
-    def run(inputs: dict[str, Tensor]) -> list[Tensor]:
-        with torch.no_grad():
-            return list(graph(**inputs))
-
-    return run
-
-
-def _open_openvino(path: Path, dtype: torch.dtype) -> Run:
-    """Two programs of one graph, each compiled when it is first needed: one for batches with padding, and one for
-    batches without, from which all that hides padding is taken out. That is a tenth of the time and more."""
-    openvino = importlib.import_module("openvino")
-    core = openvino.Core()
-    precisions = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-    if dtype not in precisions:
-        raise ValueError(f"OpenVINO computes in {', '.join(map(str, precisions))}, not {dtype}")
-    # said in any case: left to itself, OpenVINO takes bfloat16 where the processor has it
-    options = {"INFERENCE_PRECISION_HINT": precisions[dtype], "PERFORMANCE_HINT": "LATENCY"}
-    requests: dict[bool, Any] = {}
-    busy = Lock()  # a request serves one caller at a time
-
-    def open_request(padded: bool) -> Any:
-        graph = core.read_model(path)
-        if not padded:
-            _take_out_masks(graph)
-        return core.compile_model(graph, "CPU", options).create_infer_request()
-
-    core.read_model(path)  # what is wrong with the file is told now
-
-    def run(inputs: dict[str, Tensor]) -> list[Tensor]:
-        arrays = {name: value.numpy() for name, value in inputs.items()}
-        # asked of numpy: PyTorch's threads would wait for more work on the cores that OpenVINO needs now
-        padded = not bool(arrays["pixel_mask"].all())
-        with busy:
-            if padded not in requests:
-                requests[padded] = open_request(padded)
-            found = requests[padded].infer(arrays, share_inputs=True)
-            return [torch.from_numpy(found[index]) for index in range(len(found))]
-
-    return run
-
-
-def _take_out_masks(graph: Any) -> None:
-    """Multiplications with `pixel_mask` at any resolution: where everything is image, they change nothing."""
-    masks = {"pixel_mask"}  # names of nodes that are the mask and nothing else
-    for node in graph.get_ordered_ops():
-        kind, sources = node.get_type_name(), [entry.get_source_output().get_node() for entry in node.inputs()]
-        is_mask = [source.get_friendly_name() in masks for source in sources]
-        if kind in ("Convert", "Unsqueeze", "Slice", "MaxPool") and is_mask[0]:
-            masks.add(node.get_friendly_name())
-        elif kind == "Multiply" and sum(is_mask) == 1:
-            node.output(0).replace(node.input(is_mask.index(False)).get_source_output())

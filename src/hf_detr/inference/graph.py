@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..boxes import cxcywh_to_xyxy
-from .exported import EXTRAS, GRAPH_FILES, import_or_name_extra, input_names, output_names
+from .exported import input_names, output_names
 from .masked_backbone import MaskedBackbone, plan_masks
+from .runtimes import GRAPH_FILES, check_packages
 
 if TYPE_CHECKING:
     from ..modeling_hf_detr import DetrForDetection
@@ -120,8 +121,7 @@ def write_graph(program: torch.export.ExportedProgram, graph_format: str, post_p
     Raises:
         ImportError: a package is missing; the extra that has it is named.
     """
-    for package in EXTRAS[graph_format].to_write:
-        import_or_name_extra(package, graph_format)
+    check_packages(graph_format)
     path = folder / GRAPH_FILES[graph_format]
     if graph_format == "torch":
         torch.export.save(program, path)

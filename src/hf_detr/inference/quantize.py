@@ -13,8 +13,8 @@ from torch import Tensor
 from ..data.source import image_files
 from ..image_processing_hf_detr import DetrImageProcessor
 from .batches import run_ahead
-from .exported import EXTRAS, GRAPH_FILES, import_or_name_extra
 from .graph import quiet
+from .runtimes import GRAPH_FILES, check_packages
 
 Arrays = Callable[[dict[str, Tensor]], dict[str, Any]]
 MOST_IMAGES = 300  # that calibration looks at; NNCF's own default
@@ -80,8 +80,7 @@ def quantize_graph(graph_format: str, folder: Path, names: Sequence[str], images
         ImportError: a package is missing; the extra that has it is named.
         ValueError: none of the images can be read.
     """
-    for package in EXTRAS[graph_format].to_quantize:
-        import_or_name_extra(package, graph_format)
+    check_packages(graph_format, quantize=True)
     if next(iter(images), None) is None:
         path, reason = next(iter(images.unread.items()))
         raise ValueError(f"None of the images to calibrate on can be read. {path}: {reason}")
