@@ -33,6 +33,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
@@ -65,6 +66,8 @@ MOST_PICTURES = 1000  # drawn without being asked for
 
 def main() -> None:
     args = parse_args()
+    if args.tiling is not None:
+        PIL.Image.MAX_IMAGE_PIXELS = None  # who asks for tiles has images as large as Pillow suspects
     end_with_launcher()
     accelerator = Accelerator()
     use_all_cores(accelerator.num_processes)
