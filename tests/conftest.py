@@ -4,12 +4,15 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the cores to the other workers
 
 import pytest
 import torch
 import transformers
 
 import hf_detr
+
+THREADS = max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 TINY = {
     "num_queries": 12,
@@ -27,7 +30,7 @@ TINY = {
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
 
 
 def tiny_config(**changes) -> hf_detr.DetrConfig:
