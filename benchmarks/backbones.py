@@ -33,20 +33,21 @@ TABLE = Path(__file__).with_suffix(".md")
 ALSO = {"byobnet": ["repvgg_a0"]}  # the network whose crash started this
 KINDS = ("timm", "Backbone")
 COMBINATIONS = ("contiguous float32", "contiguous bf16", "channels-last float32", "channels-last bf16")
-TOLERANCE = {"float32": 1e-4, "bf16": 5e-2}
-TIMEOUT = 240
+TIMEOUT = 600
 TEXT = """# Every timm family in both memory formats
 
 `python benchmarks/backbones.py --folder sweep` on {versions}.
 Networks run: {done}.
 
-The smallest member of every timm family, in a process of its own: forward and backward on 2 images of 224 x 224 (of 256
-where blocks do not divide 224; 1 image if it has more than 40 million parameters or is slow), as timm builds it (all
+The smallest member of every timm family, in a process of its own: forward and backward on 2 images of 224 x 224 (of its
+own size where it takes no other; 1 image if it has more than 40 million parameters or is slow), as timm builds it (all
 levels, eval mode) and in `hf_detr.backbone.Backbone` (deepest level, forward in eval mode, forward and backward in
 training). A cell says whether features and all gradients equal those of contiguous float32, with the largest difference
-in the largest value of its tensor: `ok` within 1e-4 (float32) or 5e-2 (bf16 autocast), or where contiguous itself is
-about as far off (from float64 in float32, by a factor of 3; from float32 in bf16, by a factor of 2). The networks have
-random weights. Networks whose contiguous float32 fails: {failed}.
+in the largest value of its tensor: `ok` within 1e-4 (float32) or 5e-2 (bf16 autocast). Beyond it float64 is the
+referee, on up to {draws} draws of images: `ok` if channels-last is within that of float64, or at most twice as far from
+it as contiguous, on one of them. (Rounding takes values over the zero of a ReLU, or over another pixel under a max
+pooling, and gradients jump, in either format; a wrong kernel is wrong on all images.) The networks have random weights.
+Networks whose contiguous float32 fails: {failed}.
 
 What kills the process is one operator: the weight gradient of a strided 1x1 convolution without padding on fewer than
 16 channels, in channels-last float32 (uxlfoundation/oneDNN#6035). `replace_unsafe_convolutions` computes it as every
@@ -103,19 +104,18 @@ def sweep(member: dict[str, Any]) -> dict[str, Any]:
 def verdict(result: dict[str, Any], combination: str) -> str:
     """ "ok" and the distance from contiguous float32, or what went wrong.
 
-    Rounding of a deep network can exceed the tolerance in any format. What counts then is whether channels-last is much
-    farther off than contiguous: from float64 in float32, and from float32 in bf16.
+    Rounding of a deep network can exceed the tolerance in any format. What counts then is whether channels-last is more
+    than twice as far off as contiguous, where it matters from float64 and on several draws of images.
     """
     outcome = result["outcomes"].get(combination, {"ending": result["together"]})
     if "ending" in outcome or "exception" in outcome:
         return f"**{outcome.get('ending') or outcome.get('exception')}**"
     dtype, error = combination.rpartition(" ")[2], outcome["error"]
-    allowed = TOLERANCE[dtype]
-    if dtype == "bf16":
-        other = result["outcomes"].get(combination.replace("channels-last", "contiguous"), {}).get("error", 0)
-        allowed = max(allowed, 2 * other)
-    elif "from_float64" in outcome:
-        error, allowed = outcome["from_float64"], max(allowed, 3 * outcome["contiguous_from_float64"])
+    contiguous = result["outcomes"].get(combination.replace("channels-last", "contiguous"), {}).get("error", 0)
+    allowed = max(backbone_child.TOLERANCE[dtype], 2 * contiguous)
+    if "from_float64" in outcome:
+        error = outcome["from_float64"]
+        allowed = max(backbone_child.TOLERANCE[dtype], 2 * outcome["contiguous_from_float64"])
     return f"ok {outcome['error']:.0e}" if error <= allowed else f"**differs {outcome['error']:.0e}**"
 
 
@@ -157,6 +157,7 @@ def table(members: list[dict[str, Any]], results: dict[str, dict[str, Any]], ver
     done = f"{len(rows)} of {len(rows) + len(missing)}"
     return TEXT.format(
         versions=versions,
+        draws=backbone_child.DRAWS,
         networks=sum(member["networks"] for member in members),
         count=len(affected),
         affected=", ".join(affected),
