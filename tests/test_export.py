@@ -185,6 +185,9 @@ def test_onnx_int8_quantises_convolutions_and_linear_layers_but_not_the_heads(ex
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
     assert all(producer[node.input[1]] == "DequantizeLinear" for node in convolutions)
     assert len(convolutions) > 7
+    rounded = {producer.get(node.input[0]) for node in graph.node if node.op_type == "QuantizeLinear"}
+    assert "Conv" in rounded  # one runs in int8 only if its result is
+    assert not rounded & {"MatMul", "Gemm", "Softmax"}
     initializers = {entry.name: list(entry.dims) for entry in graph.initializer}
     kept = [initializers.get(node.input[1]) for node in graph.node if node.op_type in ("MatMul", "Gemm")]
     assert [32, 6] in kept or [6, 32] in kept  # classes

@@ -121,7 +121,8 @@ def _quantize_openvino(path: Path, place: Path, images: CalibrationImages, array
 
 def _quantize_onnx(path: Path, place: Path, images: CalibrationImages, arrays: Arrays) -> None:
     """By ONNX Runtime's own quantiser, not by NNCF: it writes what the runtime's kernels look for, and comes with it.
-    Convolutions and linear layers; products within attention stay, since both of their sides change."""
+    Convolutions and linear layers; products within attention stay, since both of their sides change. What linear layers
+    give stays in float32, too: it is added to what came before, layer after layer, and so would be its errors."""
     onnx, quantization = importlib.import_module("onnx"), importlib.import_module("onnxruntime.quantization")
     shapes = importlib.import_module("onnxruntime.quantization.shape_inference")
 
@@ -142,17 +143,19 @@ def _quantize_onnx(path: Path, place: Path, images: CalibrationImages, arrays: A
         sources = {output: list(node.input) for output, node in kinds.items()}
         ends = [output.name for output in graph.output]
         last = _nearest(ends, sources, lambda name: kinds[name].op_type in ("MatMul", "Gemm"))
+        weights = {entry.name for entry in graph.initializer}
+        products = [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] not in weights]
         quantization.quantize_static(
             prepared,
             place / path.name,
             Reader(),
             op_types_to_quantize=["Conv", "MatMul", "Gemm"],
-            nodes_to_exclude=[kinds[name].name for name in last],
+            nodes_to_exclude=[kinds[name].name for name in last] + products,
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
             use_external_data_format=large,
-            extra_options={"MatMulConstBOnly": True},
+            extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
         )
     for file in place.glob(f"{path.name}*"):
         file.replace(path.with_name(file.name))
