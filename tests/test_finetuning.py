@@ -500,7 +500,7 @@ def test_signals_are_noted_and_the_second_interrupt_is_obeyed():
     stop = StopRequest()
     try:
         assert not stop.requested
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # to this thread; `os.kill` may return before another one has got it
         assert stop.requested
         assert stop.exit_code == 143
         with pytest.raises(KeyboardInterrupt):
@@ -533,7 +533,9 @@ def test_a_run_that_is_killed_ends_as_one_that_is_left_alone(tmp_path, processes
     assert done.returncode == 0, done.stdout + done.stderr
     assert "equal, bit by bit" in done.stdout
     if processes == 1:
-        assert "exit code 143" in done.stdout
+        (terminated,) = [line for line in done.stdout.splitlines() if "SIGTERM" in line]
+        nothing_to_stop = any(f"| {phase} |" in terminated for phase in ("starting", "concluding"))
+        assert nothing_to_stop or "exit code 143" in terminated
 
 
 def load_script(name):
