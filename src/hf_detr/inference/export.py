@@ -214,7 +214,8 @@ def _check_folder(output_dir: Path, model: DetrForDetection) -> None:
     earlier = json.loads((output_dir / EXPORT_FILE).read_text(encoding="utf-8")).get("model")
     if earlier != _source(model):
         raise FileExistsError(
-            f"{output_dir} is the export of another model ({earlier}). Nothing was written. Name another folder."
+            f"{output_dir} is the export of another model ({earlier or 'made in Python'}). Nothing was written. Name "
+            "another folder."
         )
 
 
