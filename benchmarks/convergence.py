@@ -506,7 +506,7 @@ def spread(values: list[float]) -> str:
 
 COLOURS = (
     "#0b6e4f", "#c1121f", "#1d4ed8", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f", "#6b7280", "#92400e",
-    "#000000", "#0f766e",
+    "#000000", "#eab308", "#67e8f9", "#f0abfc", "#84cc16", "#fb7185",
 )  # fmt: skip
 PANEL_WIDTH, PANEL_HEIGHT, LEFT, TOP, GAP, LEGEND = 430, 320, 60, 50, 70, 230
 

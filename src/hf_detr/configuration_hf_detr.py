@@ -64,7 +64,8 @@ class DetrConfig(PreTrainedConfig):
         eos_coefficient: weight of the no-object class in the class loss.
         class_loss: `"cross_entropy"`, the paper's, `"focal"`, or `"iou_aware"`, whose scores tell how good the box is
             (formulas: [`~hf_detr.class_loss.class_loss`]). Costs nothing. The latter two ignore `eos_coefficient`, and
-            want `prior_probability`.
+            want `prior_probability`. `"iou_aware"` goes with anchors or the dense loss: alone and from random weights,
+            it learned more slowly than the paper's.
         class_loss_coefficient: weight of the class loss.
         prior_probability: an untrained model gives objects this probability (arXiv 1708.02002, section 4.1), so that
             it does not begin with unlearning: the bias of "no object" is `log(C (1 - p) / p)`, the others 0, for C
