@@ -9,6 +9,7 @@ import math
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torchvision.transforms import v2
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -22,10 +23,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="default: the recipe's")
     parser.add_argument("--output_dir", default="runs/trainer")
     args = parser.parse_args()
-    training.use_all_cores(PartialState().num_processes)
+    # left to itself, it takes several processes without an accelerator for one each
+    state = PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    training.use_all_cores(state.num_processes)
     set_seed(0)
 
-    with PartialState().main_process_first():  # the others find what the first has drawn and read
+    with state.main_process_first():  # the others find what the first has drawn and read
         folder = args.dataset or data.draw_shapes_dataset("data/shapes")
         train_set = data.load_detection_dataset(folder, "train")
         names = data.id2label(train_set)
@@ -49,7 +52,7 @@ def main() -> None:
 
     rates = (values[name] for name in ("learning_rate", "backbone_learning_rate", "weight_decay"))
     optimizer = torch.optim.AdamW(training.parameter_groups(model, *rates))
-    steps = math.ceil(len(train_set) / (values["batch_size"] * PartialState().num_processes))  # an epoch
+    steps = math.ceil(len(train_set) / (values["batch_size"] * state.num_processes))  # an epoch
     schedule = {"warmup": values["warmup"], "decay": values["decay"], "total_steps": values["epochs"] * steps}
     metrics = TrainerMetrics(processor, names)
     trainer = Trainer(
@@ -60,7 +63,7 @@ def main() -> None:
             dataloader_num_workers=2 if args.dataset else 0, remove_unused_columns=False, eval_do_concat_batches=False,
             eval_strategy="steps", eval_steps=steps * min(values["eval_every"], values["epochs"]), report_to="none",
             logging_strategy="epoch", save_strategy="best", save_total_limit=1, metric_for_best_model="AP",
-            load_best_model_at_end=True, max_grad_norm=0.1, use_cpu=PartialState().device.type == "cpu",
+            load_best_model_at_end=True, max_grad_norm=0.1, use_cpu=state.device.type == "cpu",
         ),
         data_collator=data.DetectionCollator(processor), processing_class=processor, eval_dataset=val_set,
         train_dataset=data.AugmentedDataset(train_set, augmentation),  # the Trainer's loader tells it the epoch

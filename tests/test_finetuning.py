@@ -22,7 +22,6 @@ from torch import nn
 
 from hf_detr import DetrForDetection
 from hf_detr.data import DistributedBatches
-from hf_detr.jobs import StopRequest
 from hf_detr.loss import LossNormalizers, count_for_loss
 from hf_detr.training import (
     SCHEDULES,
@@ -495,19 +494,26 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
     claim(tmp_path / "run").lock.close()
 
 
+SIGNALS = """
+import signal
+from hf_detr.jobs import StopRequest
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
+stop = StopRequest()
+print(stop.requested)
+signal.raise_signal(signal.SIGTERM)
+print(stop.requested, stop.exit_code)
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+stop.end()
+print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
+"""
+
+
 def test_signals_are_noted_and_the_second_interrupt_is_obeyed():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
-    stop = StopRequest()
-    try:
-        assert not stop.requested
-        signal.raise_signal(signal.SIGTERM)  # to this thread; `os.kill` may return before another one has got it
-        assert stop.requested
-        assert stop.exit_code == 143
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        stop.end()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    done = subprocess.run([sys.executable, "-c", SIGNALS], capture_output=True, text=True, timeout=100, check=False)
+    assert done.stdout.split() == ["False", "True", "143", "interrupted", "True"], done.stderr
 
 
 def test_early_stopping_counts_evaluations_since_the_best():

@@ -17,9 +17,13 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "finetune_trainer.py"
 # the example with fewer images to draw; everything else is as its user has it
 SMALL = """
 import runpy, sys
+from pathlib import Path
 from hf_detr import data
 draw = data.draw_shapes_dataset
-data.draw_shapes_dataset = lambda folder: draw(folder, num_train=24, num_val=10, progress=False)
+def draw_few(folder):
+    sys.stdout.write("" if Path(folder).exists() else "drawing\\n")
+    return draw(folder, num_train=24, num_val=10, progress=False)
+data.draw_shapes_dataset = draw_few
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -39,6 +43,7 @@ def test_the_trainer_trains_the_same_recipe_and_leaves_a_checkpoint(tmp_path, la
     (tmp_path / "small.py").write_text(SMALL)
     output = run(*launcher, "small.py", EXAMPLE, "--epochs", "2", "--output_dir", "out", cwd=tmp_path)
     assert "Recipe small-data" in output
+    assert output.count("drawing") == 1, "others wait for the first process"
     found = json.loads((tmp_path / "out" / "eval_results.json").read_text())
     assert {"eval_AP", "eval_AP50", "eval_AP_triangle", "eval_loss"} <= set(found)
     assert found["epoch"] == 2

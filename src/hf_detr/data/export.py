@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset, Image
 from tqdm.auto import tqdm
 
+from ..jobs.files import replacing
 from .schema import category_ids, id2label
 
 
@@ -75,7 +76,6 @@ def write_coco(
         "annotations": annotations,
     }
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial")
-    partial.write_text(json.dumps(content))
-    partial.rename(target)
+    with replacing(target) as file:
+        json.dump(content, file)
     return target

@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
+from ..jobs.files import replacing
+
 CLASSES = ("rectangle", "ellipse", "triangle")
 MIN_SIDE, MAX_SIDE = 96, 160
 MAX_OBJECTS = 4
@@ -90,9 +92,8 @@ def write_drawn_dataset(
                         "iscrowd": 0,
                     }
                 )
-        partial = target.with_suffix(".partial")
-        partial.write_text(json.dumps(coco))
-        partial.rename(target)
+        with replacing(target) as file:
+            json.dump(coco, file)
     return folder
 
 
