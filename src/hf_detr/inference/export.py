@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -281,7 +281,8 @@ def _whole_folder(target: Path) -> Iterator[Path]:
                 raise
             _put_in_place(partial, target, old)
         finally:
-            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # Windows keeps a file that is open
+                lock.unlink()
 
 
 def _put_in_place(partial: Path, target: Path, old: Path) -> None:
