@@ -17,8 +17,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from hf_detr.backbone import Backbone, _plan, feature_strides
-from hf_detr.memory_format import preferred_memory_format, replace_unsafe_convolutions, unsafe_convolutions
+from hf_detr.model.backbone import Backbone, _plan, feature_strides
+from hf_detr.model.memory_format import preferred_memory_format, replace_unsafe_convolutions, unsafe_convolutions
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}

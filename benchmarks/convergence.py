@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
-from hf_detr.boxes import cxcywh_to_xyxy
+from hf_detr.model.boxes import cxcywh_to_xyxy
 from hf_detr.data import (
     Augmentation,
     AugmentedDataset,

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from hf_detr.data import load_detection_dataset
-from hf_detr.doctor import examine
+from hf_detr.dataset_check import examine
 
 
 def draw(folder: Path, count: int) -> None:

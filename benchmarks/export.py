@@ -25,7 +25,7 @@ from measure import compare, machine, print_table
 from transformers import PreTrainedModel
 
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
-from hf_detr.inference import export_model, load_exported
+from hf_detr.export import export_model, load_exported
 from hf_detr.interop import to_transformers
 from hf_detr.training import use_all_cores
 

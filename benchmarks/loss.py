@@ -7,7 +7,7 @@ import torch
 from measure import compare, print_table
 from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
 
-from hf_detr.loss import set_loss
+from hf_detr.model.loss import set_loss
 
 LAYERS, QUERIES, CLASSES = 6, 100, 91
 WEIGHTS = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 from transformers import pipeline
 
 import hf_detr
-from hf_detr.inference import load_batches, predict_batch
+from hf_detr.prediction import load_batches, predict_batch
 from hf_detr.interop import to_transformers
 
 # (width, height), with their share in 20 photos

@@ -19,8 +19,8 @@ from transformers import pipeline
 
 import hf_detr
 from hf_detr.data import shapes
-from hf_detr.evaluation.matching import match_images
-from hf_detr.inference import Tiling, load_image, predict_batch
+from hf_detr.evaluation.detection_matching import match_images
+from hf_detr.prediction import Tiling, load_image, predict_batch
 
 SMALL = (20.0, 40.0)  # the longer side in pixels
 LARGE = (0.2, 0.4)  # the same, as a part of the drawing

@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from hf_detr.doctor import KINDS, examine, write_clean_copy, write_report
+from hf_detr.dataset_check import KINDS, examine, write_clean_copy, write_report
 
 
 def main() -> int:

@@ -20,8 +20,8 @@ from hf_detr.evaluation import (
     save_class_thresholds,
     write_report,
 )
-from hf_detr.inference import is_exported, load_exported
-from hf_detr.jobs import import_extra
+from hf_detr.export import is_exported, load_exported
+from hf_detr.runtime import import_extra
 from hf_detr.training import use_all_cores
 
 

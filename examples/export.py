@@ -12,7 +12,7 @@ those of PyTorch over batches of many shapes, with padding and without. Leaves i
 
 and in Python, on the runtime of the format:
 
-    model = load_exported(FOLDER)  # of hf_detr.inference; dtype="bfloat16" for OpenVINO on a CPU that has it
+    model = load_exported(FOLDER)  # of hf_detr.prediction; dtype="bfloat16" for OpenVINO on a CPU that has it
     detector = pipeline("object-detection", model=model, image_processor=FOLDER)
 
 `examples/evaluate.py --model FOLDER` measures an export. Each format has its extra: pip install "hf_detr[onnx]",
@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader
 from hf_detr import DetrForDetection, DetrImageProcessor
 from hf_detr.data import DetectionCollator, load_detection_dataset
 from hf_detr.evaluation import evaluate_detection
-from hf_detr.inference import export_model
-from hf_detr.jobs import import_extra
+from hf_detr.export import export_model
+from hf_detr.runtime import import_extra
 from hf_detr.training import use_all_cores
 
 

@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 from transformers import pipeline
 
 from hf_detr import DetrForDetection, DetrImageProcessor
-from hf_detr.inference import (
+from hf_detr.prediction import (
     PredictionJob,
     ShardWriter,
     Tiling,
@@ -57,7 +57,7 @@ from hf_detr.inference import (
     open_video_job,
     predict_batch,
 )
-from hf_detr.jobs import Everyone, StopRequest, end_with_launcher
+from hf_detr.runtime import Everyone, StopRequest, end_with_launcher
 from hf_detr.training import use_all_cores
 from hf_detr.visualization import draw_detections
 

@@ -37,7 +37,7 @@ from hf_detr.evaluation import (
     write_report,
 )
 from hf_detr.evaluation.analysis import above
-from hf_detr.post_processing import post_process_detection
+from hf_detr.model.post_processing import post_process_detection
 
 NAMES = {0: "cat", 1: "dog", 2: "owl"}
 SIDE = 100  # of every planted object, on a grid with gaps of its own size

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from hf_detr import DetrForDetection
-from hf_detr.backbone import Backbone
+from hf_detr.model.backbone import Backbone
 
 # name: (sizes the padded batch is made of, expected stride)
 FAMILIES = {

@@ -14,8 +14,8 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from hf_detr import DetrImageProcessor
-from hf_detr.data.augment import AugmentedDataset, paper_augmentation
-from hf_detr.data.batches import (
+from hf_detr.data.augmentation import AugmentedDataset, paper_augmentation
+from hf_detr.data.batching import (
     AspectRatioBatches,
     DistributedBatches,
     build_loader,

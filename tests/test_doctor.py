@@ -12,7 +12,7 @@ from formats import WRITERS, rotated_jpeg, shapes
 from PIL import Image
 
 from hf_detr.data import load_detection_dataset
-from hf_detr.doctor import KINDS, examine, write_clean_copy, write_report
+from hf_detr.dataset_check import KINDS, examine, write_clean_copy, write_report
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "check_dataset.py"
 

@@ -18,9 +18,9 @@ from transformers import pipeline
 from hf_detr import DetrForDetection, DetrImageProcessor
 from hf_detr.data import DetectionCollator, draw_shapes_dataset, load_detection_dataset
 from hf_detr.evaluation import evaluate_detection
-from hf_detr.inference import export, export_model, is_exported, load_exported
-from hf_detr.inference.masked_backbone import MaskedBackbone, plan_masks
-from hf_detr.inference.quantize import CalibrationImages, quantize_graph
+from hf_detr.export import export_model, exporting, is_exported, load_exported
+from hf_detr.export.masked_backbone import MaskedBackbone, plan_masks
+from hf_detr.export.quantize import CalibrationImages, quantize_graph
 
 EXPORT = Path(__file__).parents[1] / "examples" / "export.py"
 SMALL = {"backbone": "resnet10t", "feature_stride": 8, "encoder_layers": 1, "decoder_layers": 2}
@@ -284,8 +284,8 @@ def test_a_failed_check_writes_nothing_and_leaves_an_earlier_export(monkeypatch,
     earlier = shutil.copytree(folder, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in earlier.iterdir()}
     other = DetrForDetection(model.config).eval()
-    monkeypatch.setattr(export, "trace", lambda model, **kwargs: torch.export.load(folder / "model.pt2"))
-    monkeypatch.setattr(export, "write_graph", lambda *args: shutil.copy(folder / "model.pt2", args[-1]))
+    monkeypatch.setattr(exporting, "trace", lambda model, **kwargs: torch.export.load(folder / "model.pt2"))
+    monkeypatch.setattr(exporting, "write_graph", lambda *args: shutil.copy(folder / "model.pt2", args[-1]))
     with pytest.raises(ValueError, match=r"other results than PyTorch.*Nothing was written"):
         export_model(other, processor(), earlier, graph_format="torch", report=lambda line: None)
     assert {path.name: path.read_bytes() for path in earlier.iterdir()} == before
@@ -298,7 +298,7 @@ def test_what_a_kill_left_behind_is_put_right(monkeypatch, export_of, tmp_path):
     model, folder, _ = export_of("torch")
     shutil.copytree(folder, tmp_path / ".out.old")
     (tmp_path / ".out.partial").mkdir()
-    monkeypatch.setattr(export, "trace", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(exporting, "trace", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ValueError, match=r'"resnet10t" cannot be exported as torch\. ZeroDivisionError'):
         export_model(model, processor(), tmp_path / "out", graph_format="torch", report=lambda line: None)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -307,7 +307,7 @@ def test_what_a_kill_left_behind_is_put_right(monkeypatch, export_of, tmp_path):
 
 def test_what_cannot_be_written_with_padding_hidden_is_written_without(monkeypatch, tmp_path):
     model, said = spread(tiny_model(**SMALL)), []
-    write = export.write_graph
+    write = exporting.write_graph
     tried = []
 
     def fail_first(*args):
@@ -316,7 +316,7 @@ def test_what_cannot_be_written_with_padding_hidden_is_written_without(monkeypat
             raise RuntimeError("no such operator\nand a page of it")
         write(*args)
 
-    monkeypatch.setattr(export, "write_graph", fail_first)
+    monkeypatch.setattr(exporting, "write_graph", fail_first)
     told = export_model(model, processor(), tmp_path / "out", graph_format="torch", report=said.append)
     assert told["padding_exact"] is False
     assert 'hides padding fails with "resnet10t" (RuntimeError: no such operator)' in said[0]

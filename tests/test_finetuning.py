@@ -22,7 +22,7 @@ from torch import nn
 
 from hf_detr import DetrForDetection
 from hf_detr.data import DistributedBatches
-from hf_detr.loss import LossNormalizers, count_for_loss
+from hf_detr.model.loss import LossNormalizers, count_for_loss
 from hf_detr.training import (
     SCHEDULES,
     Meter,
@@ -496,7 +496,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
 
 SIGNALS = """
 import signal
-from hf_detr.jobs import StopRequest
+from hf_detr.runtime import StopRequest
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
 stop = StopRequest()
 print(stop.requested)

@@ -9,8 +9,8 @@ from conftest import randomise_norms, relative_difference
 from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 
-from hf_detr.backbone import Backbone
-from hf_detr.folding import FoldedConv2d, find_pairs, fold
+from hf_detr.model.backbone import Backbone
+from hf_detr.model.folding import FoldedConv2d, find_pairs, fold
 
 FAMILIES = [
     "test_resnet",

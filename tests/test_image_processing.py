@@ -10,7 +10,7 @@ import transformers
 from PIL import Image
 
 from hf_detr import DetrImageProcessor
-from hf_detr.images import to_rgb_tensor
+from hf_detr.model.image_io import to_rgb_tensor
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import torch
 from conftest import random_labels, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_detr.loss import check_labels, set_loss
-from hf_detr.matcher import hungarian_matching
+from hf_detr.model.loss import check_labels, set_loss
+from hf_detr.model.matcher import hungarian_matching
 
 CLASSES = 5
 

@@ -5,7 +5,7 @@ import torch
 from conftest import random_labels
 from transformers.loss.loss_for_object_detection import HungarianMatcher
 
-from hf_detr.matcher import hungarian_matching, matching_costs
+from hf_detr.model.matcher import hungarian_matching, matching_costs
 
 
 def flatten(labels):

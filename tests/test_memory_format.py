@@ -10,8 +10,8 @@ import timm
 import torch
 from torch import nn
 
-from hf_detr.backbone import Backbone
-from hf_detr.memory_format import (
+from hf_detr.model.backbone import Backbone
+from hf_detr.model.memory_format import (
     SubsampledConv2d,
     preferred_memory_format,
     replace_unsafe_convolutions,
@@ -20,7 +20,7 @@ from hf_detr.memory_format import (
 
 TRAIN = """
 import torch
-from hf_detr.backbone import Backbone
+from hf_detr.model.backbone import Backbone
 backbone = Backbone("repvgg_a0", freeze_batch_norm=False, frozen_stages=-1).train()
 for _ in range(2):
     backbone(torch.randn(4, 3, 224, 224))[0].square().mean().backward()

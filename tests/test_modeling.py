@@ -11,7 +11,7 @@ from torch import nn
 
 import hf_detr
 from hf_detr import DetrConfig, DetrForDetection, DetrModel
-from hf_detr.transformer import MultiHeadAttention
+from hf_detr.model.transformer import MultiHeadAttention
 
 
 def test_auto_classes_know_our_models(tmp_path):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_detr.position_embedding import LearnedPositionEmbedding, SinePositionEmbedding
+from hf_detr.model.position_embedding import LearnedPositionEmbedding, SinePositionEmbedding
 
 CPU = torch.device("cpu")
 

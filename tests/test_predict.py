@@ -1,4 +1,4 @@
-"""`examples/predict.py` as its users call it, also when it is killed, and the parts in `hf_detr.inference`."""
+"""`examples/predict.py` as its users call it, also when it is killed, and the parts in `hf_detr.prediction`."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from transformers import pipeline
 
 from hf_detr import DetrImageProcessor
 from hf_detr.data import draw_shapes_dataset
-from hf_detr.inference import (
+from hf_detr.prediction import (
     Prediction,
     ShardWriter,
     annotation_ids,
@@ -37,9 +37,9 @@ from hf_detr.inference import (
     predict_batch,
     read_shards,
 )
-from hf_detr.inference.batches import group_by_size, read_size, run_ahead
-from hf_detr.jobs import PARTIAL, hold_lock
-from hf_detr.pipeline_hf_detr import DetrDetectionPipeline
+from hf_detr.prediction.size_batches import group_by_size, read_size, run_ahead
+from hf_detr.runtime import PARTIAL, hold_lock
+from hf_detr.prediction.pipeline import DetrDetectionPipeline
 
 PREDICT = Path(__file__).parents[1] / "examples" / "predict.py"
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
@@ -324,7 +324,7 @@ def test_sigterm_ends_with_143_and_keeps_what_was_done(many, checkpoint, tmp_pat
 
 @pytest.mark.skipif(sys.platform == "win32", reason="process ids of parents")
 def test_a_process_that_waits_in_vain_ends_after_its_launcher(tmp_path):
-    worker = "from hf_detr.jobs import end_with_launcher; end_with_launcher(0); open('ready', 'w'); input()"
+    worker = "from hf_detr.runtime import end_with_launcher; end_with_launcher(0); open('ready', 'w'); input()"
     read, write = os.pipe()  # what the worker waits for never comes
     launcher = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"],

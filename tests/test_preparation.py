@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import padded_batch, randomise_norms, relative_difference, tiny_model
 
-from hf_detr.folding import FoldedConv2d
+from hf_detr.model.folding import FoldedConv2d
 
 MODELS = {
     "frozen norms": {},

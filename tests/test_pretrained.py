@@ -10,7 +10,7 @@ from conftest import tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
 from hf_detr import DetrConfig, DetrForDetection, DetrModel
-from hf_detr.pretrained import _stored_config
+from hf_detr.model.pretrained import _stored_config
 
 NAMES = {0: "N/A", 1: "cat", 2: "dog", 3: "N/A", 4: "bird"}
 

@@ -166,7 +166,7 @@ class Answers(torch.nn.Module):
         self.config = DetrConfig(num_queries=logits.shape[1], num_labels=logits.shape[2] - 1)
 
     def forward(self, pixel_values):
-        from hf_detr.outputs import DetrDetectionOutput
+        from hf_detr.model.outputs import DetrDetectionOutput
 
         return DetrDetectionOutput(logits=self.told, pred_boxes=self.boxes)
 

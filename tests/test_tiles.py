@@ -8,7 +8,7 @@ import torch
 from scipy import ndimage
 
 from hf_detr import DetrImageProcessor
-from hf_detr.inference import LoadedImage, Tiling, merge_views, predict_batch
+from hf_detr.prediction import LoadedImage, Tiling, merge_views, predict_batch
 
 # -- where tiles lie ---------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from conftest import random_labels, tiny_model
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
 from hf_detr.data import DetectionCollator, draw_shapes_dataset, id2label, load_detection_dataset
 from hf_detr.evaluation import evaluate_detection
-from hf_detr.loss import set_loss
+from hf_detr.model.loss import set_loss
 from hf_detr.training import parameter_groups, use_all_cores
 
 

@@ -1,4 +1,4 @@
-"""Videos through `examples/predict.py` and `hf_detr.inference`: what is found and kept, and ends that come early."""
+"""Videos through `examples/predict.py` and `hf_detr.prediction`: what is found and kept, and ends that come early."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ import pytest
 from conftest import save_tiny_checkpoint
 from transformers import pipeline
 
-from hf_detr.inference import VideoReader, VideoWriter, load_frames
+from hf_detr.prediction import VideoReader, VideoWriter, load_frames
 
 av = pytest.importorskip("av")
 

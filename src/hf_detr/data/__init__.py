@@ -1,8 +1,8 @@
 """Data sets in, batches out."""
 
-from ..images import open_image
-from .augment import Augmentation, AugmentedDataset, RandomSizeCrop, paper_augmentation, turns_augmentation
-from .batches import (
+from ..model.image_io import open_image
+from .augmentation import Augmentation, AugmentedDataset, RandomSizeCrop, paper_augmentation, turns_augmentation
+from .batching import (
     AspectRatioBatches,
     DistributedBatches,
     build_loader,
@@ -11,7 +11,7 @@ from .batches import (
     resized_sizes,
 )
 from .collate import DetectionCollator
-from .export import export_coco
+from .coco_export import export_coco
 from .find import find_source
 from .load import load_detection_dataset
 from .schema import category_ids, detection_features, detection_info, id2label, source_of

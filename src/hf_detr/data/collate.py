@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..image_processing_hf_detr import DetrImageProcessor
+from ..model.image_processing_hf_detr import DetrImageProcessor
 
 
 class Label(dict[str, Tensor]):

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from .coco import find_coco
-from .imagefolder import find_imagefolder
+from .formats.coco import find_coco
+from .formats.imagefolder import find_imagefolder
 from .source import Source
-from .voc import find_voc
-from .yolo import find_yolo
+from .formats.voc import find_voc
+from .formats.yolo import find_yolo
 
 SPLIT_NAMES = {"val": ("val", "valid", "validation"), "train": ("train", "training")}
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .coco import Record, class_names
-from .matching import RECALLS, Bools, Floats, interpolated_precision, match_images
+from .coco_metrics import Record, class_names
+from .detection_matching import RECALLS, Bools, Floats, interpolated_precision, match_images
 
 THRESHOLDS = np.linspace(0.0, 1.0, 101)
 DEFAULT_THRESHOLD = 0.5

@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from .coco import Record
-from .matching import ImageMatches, average_precision, match_images
+from .coco_metrics import Record
+from .detection_matching import ImageMatches, average_precision, match_images
 
 ERROR_TYPES = ("classification", "localisation", "both", "duplicate", "background", "missed")
 FOREGROUND, BACKGROUND = 0.5, 0.1

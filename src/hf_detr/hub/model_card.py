@@ -12,9 +12,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation import METRICS
-from ..evaluation.coco import DESCRIPTIONS
-from ..image_processing_hf_detr import HfDetrImageProcessor
-from ..modeling_hf_detr import DetrForDetection
+from ..evaluation.coco_metrics import DESCRIPTIONS
+from ..model.image_processing_hf_detr import HfDetrImageProcessor
+from ..model.modeling_hf_detr import DetrForDetection
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 MARKER = "<!-- Written by hf_detr. Delete this line to keep your edits: the next push then leaves this page alone. -->"

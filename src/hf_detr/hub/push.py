@@ -14,9 +14,9 @@ from huggingface_hub.errors import (
 )
 from transformers.utils import logging
 
-from ..image_processing_hf_detr import HfDetrImageProcessor
-from ..modeling_hf_detr import DetrForDetection
-from ..pretrained import DetrPreTrainedModel
+from ..model.image_processing_hf_detr import HfDetrImageProcessor
+from ..model.modeling_hf_detr import DetrForDetection
+from ..model.pretrained import DetrPreTrainedModel
 from .model_card import PICTURE, TEMPLATE, build_model_card, hash_of_weights, may_replace, read_metrics
 
 logger = logging.get_logger(__name__)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from ..configuration_hf_detr import DetrConfig
-from ..modeling_hf_detr import DetrForDetection
+from ..model.configuration_hf_detr import DetrConfig
+from ..model.modeling_hf_detr import DetrForDetection
 from .transformers_checkpoints import RESNETS
 
 # Applied in turn.

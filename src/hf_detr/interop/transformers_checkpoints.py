@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..configuration_hf_detr import DetrConfig
-from ..image_processing_hf_detr import HfDetrImageProcessor
-from ..pretrained import DetrPreTrainedModel
+from ..model.configuration_hf_detr import DetrConfig
+from ..model.image_processing_hf_detr import HfDetrImageProcessor
+from ..model.pretrained import DetrPreTrainedModel
 
 logger = logging.get_logger(__name__)
 

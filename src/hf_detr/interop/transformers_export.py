@@ -15,9 +15,9 @@ from transformers import (
     TableTransformerForObjectDetection,
 )
 
-from ..image_processing_hf_detr import HfDetrImageProcessor
-from ..modeling_hf_detr import DetrForDetection
-from ..pretrained import TRAINING_ONLY
+from ..model.image_processing_hf_detr import HfDetrImageProcessor
+from ..model.modeling_hf_detr import DetrForDetection
+from ..model.pretrained import TRAINING_ONLY
 from .transformers_checkpoints import PROCESSOR_FIELDS, SHARED_FIELDS
 
 _TABLE_TRANSFORMER_NAMES = {

@@ -1,7 +1,7 @@
 """The parts of a training loop that are worth sharing; the loop itself is `examples/finetune.py`."""
 
-from ..backbone import feature_strides
-from ..data.cores import use_all_cores
+from ..model.backbone import feature_strides
+from ..runtime.cores import use_all_cores
 from .arguments import TRAINING_VALUES, parse_finetune_args
 from .batch_size import find_batch_size, trial_step
 from .checkpoints import (

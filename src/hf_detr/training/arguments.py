@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..configuration_hf_detr import DetrConfig
+from ..model.configuration_hf_detr import DetrConfig
 from .optimization import SCHEDULES
 from .recipes import RECIPES
 

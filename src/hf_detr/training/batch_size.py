@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size, send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from ..loss import LossNormalizers
-from ..modeling_hf_detr import DetrForDetection
+from ..model.loss import LossNormalizers
+from ..model.modeling_hf_detr import DetrForDetection
 
 
 def find_batch_size(try_step: Callable[[int], object], wanted: int, accelerator: Accelerator) -> int:

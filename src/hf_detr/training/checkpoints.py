@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..jobs import PARTIAL, replacing, sync
+from ..runtime import PARTIAL, replacing, sync
 
 WEIGHTS = "model.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)(-epoch-\d+)?$")

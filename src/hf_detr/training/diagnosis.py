@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..boxes import cxcywh_to_xyxy, iou
-from ..matcher import hungarian_matching
-from ..modeling_hf_detr import DetrForDetection
+from ..model.boxes import cxcywh_to_xyxy, iou
+from ..model.matcher import hungarian_matching
+from ..model.modeling_hf_detr import DetrForDetection
 
 CONFIDENT = 0.3  # score from which a prediction counts as said
 SAME_OBJECT = 0.6  # IoU from which two predictions of a class mean the same object

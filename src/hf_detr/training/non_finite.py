@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..loss import LossNormalizers
-from ..modeling_hf_detr import DetrForDetection
+from ..model.loss import LossNormalizers
+from ..model.modeling_hf_detr import DetrForDetection
 
 
 class NonFiniteError(FloatingPointError):

@@ -7,7 +7,7 @@ from typing import IO, Any, NamedTuple
 
 from accelerate import Accelerator
 
-from ..jobs import PARTIAL, hold_lock, replacing
+from ..runtime import PARTIAL, hold_lock, replacing
 from .checkpoints import newest_checkpoint, remove
 
 FINISHED = "last"  # the folder of the final weights, the last thing that a run writes

@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from torchvision.transforms import v2
 
-from ..backbone import feature_strides
-from ..configuration_hf_detr import DetrConfig
+from ..model.backbone import feature_strides
+from ..model.configuration_hf_detr import DetrConfig
 from ..data import (
     Augmentation,
     AugmentedDataset,
@@ -25,8 +25,8 @@ from ..data import (
     resized_sizes,
     turns_augmentation,
 )
-from ..image_processing_hf_detr import DetrImageProcessor
-from ..modeling_hf_detr import DetrForDetection
+from ..model.image_processing_hf_detr import DetrImageProcessor
+from ..model.modeling_hf_detr import DetrForDetection
 from .arguments import TRAINING_VALUES
 from .batch_size import find_batch_size, trial_step
 from .diagnosis import TrainingProbe

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
-from ..loss import LossNormalizers
+from ..model.loss import LossNormalizers
 from .checkpoints import any_process
 from .non_finite import NonFiniteError, first_non_finite, image_ids, save_batch
 
@@ -42,7 +42,7 @@ class TrainStep:
     """Learn from a few batches at once.
 
     The loss is that of all images of all batches on all processes together, divided by all of their objects (see
-    [`~hf_detr.loss.LossNormalizers`]): in float32 the gradients equal those of one process with one batch.
+    [`~hf_detr.model.loss.LossNormalizers`]): in float32 the gradients equal those of one process with one batch.
 
     Args:
         model: as `accelerator.prepare` gave it; `plain` without what Accelerate wraps around it, which is called for

@@ -1,0 +1,81 @@
+"""Writing COCO folders."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Image
+from tqdm.auto import tqdm
+
+from ..runtime.files import replacing
+from .schema import category_ids, id2label
+
+
+def export_coco(dataset: Dataset, folder: str | Path, split: str, *, progress: bool = True) -> Path:
+    """Write `folder/annotations/instances_SPLIT.json` and the images, byte for byte as they are, into `folder/SPLIT`.
+
+    Categories have the ids of the source. Read again, the rows are the same.
+
+    Returns:
+        the annotation file.
+
+    Raises:
+        FileExistsError: the annotation file is there already.
+    """
+    ids = category_ids(dataset)
+    names = {ids[index]: name for index, name in id2label(dataset).items()}
+    rows = dataset.cast_column("image", Image(decode=False))
+    bar = tqdm(rows, desc=f"Writing {split}", disable=not progress, leave=False)
+    return write_coco(Path(folder), split, names, ((_record(row, ids), _writer(row["image"])) for row in bar))
+
+
+def _record(row: dict[str, Any], ids: dict[int, int]) -> dict[str, Any]:
+    objects = row["objects"]
+    columns = zip(*(objects[key] for key in ("id", "category", "bbox", "area", "iscrowd")), strict=True)
+    return row | {
+        "objects": [
+            {"id": i, "category_id": ids[category], "bbox": bbox, "area": area, "iscrowd": crowd}
+            for i, category, bbox, area, crowd in columns
+        ]
+    }
+
+
+def _writer(image: dict[str, Any]) -> Callable[[Path], Any]:
+    if image["bytes"] is not None:
+        return lambda target: target.write_bytes(image["bytes"])
+    return lambda target: shutil.copyfile(image["path"], target)
+
+
+def write_coco(
+    folder: Path, split: str, categories: dict[int, str], rows: Iterable[tuple[dict[str, Any], Callable[[Path], Any]]]
+) -> Path:
+    """Write a split: category ids to names, and for each image its record and what writes its file. The annotation file
+    comes last, when all the images are there."""
+    target = folder / "annotations" / f"instances_{split}.json"
+    if target.exists():
+        raise FileExistsError(f"{target} exists. Name another folder.")
+    images, annotations = [], []
+    used: set[str] = set()
+    for record, write in rows:
+        name = record["file_name"]
+        if name in used or Path(name).is_absolute() or ".." in Path(name).parts:  # stay within the folder
+            name = f"{record['image_id']}-{Path(name).name}"
+        used.add(name)
+        path = folder / split / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path)
+        images.append(
+            {"id": record["image_id"], "file_name": name, "width": record["width"], "height": record["height"]}
+        )
+        annotations += [{"image_id": record["image_id"]} | entry for entry in record["objects"]]
+    content = {
+        "categories": [{"id": category_id, "name": name} for category_id, name in categories.items()],
+        "images": images,
+        "annotations": annotations,
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as file:
+        json.dump(content, file)
+    return target

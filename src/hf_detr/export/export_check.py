@@ -1,0 +1,109 @@
+"""Does an export give what the model gives? Over a grid of batch, size and padding, none of which it was traced at."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..model.post_processing import post_process_detection
+
+if TYPE_CHECKING:
+    from ..model.modeling_hf_detr import DetrForDetection
+    from .exported_model import ExportedDetr
+
+TOLERANCE = 1e-4  # of float32
+COMPARED = ("logits", "pred_boxes", "scores", "boxes")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch of noise: `batch` images in a frame of `height` x `width` pixels, filling it or, if `padded`, of
+    different sizes and all smaller than it."""
+
+    batch: int
+    height: int
+    width: int
+    padded: bool
+
+    def inputs(self, channels: int) -> tuple[Tensor, Tensor]:
+        """`pixel_values` and `pixel_mask`, the same at every call."""
+        generator = torch.Generator().manual_seed(self.batch * self.height + self.width)
+        pixel_values = torch.randn(self.batch, channels, self.height, self.width, generator=generator)
+        pixel_mask = torch.zeros(self.batch, self.height, self.width, dtype=torch.int64)
+        for index in range(self.batch):
+            rows = self.height - (index + 1) * self.height // 6 if self.padded else self.height
+            columns = self.width - (self.batch - index) * self.width // 7 if self.padded else self.width
+            pixel_mask[index, :rows, :columns] = 1
+        return pixel_values * pixel_mask[:, None], pixel_mask
+
+
+def check_cases(stride: int, working_size: tuple[int, int]) -> list[Case]:
+    """Args:
+    stride: of the backbone; the small sizes are some cells of it, and no multiples.
+    working_size: (height, width) that the processor makes of a photo.
+    """
+    unit = max(stride, 32)
+    sizes = [(5 * unit, 3 * unit), (3 * unit - 5, 7 * unit + 1), (6 * unit + 9, 5 * unit - 3)]
+    cases = [Case(n, *size, padded) for size in sizes for n in (1, 2, 3) for padded in (False, True)]
+    return [*cases, Case(1, *working_size, False), Case(2, *working_size, True)]
+
+
+@dataclass
+class CheckResult:
+    """Largest differences between an export and its model, relative to the larger of 1 and the largest value of the
+    tensor; of `boxes`, both in shares of the image.
+
+    Attributes:
+        cases: each case with its difference in each output.
+        unpadded, padded: the largest of the cases without and with padding.
+    """
+
+    cases: list[dict[str, Any]]
+    unpadded: float
+    padded: float
+
+    def passes(self, tolerance: float = TOLERANCE) -> bool:
+        return self.unpadded <= tolerance and self.padded <= tolerance
+
+    def record(self, tolerance: float | None) -> dict[str, Any]:
+        """For `export.json`."""
+        largest = max(self.unpadded, self.padded)
+        return {"tolerance": tolerance, "largest_difference": largest, "cases": self.cases}
+
+    def worst(self) -> str:
+        case = max(self.cases, key=lambda row: max(row[name] for name in COMPARED if name in row))
+        return f"The worst case: {case}."
+
+    def summary(self) -> str:
+        return (
+            f"{len(self.cases)} cases, largest difference {self.unpadded:.1e} without padding, {self.padded:.1e} with"
+        )
+
+
+@torch.no_grad()
+def compare(exported: "ExportedDetr", model: "DetrForDetection", cases: list[Case]) -> CheckResult:
+    """Run both on the same batches.
+
+    Args:
+        model: in eval mode, float32, on the CPU.
+    """
+    rows, worst = [], {False: 0.0, True: 0.0}
+    for case in cases:
+        pixel_values, pixel_mask = case.inputs(model.config.num_channels)
+        theirs = exported(pixel_values, pixel_mask)
+        ours = model(pixel_values=pixel_values, pixel_mask=pixel_mask)
+        expected = {"logits": ours.logits, "pred_boxes": ours.pred_boxes}
+        if exported.export["post_processing"]:
+            results = post_process_detection(ours.logits, ours.pred_boxes, threshold=-1.0)
+            expected |= {name: torch.stack([result[name] for result in results]) for name in ("scores", "boxes")}
+        differences = {name: _difference(theirs[name], value) for name, value in expected.items()}
+        worst[case.padded] = max(worst[case.padded], *differences.values())
+        rows.append(asdict(case) | differences)
+    return CheckResult(rows, worst[False], worst[True])
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    largest = (found - expected).abs().max() / expected.abs().max().clamp(min=1)
+    return float(largest.nan_to_num(nan=math.inf))

@@ -1,0 +1,209 @@
+"""An exported model in the place of the model: loading it takes its runtime and no weights of ours."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.backbone import image_sizes
+from ..model.configuration_hf_detr import DetrConfig
+from ..model.modeling_hf_detr import check_images
+from ..model.outputs import DetrDetectionOutput
+from ..model.preparation import named_dtype
+from .runtimes import GRAPH_FILES, Run, open_graph
+
+EXPORT_FILE = "export.json"
+
+
+def input_names(post_process: bool) -> list[str]:
+    return ["pixel_values", "pixel_mask", *(["target_sizes"] if post_process else [])]
+
+
+def output_names(post_process: bool) -> list[str]:
+    return ["logits", "pred_boxes", *(["scores", "labels", "boxes"] if post_process else [])]
+
+
+@dataclass
+class ExportedOutput(DetrDetectionOutput):
+    """`logits` and `pred_boxes` of an exported model; if post-processing is in its graph, the detections as well.
+
+    Args:
+        scores, labels: (B, Q), of the best class of each query.
+        boxes: (B, Q, 4), xyxy within the image, in pixels of `target_sizes`, or in [0, 1] without these.
+    """
+
+    scores: Tensor | None = None
+    labels: Tensor | None = None
+    boxes: Tensor | None = None
+
+
+class ExportedDetr:
+    """An exported model that is called like [`DetrForDetection`], and stands in its place in
+    `pipeline("object-detection")` and [`~hf_detr.evaluation.evaluate_detection`]. [`load_exported`] makes it.
+
+    It computes on the CPU, wherever its inputs are, and gives its outputs where they are. There is no loss, and no
+    training mode.
+
+    Attributes:
+        config: of the model that was exported.
+        dtype: of `pixel_values`, always float32; what is computed in is a matter of [`load_exported`].
+        export: what is known about the export: the contents of `export.json`.
+        training: False.
+    """
+
+    training = False
+    dtype = torch.float32
+    device = torch.device("cpu")
+    input_modalities = ("image",)  # read where a pipeline is printed
+
+    def __init__(self, config: DetrConfig, export: dict[str, Any], run: Run, computes_in: torch.dtype | None) -> None:
+        self.config = config
+        self.export = export
+        self._run = run
+        self._computes_in = computes_in
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the folder itself."""
+        return load_exported, (os.path.abspath(self.config.name_or_path), self._computes_in)
+
+    def __repr__(self) -> str:
+        return f"ExportedDetr({self.config.name_or_path!r}, {self.export['format']}, {self.export['precision']})"
+
+    def can_generate(self) -> bool:
+        """transformers' pipelines ask; a detector does not generate text."""
+        return False
+
+    def to(self, *args: Any, **kwargs: Any) -> "ExportedDetr":
+        """Changes nothing: see above. Pipelines call it."""
+        return self
+
+    def eval(self) -> "ExportedDetr":
+        """Changes nothing."""
+        return self
+
+    def train(self, mode: bool = True) -> "ExportedDetr":
+        """Raises:
+        ValueError: `mode` is True.
+        """
+        if mode:
+            raise ValueError("An exported model cannot be trained. Train the model and export it again.")
+        return self
+
+    def __call__(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None = None, target_sizes: Tensor | None = None
+    ) -> ExportedOutput:
+        """Args:
+            pixel_values: (B, C, H, W), normalised, padded at the bottom and the right.
+            pixel_mask: (B, H, W), 1 = image, 0 = padding; None if nothing is padded.
+            target_sizes: (B, 2), height and width of each image in pixels, for `boxes`. Only where post-processing is
+                in the graph.
+
+        Raises:
+            ValueError: the inputs do not fit the model or each other.
+        """
+        target_sizes = None if target_sizes is None else torch.as_tensor(target_sizes)  # also a list of pairs
+        self._check(pixel_values, pixel_mask, target_sizes)
+        inputs = {"pixel_values": pixel_values.detach().float().cpu()}
+        if pixel_mask is None:
+            pixel_mask = torch.ones(len(pixel_values), *pixel_values.shape[2:])
+        inputs["pixel_mask"] = pixel_mask.detach().long().cpu()
+        if self.export["post_processing"]:
+            if target_sizes is None:
+                target_sizes = torch.ones(len(pixel_values), 2)
+            inputs["target_sizes"] = target_sizes.long().cpu()
+        outputs = self._run(inputs) if self.export["padding_exact"] else self._by_size(inputs)
+        names = output_names(self.export["post_processing"])
+        found: dict[str, Any] = dict(zip(names, (value.to(pixel_values.device) for value in outputs), strict=True))
+        return ExportedOutput(**found)
+
+    def _check(self, pixel_values: Tensor, pixel_mask: Tensor | None, target_sizes: Tensor | None) -> None:
+        check_images(pixel_values, pixel_mask, self.config.num_channels)
+        if target_sizes is not None and not self.export["post_processing"]:
+            raise ValueError("`target_sizes` is for exports with post-processing in the graph; this one has none.")
+        if target_sizes is not None and target_sizes.shape != (len(pixel_values), 2):
+            raise ValueError(
+                f"`target_sizes` must be ({len(pixel_values)}, 2), height and width of each image, got "
+                f"{tuple(target_sizes.shape)}."
+            )
+        self._check_size(pixel_values.shape[2], pixel_values.shape[3])
+
+    def _check_size(self, height: int, width: int) -> None:
+        smallest = self.export["smallest_side"]
+        if min(height, width) < smallest:
+            raise ValueError(
+                f"This export takes images of {smallest} pixels and more on both sides, got {height} x {width}."
+            )
+
+    def _by_size(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """Images of equal size together and without their padding, which would change the result."""
+        sizes = image_sizes(inputs["pixel_mask"])
+        if sizes is None:
+            raise ValueError("This export takes masks that are one rectangle at the top left each.")
+        for size in sizes:
+            self._check_size(*size)
+        outputs: list[Tensor] = []
+        for height, width in dict.fromkeys(sizes):
+            indices = [index for index, size in enumerate(sizes) if size == (height, width)]
+            part = {name: value[indices] for name, value in inputs.items()}
+            part["pixel_values"] = part["pixel_values"][:, :, :height, :width].contiguous()
+            part["pixel_mask"] = part["pixel_mask"][:, :height, :width].contiguous()
+            found = self._run(part)
+            outputs = outputs or [value.new_empty(len(sizes), *value.shape[1:]) for value in found]
+            for whole, value in zip(outputs, found, strict=True):
+                whole[indices] = value
+        return outputs
+
+
+def is_exported(path: str | Path) -> bool:
+    """Whether a folder holds an exported model."""
+    return (Path(path) / EXPORT_FILE).is_file()
+
+
+def load_exported(path: str | Path, dtype: torch.dtype | str | None = None) -> ExportedDetr:
+    """An exported model in the place of the model:
+
+        detector = pipeline("object-detection", model=load_exported("exports/r50"), image_processor="exports/r50")
+
+    Args:
+        path: folder that `examples/export.py` or [`export_model`] has written.
+        dtype: what OpenVINO computes in, `torch.bfloat16` or `torch.float16` where the processor has it; the others
+            compute in what they were exported in. None: float32, or int8 if it was quantised.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is not an export, or damaged, or cannot compute in this `dtype`.
+        ImportError: the runtime is not installed; the extra that has it is named.
+    """
+    folder, dtype = Path(path), named_dtype(dtype)
+    export = _read_export(folder)
+    config = DetrConfig.from_pretrained(folder)
+    config.name_or_path = str(folder)  # where a pipeline looks for the image processor
+    return ExportedDetr(config, export, open_graph(folder, export["format"], dtype), dtype)
+
+
+def _read_export(folder: Path) -> dict[str, Any]:
+    if not folder.exists():
+        raise FileNotFoundError(f"There is no {folder}.")
+    advice = "examples/export.py makes an export of a checkpoint."
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name the folder of the export. {advice}")
+    try:
+        export: dict[str, Any] = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is not an exported model: it has no {EXPORT_FILE}. {advice}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / EXPORT_FILE} is damaged: {error}") from error
+    if not isinstance(export, dict) or export.get("format") not in GRAPH_FILES:
+        raise ValueError(f"{folder / EXPORT_FILE} is not from hf_detr, or from a version that knows more formats.")
+    missing = {"precision", "post_processing", "padding_exact", "smallest_side"} - export.keys()
+    if missing:
+        raise ValueError(f"{folder / EXPORT_FILE} is damaged: it lacks {', '.join(sorted(missing))}.")
+    files = [GRAPH_FILES[export["format"]], "config.json", *(["model.bin"] if export["format"] == "openvino" else [])]
+    for name in files:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is incomplete: it has no {name}. Export the model again.")
+    return export

@@ -1,0 +1,166 @@
+"""A model as one graph of fixed steps for any batch and image size, and that graph as a file of each format."""
+
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..model.boxes import cxcywh_to_xyxy
+from .exported_model import input_names, output_names
+from .masked_backbone import MaskedBackbone, plan_masks
+from .runtimes import GRAPH_FILES, check_packages
+
+if TYPE_CHECKING:
+    from ..model.modeling_hf_detr import DetrForDetection
+
+ONE_FILE = 1.5 * 2**30  # bytes of weights; protobuf, which ONNX is written in, ends at 2 GiB
+
+
+class ExportGraph(nn.Module):
+    """What is exported: `pixel_values` and `pixel_mask` in, `logits` and `pred_boxes` out.
+
+    Args:
+        model: in eval mode; taken over and changed.
+        hide_padding: see [`MaskedBackbone`]; without it only batches without padding come out right.
+        post_process: `target_sizes` (B, 2), height and width of each image in pixels, is a third input, and `scores`
+            (B, Q), `labels` (B, Q) and `boxes` (B, Q, 4), xyxy in pixels and within the image, are further outputs, as
+            of `post_process_detection` before its threshold.
+
+    Raises:
+        ValueError: padding is to be hidden, and the backbone is one where that is not known how.
+    """
+
+    def __init__(self, model: "DetrForDetection", *, hide_padding: bool, post_process: bool) -> None:
+        super().__init__()
+        backbone = model.model.backbone
+        plan = plan_masks(backbone, model.config.num_channels) if hide_padding else None
+        if hide_padding and plan is None:
+            raise ValueError(f'Not known how to hide padding from "{backbone.name}".')
+        model.set_attn_implementation("sdpa")
+        model.model.backbone = MaskedBackbone(backbone, plan)  # type: ignore[assignment]
+        self.model = model
+        self.post_process = post_process
+
+    def forward(
+        self, pixel_values: Tensor, pixel_mask: Tensor, target_sizes: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        outputs = self.model(pixel_values=pixel_values, pixel_mask=pixel_mask)
+        logits, pred_boxes = outputs.logits, outputs.pred_boxes
+        if not self.post_process or target_sizes is None:
+            return logits, pred_boxes
+        scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+        height, width = target_sizes.to(pred_boxes.dtype).unbind(1)
+        scale = torch.stack((width, height, width, height), dim=1)[:, None]
+        return logits, pred_boxes, scores, labels, cxcywh_to_xyxy(pred_boxes).clamp(0, 1) * scale
+
+
+def trace(model: "DetrForDetection", *, hide_padding: bool, post_process: bool) -> torch.export.ExportedProgram:
+    """The graph of a copy of the model, for any batch, height and width.
+
+    Raises:
+        ValueError: no such graph can be made of this backbone; the message says why.
+    """
+    prepared = model.prepare_for_inference(torch.float32).cpu()
+    graph = ExportGraph(prepared, hide_padding=hide_padding, post_process=post_process)
+    backbone = model.model.backbone
+    # a batch and sizes that nothing else in the model has, so that no number is taken for a constant of it
+    height, width = 4 * backbone.stride + 3, 5 * backbone.stride + 7
+    inputs = {
+        "pixel_values": torch.zeros(2, model.config.num_channels, height, width),
+        "pixel_mask": torch.ones(2, height, width, dtype=torch.int64),
+        "target_sizes": torch.tensor([[height, width]] * 2),
+    }
+    free = torch.export.Dim.DYNAMIC
+    shapes = {
+        "pixel_values": {0: free, 2: free, 3: free},
+        "pixel_mask": {0: free, 1: free, 2: free},
+        "target_sizes": {0: free},
+    }
+    names = input_names(post_process)
+    try:
+        with torch.no_grad(), quiet("torch.fx.experimental.symbolic_shapes"):
+            return torch.export.export(
+                graph,
+                (),
+                kwargs={name: inputs[name] for name in names},
+                dynamic_shapes={name: shapes[name] for name in names},
+                strict=False,
+            )
+    except Exception as error:  # of whatever kind the layer that is in the way raises
+        raise ValueError(
+            f'"{backbone.name}" cannot be exported for any image size: {str(error).strip() or repr(error)}'
+        ) from error
+
+
+@contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """Loggers that report as trouble what has no consequence; what has one is found by the check."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def write_graph(program: torch.export.ExportedProgram, graph_format: str, post_process: bool, folder: Path) -> None:
+    """The graph as `model.onnx`, `model.xml` with `model.bin`, or `model.pt2` in a folder.
+
+    Raises:
+        ImportError: a package is missing; the extra that has it is named.
+    """
+    check_packages(graph_format)
+    path = folder / GRAPH_FILES[graph_format]
+    if graph_format == "torch":
+        torch.export.save(program, path)
+    elif graph_format == "onnx":
+        _write_onnx(program, post_process, path)
+    else:
+        _write_openvino(program, post_process, path)
+
+
+def _write_onnx(program: torch.export.ExportedProgram, post_process: bool, path: Path) -> None:
+    shapes = {
+        "pixel_values": {0: "batch", 2: "height", 3: "width"},
+        "pixel_mask": {0: "batch", 1: "height", 2: "width"},
+        "target_sizes": {0: "batch"},
+    }
+    names = input_names(post_process)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "# The axis name")  # two inputs share an axis, as they should
+        written = torch.onnx.export(
+            program,
+            input_names=names,
+            output_names=output_names(post_process),
+            dynamic_shapes={name: shapes[name] for name in names},
+            dynamo=True,
+            verbose=False,
+        )
+    if written is None:
+        raise RuntimeError("torch.onnx.export gave no graph.")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
+    written.save(path, external_data=size > ONE_FILE)
+
+
+def _write_openvino(program: torch.export.ExportedProgram, post_process: bool, path: Path) -> None:
+    openvino = importlib.import_module("openvino")
+    # from PyTorch's graph, in which attention is one node, and stays one
+    graph = openvino.convert_model(program)
+    channels = program.example_inputs[1]["pixel_values"].shape[1]
+    shapes = {"pixel_values": [-1, channels, -1, -1], "pixel_mask": [-1, -1, -1], "target_sizes": [-1, 2]}
+    graph.reshape({name: shapes[name] for name in input_names(post_process)})
+    for output, name in zip(graph.outputs, output_names(post_process), strict=True):
+        output.get_tensor().set_names({name})
+    openvino.save_model(graph, path, compress_to_fp16=False)

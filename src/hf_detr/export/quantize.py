@@ -1,0 +1,175 @@
+"""An exported graph in int8, calibrated on images of the kind that it is for."""
+
+import importlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.source import image_files
+from ..model.image_processing_hf_detr import DetrImageProcessor
+from ..prediction.size_batches import run_ahead
+from .graph import quiet
+from .runtimes import GRAPH_FILES, check_packages
+
+Arrays = Callable[[dict[str, Tensor]], dict[str, Any]]
+MOST_IMAGES = 300  # that calibration looks at; NNCF's own default
+
+
+class CalibrationImages:
+    """Images of a folder, one at a time, as the model takes them.
+
+    Attributes:
+        files: those that are used: all, or `MOST_IMAGES` spread evenly over the sorted list.
+        found: how many images the folder has.
+        unread: (file, reason) of those that could not be read; complete after they were gone through once.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no images.
+    """
+
+    def __init__(self, folder: str | Path, processor: DetrImageProcessor) -> None:
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no folder {folder} of images to calibrate on.")
+        files = image_files(folder)
+        if not files:
+            raise ValueError(f"{folder} holds no images to calibrate on.")
+        self.found = len(files)
+        count = min(self.found, MOST_IMAGES)
+        self.files = [files[index * self.found // count] for index in range(count)]
+        self.unread: dict[Path, str] = {}
+        self.processor = processor
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for path, inputs in zip(self.files, run_ahead(self._read, self.files, 1), strict=True):
+            if isinstance(inputs, str):
+                self.unread[path] = inputs
+            else:
+                yield inputs
+
+    def _read(self, path: Path) -> dict[str, Tensor] | str:
+        try:
+            inputs = self.processor(path, return_tensors="pt")
+        except Exception as error:
+            # of any kind: on damaged files, decoders fail with whatever the bytes lead them to
+            return str(error) or type(error).__name__
+        pixel_values: Tensor = inputs["pixel_values"]
+        batch, _, height, width = pixel_values.shape
+        return {
+            "pixel_values": pixel_values.float(),
+            "pixel_mask": torch.ones(batch, height, width, dtype=torch.int64),
+            "target_sizes": torch.tensor([[height, width]]),
+        }
+
+
+def quantize_graph(graph_format: str, folder: Path, names: Sequence[str], images: CalibrationImages) -> None:
+    """Replace the float32 graph in a folder by one in int8. What makes classes and boxes of the decoder's result stays
+    in float32: it costs nothing, and every error there is one of the detections.
+
+    Args:
+        graph_format: "onnx" or "openvino".
+        names: of the graph's inputs.
+
+    Raises:
+        ImportError: a package is missing; the extra that has it is named.
+        ValueError: none of the images can be read.
+    """
+    check_packages(graph_format, quantize=True)
+    if next(iter(images), None) is None:
+        path, reason = next(iter(images.unread.items()))
+        raise ValueError(f"None of the images to calibrate on can be read. {path}: {reason}")
+
+    def arrays(batch: dict[str, Tensor]) -> dict[str, Any]:
+        return {name: batch[name].numpy() for name in names}
+
+    with TemporaryDirectory(dir=folder) as place:
+        if graph_format == "onnx":
+            _quantize_onnx(folder / GRAPH_FILES["onnx"], Path(place), images, arrays)
+        else:
+            _quantize_openvino(folder / GRAPH_FILES["openvino"], Path(place), images, arrays)
+
+
+def _quantize_openvino(path: Path, place: Path, images: CalibrationImages, arrays: Arrays) -> None:
+    """By NNCF, OpenVINO's own: it knows what of a transformer to leave alone, and corrects biases."""
+    openvino, nncf = importlib.import_module("openvino"), importlib.import_module("nncf")
+    nncf.set_log_level(logging.ERROR)
+    graph = openvino.Core().read_model(path)
+    nodes = {node.get_friendly_name(): node for node in graph.get_ops()}
+    sources = {
+        name: [entry.get_source_output().get_node().get_friendly_name() for entry in node.inputs()]
+        for name, node in nodes.items()
+    }
+    ends = [result.get_friendly_name() for result in graph.get_results()]
+    last = _nearest(ends, sources, lambda name: nodes[name].get_type_name() == "MatMul")
+    quantised = nncf.quantize(
+        graph,
+        nncf.Dataset(images, arrays),
+        subset_size=len(images.files),
+        model_type=nncf.ModelType.TRANSFORMER,
+        ignored_scope=nncf.IgnoredScope(names=last),
+    )
+    openvino.save_model(quantised, place / path.name, compress_to_fp16=False)
+    for name in (path.name, path.with_suffix(".bin").name):
+        (place / name).replace(path.with_name(name))
+
+
+def _quantize_onnx(path: Path, place: Path, images: CalibrationImages, arrays: Arrays) -> None:
+    """By ONNX Runtime's own quantiser, not by NNCF: it writes what the runtime's kernels look for, and comes with it.
+    Convolutions and linear layers; products within attention stay, since both of their sides change. What linear layers
+    give stays in float32, too: it is added to what came before, layer after layer, and so would be its errors."""
+    onnx, quantization = importlib.import_module("onnx"), importlib.import_module("onnxruntime.quantization")
+    shapes = importlib.import_module("onnxruntime.quantization.shape_inference")
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            self.batches = iter(images)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else arrays(batch)
+
+    large = path.with_name(path.name + ".data").is_file()
+    prepared = place / "prepared.onnx"
+    with quiet("root"):  # it reports to the root logger, also what is no news
+        shapes.quant_pre_process(path, prepared, skip_symbolic_shape=True, save_as_external_data=large)
+        graph = onnx.load(prepared, load_external_data=False).graph
+        kinds = {output: node for node in graph.node for output in node.output}
+        sources = {output: list(node.input) for output, node in kinds.items()}
+        ends = [output.name for output in graph.output]
+        last = _nearest(ends, sources, lambda name: kinds[name].op_type in ("MatMul", "Gemm"))
+        weights = {entry.name for entry in graph.initializer}
+        products = [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] not in weights]
+        quantization.quantize_static(
+            prepared,
+            place / path.name,
+            Reader(),
+            op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+            nodes_to_exclude=[kinds[name].name for name in last] + products,
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            use_external_data_format=large,
+            extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
+        )
+    for file in place.glob(f"{path.name}*"):
+        file.replace(path.with_name(file.name))
+
+
+def _nearest(ends: list[str], sources: dict[str, list[str]], wanted: Callable[[str], bool]) -> list[str]:
+    """The first wanted nodes on every way back from the ends."""
+    found, seen, waiting = [], set(ends), list(ends)
+    while waiting:
+        name = waiting.pop()
+        if name in sources and wanted(name):
+            found.append(name)
+            continue
+        following = [source for source in sources.get(name, ()) if source not in seen]
+        seen.update(following)
+        waiting += following
+    return sorted(found)

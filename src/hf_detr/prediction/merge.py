@@ -1,0 +1,94 @@
+"""All shards of a job to COCO's JSON files, a few rows at a time."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+
+from ..runtime.files import replacing
+from .job import PredictionJob
+from .shards import done_ids, read_shards
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Numbers of a job; `unread`: (absolute path, reason) of the first files that could not be read."""
+
+    objects: int
+    images: int
+    unreadable: int
+    unread: list[tuple[str, str]]
+
+
+def merge_shards(job: PredictionJob, mentioned: int = 100) -> Summary:
+    """Write `images.json` and `detections.json`.
+
+    `detections.json` holds COCO results: `image_id`, `category_id`, `bbox` [x_min, y_min, width, height] in pixels
+    and `score`, in no particular order of images. `images.json` holds COCO's `images` and `categories` to these ids,
+    and `unreadable`: `id`, `file_name` and `error` of each file that could not be read.
+
+    Args:
+        mentioned: files in `Summary.unread`, at most.
+
+    Raises:
+        ValueError: images of the work list are in no shard, or in two; the message says what to do.
+    """
+    missing = np.setdiff1d(job.image_ids(), done_ids(job.shards))
+    if len(missing):
+        raise ValueError(f"{len(missing)} images of {job.folder} are not done. Give the same command again.")
+    images = unreadable = objects = 0
+    unread: list[tuple[str, str]] = []
+
+    def readable_images() -> Iterator[dict[str, Any]]:
+        nonlocal images
+        for row in read_shards(job.shards, ["image_id", "file", "width", "height", "error"]):
+            if row["error"] is None:
+                images += 1
+                yield {
+                    "id": row["image_id"], "file_name": row["file"], "width": row["width"], "height": row["height"]
+                }  # fmt: skip
+
+    def unreadable_images() -> Iterator[dict[str, Any]]:
+        nonlocal unreadable
+        for row in read_shards(job.shards, ["image_id", "file", "error"]):
+            if row["error"] is not None:
+                unreadable += 1
+                if len(unread) < mentioned:
+                    unread.append((str(job.image_folder / row["file"]), row["error"]))
+                yield {"id": row["image_id"], "file_name": row["file"], "error": row["error"]}
+
+    def detections() -> Iterator[dict[str, Any]]:
+        nonlocal objects
+        for row in read_shards(job.shards, ["image_id", "scores", "label_ids", "boxes"]):
+            for score, label_id, box in zip(
+                *(row[name] or () for name in ("scores", "label_ids", "boxes")), strict=True
+            ):
+                objects += 1
+                left, top, right, bottom = box
+                yield {
+                    "image_id": row["image_id"],
+                    "category_id": job.categories[label_id]["id"],
+                    "bbox": [round(value, 5) for value in (left, top, right - left, bottom - top)],
+                    "score": round(score, 6),
+                }
+
+    with replacing(job.images_file) as file:
+        file.write('{"images": ')
+        _write_list(file, readable_images())
+        file.write(f',\n"categories": {json.dumps(job.categories)},\n"unreadable": ')
+        _write_list(file, unreadable_images())
+        file.write("}\n")
+    with replacing(job.detections_file) as file:  # last: with it, the job is finished
+        _write_list(file, detections())
+        file.write("\n")
+    return Summary(objects, images, unreadable, unread)
+
+
+def _write_list(file: IO[str], records: Iterable[dict[str, Any]]) -> None:
+    """A JSON list, a record a line."""
+    file.write("[")
+    for number, record in enumerate(records):
+        file.write(f"{',' if number else ''}\n{json.dumps(record)}")
+    file.write("]")

@@ -1,0 +1,121 @@
+"""Shards: Parquet files that each hold the results of some images, and that tell together which images are done."""
+
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..runtime.files import replacing
+
+if TYPE_CHECKING:
+    from .predict import Prediction
+
+SHARD_SCHEMA = pa.schema(
+    {
+        "image_id": pa.int64(),
+        "file": pa.string(),  # relative to the folder of images
+        "width": pa.int32(),  # in pixels, EXIF orientation applied
+        "height": pa.int32(),
+        "scores": pa.list_(pa.float32()),  # of each detection
+        "labels": pa.list_(pa.string()),  # names of their classes
+        "label_ids": pa.list_(pa.int32()),  # class ids of the model, 0 ... N-1
+        "boxes": pa.list_(pa.list_(pa.float32(), 4)),  # x_min, y_min, x_max, y_max in pixels of the image
+        "error": pa.string(),  # why the file could not be read; all columns but the first two are null then
+    }
+)
+
+
+class ShardWriter:
+    """Collects predictions, and writes them when there are enough for a shard and when it is closed, also by an error.
+
+    An image is in a shard entirely or not at all, and a shard is in the folder entirely or not at all. Names are other
+    ones for each writer, so that any number of processes, of this start and of later ones, can write to one folder.
+
+    Args:
+        folder: of the shards.
+        process_index: for the name of the shards.
+        id2label: class id to name.
+        size: images a shard.
+    """
+
+    def __init__(self, folder: Path, process_index: int, id2label: Mapping[int, str], size: int = 512) -> None:
+        if size < 1:
+            raise ValueError(f"A shard holds at least 1 image, got size={size}.")
+        self.folder = folder
+        self.id2label = id2label
+        self.size = size
+        self._name = f"{process_index:05d}-{uuid.uuid4().hex[:12]}"
+        self._number = 0
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, prediction: "Prediction") -> None:
+        row: dict[str, Any] = {"image_id": prediction.image_id, "file": prediction.file, "error": prediction.error}
+        if prediction.size is not None:
+            label_ids = prediction.label_ids.tolist()
+            row |= {
+                "width": prediction.size[0],
+                "height": prediction.size[1],
+                "scores": prediction.scores.tolist(),
+                "labels": [self.id2label[index] for index in label_ids],
+                "label_ids": label_ids,
+                "boxes": prediction.boxes.tolist(),
+            }
+        self._rows.append(row)
+        if len(self._rows) >= self.size:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was added since the last shard."""
+        # given up first: an interrupt during the writing then costs these rows, and cannot bring them into two shards
+        rows, self._rows = self._rows, []
+        if rows:
+            path = self.folder / f"{self._name}-{self._number:06d}.parquet"
+            self._number += 1
+            with replacing(path, "wb") as file:
+                pq.write_table(pa.Table.from_pylist(rows, schema=SHARD_SCHEMA), file)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.flush()
+
+
+def done_ids(folder: Path) -> np.ndarray:
+    """Image ids (N,) of all shards.
+
+    Raises:
+        ValueError: a shard cannot be read, or two hold the same image; the message names them.
+    """
+    ids = [np.zeros(0, dtype=np.int64)]
+    paths = sorted(folder.glob("*.parquet"))
+    for path in paths:
+        try:
+            ids.append(pq.read_table(path, columns=["image_id"])["image_id"].to_numpy())
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} cannot be read: {error}. Delete it; its images are predicted again.") from error
+    done = np.concatenate(ids)
+    unique, counts = np.unique(done, return_counts=True)
+    if len(unique) < len(done):
+        twice = unique[counts > 1][0]
+        both = [path.name for path, part in zip(paths, ids[1:], strict=True) if twice in part]
+        raise ValueError(
+            f"Image {twice} is in {' and '.join(both)} of {folder}. Delete one of them; images that are in no other "
+            "shard are predicted again."
+        )
+    return done
+
+
+def read_shards(folder: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows of all shards, one after the other, with these columns of `SHARD_SCHEMA`."""
+    for path in sorted(folder.glob("*.parquet")):
+        with pq.ParquetFile(path) as shard:
+            for batch in shard.iter_batches(batch_size=256, columns=list(columns)):
+                yield from batch.to_pylist()
