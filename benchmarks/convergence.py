@@ -45,7 +45,6 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
-from hf_detr.model.boxes import cxcywh_to_xyxy
 from hf_detr.data import (
     Augmentation,
     AugmentedDataset,
@@ -58,6 +57,7 @@ from hf_detr.data import (
     turns_augmentation,
 )
 from hf_detr.evaluation import evaluate_detection
+from hf_detr.model.boxes import cxcywh_to_xyxy
 from hf_detr.training import choose_recipe, parameter_groups, preferred_precision, summarize, use_all_cores
 
 Batch = dict[str, Any]

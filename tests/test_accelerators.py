@@ -8,12 +8,12 @@ from conftest import padded_batch, random_labels, tiny_config, tiny_model
 from torch import nn
 
 from hf_detr import DetrForDetection
+from hf_detr.interop import to_transformers
 from hf_detr.model.anchor_decoder import ConditionalAttention, anchor_waves
 from hf_detr.model.boxes import cxcywh_to_xyxy
 from hf_detr.model.class_loss import class_loss, class_matching_cost
 from hf_detr.model.denoising import BOX_NOISE, LABEL_NOISE, denoising_queries, group_mask
 from hf_detr.model.dense_supervision import DenseHead, assign_cells, cell_centers, dense_loss
-from hf_detr.interop import to_transformers
 from hf_detr.model.loss import set_loss
 from hf_detr.model.position_embedding import build_position_embedding
 from hf_detr.model.pretrained import TRAINING_ONLY as PARTS_OF_TRAINING

@@ -12,7 +12,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from hf_detr import DetrImageProcessor
-from hf_detr.data.augmentation import Augmentation, AugmentedDataset, RandomSizeCrop, paper_augmentation, turns_augmentation
+from hf_detr.data.augmentation import (
+    Augmentation,
+    AugmentedDataset,
+    RandomSizeCrop,
+    paper_augmentation,
+    turns_augmentation,
+)
 from hf_detr.data.collate import DetectionCollator
 from hf_detr.data.schema import detection_info
 
@@ -318,7 +324,9 @@ class TestAlbumentations:
         import subprocess
         import sys
 
-        code = "import sys; sys.modules['albumentations'] = None; import hf_detr.data.augmentation, hf_detr.data.batching"
+        code = (
+            "import sys; sys.modules['albumentations'] = None; import hf_detr.data.augmentation, hf_detr.data.batching"
+        )
         subprocess.run([sys.executable, "-c", code], check=True)
 
 

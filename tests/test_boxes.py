@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision import ops
 
-from hf_detr import boxes as ours
+from hf_detr.model import boxes as ours
 
 
 @pytest.fixture

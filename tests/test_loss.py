@@ -7,7 +7,8 @@ import torch
 from conftest import random_labels, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_detr.model.loss import check_labels, set_loss
+from hf_detr.model.annotations import check_labels
+from hf_detr.model.loss import set_loss
 from hf_detr.model.matcher import hungarian_matching
 
 CLASSES = 5

@@ -37,9 +37,9 @@ from hf_detr.prediction import (
     predict_batch,
     read_shards,
 )
+from hf_detr.prediction.pipeline import DetrDetectionPipeline
 from hf_detr.prediction.size_batches import group_by_size, read_size, run_ahead
 from hf_detr.runtime import PARTIAL, hold_lock
-from hf_detr.prediction.pipeline import DetrDetectionPipeline
 
 PREDICT = Path(__file__).parents[1] / "examples" / "predict.py"
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}

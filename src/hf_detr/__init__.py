@@ -25,10 +25,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForObjectDetection, Obj
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.pipelines import PIPELINE_REGISTRY, _resolve_impl
 
-from .model.configuration_hf_detr import DetrConfig
 from .hub import register_model_card
-from .model.image_processing_hf_detr import DetrImageProcessor
 from .interop import register_readers
+from .model.configuration_hf_detr import DetrConfig
+from .model.image_processing_hf_detr import DetrImageProcessor
 from .model.modeling_hf_detr import DetrForDetection, DetrModel
 from .model.outputs import DetrDetectionOutput, DetrModelOutput
 from .prediction.pipeline import DetrDetectionPipeline

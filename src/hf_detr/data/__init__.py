@@ -10,8 +10,8 @@ from .batching import (
     padding_share,
     resized_sizes,
 )
-from .collate import DetectionCollator
 from .coco_export import export_coco
+from .collate import DetectionCollator
 from .find import find_source
 from .load import load_detection_dataset
 from .schema import category_ids, detection_features, detection_info, id2label, source_of

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from .formats.coco import find_coco
 from .formats.imagefolder import find_imagefolder
-from .source import Source
 from .formats.voc import find_voc
 from .formats.yolo import find_yolo
+from .source import Source
 
 SPLIT_NAMES = {"val": ("val", "valid", "validation"), "train": ("train", "training")}
 

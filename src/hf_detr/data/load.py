@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 
 from .checks import leave_out_few, mention, quick_checks, refuse
 from .find import find_source
+from .formats.yolo import yolo_places
 from .hub_datasets import load_rows
 from .schema import DetectionDataset, detection_info, set_apart, unique_names
 from .schema import id2label as names_of
 from .source import Source, read_headers, walk_files
-from .formats.yolo import yolo_places
 
 FORMAT_VERSION = 1  # of the cached rows; raised when they change
 

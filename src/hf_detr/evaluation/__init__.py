@@ -1,10 +1,10 @@
 """How good the detections are, and what is wrong with the others."""
 
 from .analysis import best_thresholds, confusion_matrix, f1_by_threshold, precision_recall
-from .trainer_metrics import METRIC_PATH, TrainerMetrics, records_from_batches
 from .coco_metrics import METRICS, CocoEvaluator, coco_metrics, evaluate_detection, format_metrics, metrics_by_size
 from .errors import ERROR_TYPES, error_breakdown, find_errors, worst_images
 from .evaluation_report import analyse, save_class_thresholds, write_report
+from .trainer_metrics import METRIC_PATH, TrainerMetrics, records_from_batches
 
 __all__ = [
     "ERROR_TYPES",

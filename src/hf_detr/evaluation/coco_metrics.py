@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..model.boxes import xyxy_to_xywh
-from ..runtime.extras import import_extra
 from ..model.post_processing import to_host
+from ..runtime.extras import import_extra
 
 if TYPE_CHECKING:
     from ..data.schema import DetectionDataset

@@ -1,6 +1,6 @@
 """Models as graphs for other runtimes: ONNX, OpenVINO, torch.export."""
 
-from .exporting import export_model
 from .exported_model import ExportedDetr, ExportedOutput, is_exported, load_exported
+from .exporting import export_model
 
 __all__ = ["ExportedDetr", "ExportedOutput", "export_model", "is_exported", "load_exported"]

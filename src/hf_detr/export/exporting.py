@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..model.image_processing_hf_detr import DetrImageProcessor
-from ..runtime.files import PARTIAL, hold_lock
 from ..model.modeling_hf_detr import DetrForDetection
+from ..runtime.files import PARTIAL, hold_lock
 from .export_check import TOLERANCE, Case, CheckResult, check_cases, compare
 from .exported_model import EXPORT_FILE, ExportedDetr, input_names, is_exported, load_exported, output_names
 from .graph import trace, write_graph

@@ -1,9 +1,10 @@
 """Any image to RGB: what step 1 does before it resizes."""
 
 import base64
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import PIL.Image
@@ -14,6 +15,38 @@ from torch import Tensor
 from transformers.image_transforms import convert_to_rgb
 
 Image = PIL.Image.Image | np.ndarray | Tensor | str | Path
+EXIF_ORIENTATION = 0x0112
+TURNED_BY_90_DEGREES = (5, 6, 7, 8)
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What an image file tells without being decoded.
+
+    Args:
+        size: (width, height) in pixels of the image as shown, EXIF orientation applied.
+        stored: (width, height) of the pixels as they are stored.
+        orientation: the EXIF orientation, 1 to 8; 1 is upright.
+        problem: why the file cannot be opened, or None.
+    """
+
+    size: tuple[int, int] = (0, 0)
+    stored: tuple[int, int] = (0, 0)
+    orientation: int = 1
+    problem: str | None = None
+
+
+def read_image_header(file: str | Path | BinaryIO) -> ImageHeader:
+    """Size and orientation of an image file (a path or an open file), without decoding it."""
+    try:
+        with PIL.Image.open(file) as image:
+            stored, orientation, format_ = image.size, image.getexif().get(EXIF_ORIENTATION, 1), image.format
+    except FileNotFoundError:
+        return ImageHeader(problem="there is no such file")
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        return ImageHeader(problem=f"cannot be opened as an image: {error}")
+    turned = orientation in TURNED_BY_90_DEGREES and format_ != "TIFF"  # Pillow reports a TIFF's size already turned
+    return ImageHeader(stored[::-1] if turned else stored, stored, orientation)
 
 
 def flat_list_of_images(images: Any) -> list[Any]:

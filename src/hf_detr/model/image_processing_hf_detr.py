@@ -1,10 +1,8 @@
 """Step 1: images and COCO annotations to what the model takes: `pixel_values`, `pixel_mask` and `labels`."""
 
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.image_processing_backends import TorchvisionBackend
@@ -15,13 +13,10 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
 )
-from transformers.utils import logging
 
-from .boxes import xywh_to_xyxy, xyxy_to_cxcywh
+from .annotations import coco_to_labels
 from .image_io import Image, flat_list_of_images, to_rgb_tensor
 from .post_processing import post_process_detection
-
-logger = logging.get_logger(__name__)
 
 
 class HfDetrImageProcessor(TorchvisionBackend):
@@ -210,77 +205,6 @@ def _affine(
 def _scale_of(image: Tensor, factor: Tensor, do_rescale: bool) -> Tensor:
     """Floats in [0, 1] stand for bytes / 255: rescaled already."""
     return factor * 255 if image.is_floating_point() and do_rescale else factor
-
-
-# -- COCO annotations to labels ------------------------------------------------------------------------------------
-
-
-def coco_to_labels(annotation: dict[str, Any], size: tuple[int, int], index: int = 0) -> dict[str, Tensor]:
-    """COCO annotations of one image to labels.
-
-    Args:
-        annotation: `image_id` and `annotations`; see `DetrImageProcessor.preprocess`.
-        size: (height, width) of the image in pixels, EXIF orientation applied.
-        index: place in the batch, for error messages.
-
-    Returns:
-        `class_labels`, `boxes` (cxcywh in [0, 1]), `area` (in pixels), `iscrowd`, `image_id`, `orig_size`.
-
-    Raises:
-        ValueError: names the image and the record, and says what to do.
-    """
-    where = f"Image {index}"
-    if not isinstance(annotation, dict) or "annotations" not in annotation or "image_id" not in annotation:
-        raise ValueError(
-            f'{where}: its annotation must be a dict {{"image_id": int, "annotations": [COCO objects]}}, got '
-            f"{sorted(annotation) if isinstance(annotation, dict) else type(annotation).__name__}."
-        )
-    try:
-        image_id = int(annotation["image_id"])
-    except (TypeError, ValueError):
-        raise ValueError(f"{where}: image_id must be an integer, got {annotation['image_id']!r}.") from None
-    where = f"Image {index} (image_id {image_id})"
-    height, width = size
-    records = [record for record in annotation["annotations"] if not record.get("iscrowd", 0)]
-    crowds = len(annotation["annotations"]) - len(records)
-    if crowds:
-        logger.warning_once("Crowd annotations (iscrowd=1) mark groups, not objects; they are left out of the labels.")
-    boxes, areas = [], []
-    for number, record in enumerate(annotation["annotations"]):
-        if record.get("iscrowd", 0):
-            continue
-        box, reason = record.get("bbox"), None
-        if box is None or len(box) != 4:
-            reason = "bbox must be [x_min, y_min, width, height] in pixels"
-        elif not all(math.isfinite(value) for value in box):
-            reason = "bbox is not finite"
-        elif box[2] <= 0 or box[3] <= 0:
-            reason = "bbox has no area. Remove it from the data"
-        elif box[0] >= width or box[1] >= height or box[0] + box[2] <= 0 or box[1] + box[3] <= 0:
-            reason = (
-                f"bbox is outside the image of {width} x {height}. It must be [x_min, y_min, width, height] in pixels "
-                "of the image as shown, with its EXIF orientation applied"
-            )
-        elif isinstance(record.get("category_id"), bool) or not isinstance(
-            record.get("category_id"), (int, np.integer)
-        ):
-            reason = f"category_id must be an integer, got {record.get('category_id')!r}"
-        if reason:
-            raise ValueError(f"{where}, annotation {number} (id {record.get('id', 'none')}), bbox {box}: {reason}.")
-        boxes.append([float(value) for value in box])
-        area = record.get("area")
-        areas.append(float(box[2]) * float(box[3]) if area is None else float(area))
-    corners = xywh_to_xyxy(torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4))
-    scale = torch.tensor([width, height, width, height], dtype=torch.float64)
-    corners = torch.minimum(corners.clamp(min=0), scale)
-    return {
-        "class_labels": torch.tensor([int(record["category_id"]) for record in records], dtype=torch.int64),
-        "boxes": (xyxy_to_cxcywh(corners) / scale).float(),
-        "area": torch.tensor(areas, dtype=torch.float32),
-        "iscrowd": torch.zeros(len(records), dtype=torch.int64),
-        "image_id": torch.tensor([image_id]),
-        "orig_size": torch.tensor([height, width]),
-    }
 
 
 # The class is saved and registered by its own name. transformers looks image processors up by name alone: were ours

@@ -9,13 +9,14 @@ from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 
 from .anchor_decoder import AnchorDecoder
+from .annotations import check_labels
 from .backbone import Backbone
 from .configuration_hf_detr import DetrConfig
 from .denoising import DenoisingQueries, denoising_queries, group_mask
 from .dense_supervision import CELL_PRIOR, DenseHead, cell_centers, count_cells, dense_loss
 from .heads import BoxHead, build_class_head
 from .initialization import init_as_torch, init_class_head, init_mlp, init_queries, init_transformer
-from .loss import LossNormalizers, check_labels, count_for_loss, set_loss
+from .loss import LossNormalizers, count_for_loss, set_loss
 from .outputs import DetrDetectionOutput, DetrModelOutput
 from .position_embedding import LearnedPositionEmbedding, build_position_embedding
 from .preparation import prepare

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..data.formats.coco import find_coco
 from ..data.find import SPLIT_NAMES
+from ..data.formats.coco import find_coco
 from ..data.source import IMAGE_SUFFIXES, Source, walk_files
 
 logger = logging.get_logger(__name__)

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 import torch
 
 from ..model.image_processing_hf_detr import DetrImageProcessor
-from ..runtime.files import PARTIAL, hold_lock, replacing
 from ..model.modeling_hf_detr import DetrForDetection
+from ..runtime.files import PARTIAL, hold_lock, replacing
 from .image_folder import annotation_ids, category_records, find_images
 from .shards import done_ids
 

@@ -6,8 +6,8 @@ import torch
 from transformers import ObjectDetectionPipeline, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.image_io import to_rgb_tensor
+from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.post_processing import to_host
 
 

@@ -16,8 +16,8 @@ import PIL.Image
 
 from ..runtime.extras import import_extra
 from .pipeline import DetrDetectionPipeline
-from .size_batches import run_ahead
 from .predict import LoadedImage, load_image
+from .size_batches import run_ahead
 
 VIDEO_SUFFIXES = {
     ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts",

@@ -2,8 +2,8 @@
 
 from copy import deepcopy
 
-from ..runtime.extras import import_extra
 from ..model.modeling_hf_detr import DetrForDetection
+from ..runtime.extras import import_extra
 
 # The linear maps of the transformer. `input_projection`, a 1x1 convolution, is one more: behind a frozen backbone it is
 # what can choose other features, and by rank it costs little of the half million weights that it has.

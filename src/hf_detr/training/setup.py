@@ -9,8 +9,6 @@ import torch
 from accelerate import Accelerator
 from torchvision.transforms import v2
 
-from ..model.backbone import feature_strides
-from ..model.configuration_hf_detr import DetrConfig
 from ..data import (
     Augmentation,
     AugmentedDataset,
@@ -25,6 +23,8 @@ from ..data import (
     resized_sizes,
     turns_augmentation,
 )
+from ..model.backbone import feature_strides
+from ..model.configuration_hf_detr import DetrConfig
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
 from .arguments import TRAINING_VALUES

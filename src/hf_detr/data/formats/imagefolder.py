@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .coco import own_id
 from ..source import Box, Photo, Source, read_text
+from .coco import own_id
 
 
 def find_imagefolder(path: Path, split: str, names: tuple[str, ...]) -> Source | None:

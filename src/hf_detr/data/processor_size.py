@@ -1,0 +1,35 @@
+"""The `size` of an image processor, in any of its forms, and what it makes of an image."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.image_transforms import get_size_with_aspect_ratio
+from transformers.image_utils import get_image_size_for_max_height_width
+
+
+def size_fields(size: Mapping[str, int | None] | Any) -> dict[str, int]:
+    """The fields that are set, such as `{"shortest_edge": 800, "longest_edge": 1333}`, in pixels."""
+    return {name: value for name, value in dict(size).items() if value}
+
+
+def resized_size(image_size: tuple[int, int], size: Mapping[str, int | None] | Any) -> tuple[int, int]:
+    """(height, width) of an image of this (height, width) after a processor's resize, in pixels."""
+    given = size_fields(size)
+    if "shortest_edge" in given:
+        resized = get_size_with_aspect_ratio(image_size, given["shortest_edge"], given.get("longest_edge"))
+    elif "max_height" in given:
+        resized = get_image_size_for_max_height_width(image_size, given["max_height"], given["max_width"])
+    else:
+        resized = given["height"], given["width"]
+    return int(resized[0]), int(resized[1])
+
+
+def size_range(size: Mapping[str, int | None] | Any) -> tuple[int, int]:
+    """Shortest and longest side, in pixels, that the size names."""
+    given = sorted(size_fields(size).values())
+    return given[0], given[-1]
+
+
+def keeps_aspect_ratio(size: Mapping[str, int | None] | Any) -> bool:
+    """Whether images of different shapes come out in different shapes."""
+    return "height" not in size_fields(size)

@@ -1,0 +1,170 @@
+"""Ground truth: COCO annotations to labels, and the one check of boxes and labels.
+
+`annotations` are raw COCO records, boxes [x_min, y_min, width, height] in pixels; `labels` are tensors, boxes
+(center x, center y, width, height) in [0, 1] of the image without its padding.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+BOX_TOLERANCE = 1e-5  # rounding of float32 divisions by the image size
+NOT_FINITE = "the box is not finite"
+NO_AREA = "the box has no area. Remove it from the data"
+
+
+def box_problem(bbox: Any, size: tuple[int, int] | None) -> tuple[str, str] | None:
+    """Why a COCO box cannot be learned from, as a code and a sentence without its end; None if it can.
+
+    Args:
+        bbox: [x_min, y_min, width, height] in pixels.
+        size: (height, width) of the image as shown, in pixels; None if it is not known.
+
+    Returns:
+        one of the codes "box-not-numbers", "box-empty" and "box-outside", and the reason.
+    """
+    if not isinstance(bbox, (list, tuple, np.ndarray, Tensor)) or len(bbox) != 4:
+        return "box-not-numbers", "bbox must be [x_min, y_min, width, height] in pixels"
+    try:
+        x, y, width, height = (float(value) for value in bbox)
+    except (TypeError, ValueError):
+        return "box-not-numbers", "bbox must be four numbers, [x_min, y_min, width, height] in pixels"
+    if not all(math.isfinite(value) for value in (x, y, width, height)):
+        return "box-not-numbers", NOT_FINITE
+    if width <= 0 or height <= 0:
+        return "box-empty", NO_AREA
+    if size is not None and (x >= size[1] or y >= size[0] or x + width <= 0 or y + height <= 0):
+        return "box-outside", (
+            f"the box is outside the image of {size[1]} x {size[0]}. It must be [x_min, y_min, width, height] in "
+            "pixels of the image as shown, with its EXIF orientation applied"
+        )
+    return None
+
+
+def coco_to_labels(annotation: dict[str, Any], size: tuple[int, int], index: int = 0) -> dict[str, Tensor]:
+    """COCO annotations of one image to labels.
+
+    Args:
+        annotation: `image_id` and `annotations`; see `DetrImageProcessor.preprocess`.
+        size: (height, width) of the image in pixels, EXIF orientation applied.
+        index: position in the batch, for error messages.
+
+    Returns:
+        `class_labels` (N,), `boxes` (N, 4) cxcywh in [0, 1], `area` (N,) in pixels, `iscrowd` (N,), `image_id` (1,)
+        and `orig_size` (2,), height and width.
+
+    Raises:
+        ValueError: names the image and the record, and the fix.
+    """
+    where = f"Image {index}"
+    if not isinstance(annotation, dict) or "annotations" not in annotation or "image_id" not in annotation:
+        raise ValueError(
+            f'{where}: its annotation must be a dict {{"image_id": int, "annotations": [COCO objects]}}, got '
+            f"{sorted(annotation) if isinstance(annotation, dict) else type(annotation).__name__}."
+        )
+    try:
+        image_id = int(annotation["image_id"])
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: image_id must be an integer, got {annotation['image_id']!r}.") from None
+    where = f"Image {index} (image_id {image_id})"
+    records = []
+    for number, record in enumerate(annotation["annotations"]):
+        if record.get("iscrowd", 0):
+            logger.warning_once("Crowd annotations (iscrowd=1) mark groups, not objects; they are not in the labels.")
+            continue
+        problem = box_problem(record.get("bbox"), size)
+        category = record.get("category_id")
+        reason = problem[1] if problem else None
+        if reason is None and (isinstance(category, bool) or not isinstance(category, (int, np.integer))):
+            reason = f"category_id must be an integer, got {category!r}"
+        if reason:
+            raise ValueError(
+                f"{where}, annotation {number} (id {record.get('id', 'none')}), bbox {record.get('bbox')}: {reason}."
+            )
+        records.append(record)
+    height, width = size
+    given = torch.tensor([[float(value) for value in record["bbox"]] for record in records], dtype=torch.float64)
+    given = given.reshape(-1, 4)
+    scale = torch.tensor([width, height, width, height], dtype=torch.float64)
+    corners = torch.minimum(box_convert(given, "xywh", "xyxy").clamp(min=0), scale)
+    areas = [record.get("area") for record in records]
+    areas = [float(w * h) if area is None else float(area) for area, (w, h) in zip(areas, given[:, 2:], strict=True)]
+    return {
+        "class_labels": torch.tensor([int(record["category_id"]) for record in records], dtype=torch.int64),
+        "boxes": (box_convert(corners, "xyxy", "cxcywh") / scale).float(),
+        "area": torch.tensor(areas, dtype=torch.float32),
+        "iscrowd": torch.zeros(len(records), dtype=torch.int64),
+        "image_id": torch.tensor([image_id]),
+        "orig_size": torch.tensor([height, width]),
+    }
+
+
+def check_labels(labels: list[dict[str, Any]], num_labels: int, batch_size: int) -> None:
+    """Refuse labels that would train something else than what was meant.
+
+    Args:
+        labels: one dict an image with `class_labels` (N,), integers in [0, num_labels), and `boxes` (N, 4), cxcywh in
+            [0, 1] of the image without its padding, with positive width and height.
+
+    Raises:
+        ValueError: names the image of the batch, the box and the fix.
+    """
+    if len(labels) != batch_size:
+        raise ValueError(f"There are {batch_size} images in the batch but {len(labels)} labels.")
+    for image, label in enumerate(labels):
+        missing = {"class_labels", "boxes"} - set(label)
+        if missing:
+            raise ValueError(f"{_where(labels, image)}: the label lacks {sorted(missing)}; it has {sorted(label)}.")
+        ids, boxes = label["class_labels"], label["boxes"]
+        if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim != 1:
+            raise ValueError(
+                f"{_where(labels, image)}: `class_labels` must be a list of integers, got {ids.dtype} of shape "
+                f"{tuple(ids.shape)}."
+            )
+        if boxes.shape != (len(ids), 4):
+            raise ValueError(
+                f"{_where(labels, image)}: `boxes` must be ({len(ids)}, 4) to fit `class_labels`, got "
+                f"{tuple(boxes.shape)}."
+            )
+    ids = torch.cat([label["class_labels"] for label in labels])
+    boxes = torch.cat([label["boxes"] for label in labels])
+    if len(ids) == 0:
+        return
+    wrong = torch.stack(
+        (
+            (ids < 0) | (ids >= num_labels),
+            ~boxes.isfinite().all(1),
+            ((boxes < -BOX_TOLERANCE) | (boxes > 1 + BOX_TOLERANCE)).any(1),
+            (boxes[:, 2:] <= 0).any(1),
+        )
+    )
+    if not wrong.any():  # the only transfer from the device
+        return
+    reasons = (
+        f"the class id is not in [0, {num_labels}). Ids count from 0, and the config's `id2label` must name them all",
+        NOT_FINITE,
+        "the box is not within [0, 1]. Boxes are (center x, center y, width, height) divided by the image's width and "
+        "height; pixel values belong into the image processor's `annotations`",
+        NO_AREA,
+    )
+    kind, row = wrong.nonzero()[0].tolist()
+    owners = [(image, box) for image, label in enumerate(labels) for box in range(len(label["class_labels"]))]
+    image, position = owners[row]
+    raise ValueError(
+        f"{_where(labels, image)}, box {position}: {reasons[kind]}. "
+        f"Class id {int(ids[row])}, box {[round(value, 4) for value in boxes[row].tolist()]}."
+    )
+
+
+def _where(labels: list[dict[str, Any]], image: int) -> str:
+    image_id = labels[image].get("image_id")
+    if isinstance(image_id, Tensor) and image_id.numel() == 1:
+        image_id = image_id.item()
+    return f"Image {image} of the batch" + ("" if image_id is None else f" (image_id {image_id})")
