@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 
 from hf_detr import DetrConfig, DetrForDetection
 from hf_detr.interop import to_transformers
+from hf_detr.speed import prepare_for_inference
 from hf_detr.training import use_all_cores
 
 BF16 = torch.bfloat16
@@ -96,7 +97,7 @@ def main() -> None:
         if memory:
             use_all_cores()
         dtype, compile, theirs_as = CASES[case]
-        ours, other = model.prepare_for_inference(dtype, compile), theirs
+        ours, other = prepare_for_inference(model, dtype, compile), theirs
         if theirs_as == "compile":
             other = compiled(theirs)
         batches = images(case, args.quick)

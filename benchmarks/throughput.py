@@ -105,7 +105,7 @@ def main() -> None:
     size = {"shortest_edge": 160, "longest_edge": 266} if args.quick else {"shortest_edge": 800, "longest_edge": 1333}
     model = hf_detr.DetrForDetection(hf_detr.DetrConfig(**fields)).eval()
     theirs = to_transformers(model)
-    ours = model.prepare_for_inference(dtype=getattr(torch, args.dtype), compile=args.compile)
+    ours = prepare_for_inference(model, dtype=getattr(torch, args.dtype), compile=args.compile)
     our_pipeline = pipeline(
         "object-detection", model=ours, image_processor=hf_detr.DetrImageProcessor(size=size), device="cpu"
     )

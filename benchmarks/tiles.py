@@ -94,7 +94,7 @@ def main() -> None:
     if not set(shapes.CLASSES) <= set(class_of):
         parser.error(f"--model knows {sorted(class_of)}, not the embedded data set's {list(shapes.CLASSES)}.")
     detector = pipeline(
-        "object-detection", model=model.prepare_for_inference(),
+        "object-detection", model=prepare_for_inference(model),
         image_processor=hf_detr.DetrImageProcessor.from_pretrained(args.model), device="cpu",
     )  # fmt: skip
     ways = {

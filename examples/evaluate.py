@@ -58,7 +58,7 @@ def main() -> None:
         model = load_exported(args.model, args.dtype)
     else:
         model = DetrForDetection.from_pretrained(args.model)
-        model = model.prepare_for_inference(args.dtype)
+        model = prepare_for_inference(model, args.dtype)
     processor = DetrImageProcessor.from_pretrained(args.model)
     with accelerator.main_process_first():  # the others find it in the cache
         dataset = load_detection_dataset(

@@ -81,7 +81,7 @@ def main() -> None:
     settings = {"model": name, "threshold": args.threshold, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {"tile": args.tile, "overlap": args.overlap if args.tiling else None}
     settings |= model_settings(model, processor)
-    model = model.prepare_for_inference(dtype=dtype, compile=args.compile)
+    model = prepare_for_inference(model, dtype=dtype, compile=args.compile)
     detector = pipeline(
         "object-detection", model=model, image_processor=processor, device=args.device or accelerator.device
     )

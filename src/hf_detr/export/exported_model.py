@@ -13,7 +13,7 @@ from ..model.backbone import image_sizes
 from ..model.configuration_hf_detr import DetrConfig
 from ..model.modeling_hf_detr import check_images
 from ..model.outputs import DetrDetectionOutput
-from ..model.preparation import named_dtype
+from ..speed import named_dtype
 from .runtimes import GRAPH_FILES, Run, open_graph
 
 EXPORT_FILE = "export.json"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.boxes import cxcywh_to_xyxy
+from ..speed import prepare_for_inference
 from .exported_model import input_names, output_names
 from .masked_backbone import MaskedBackbone, plan_masks
 from .runtimes import GRAPH_FILES, check_packages
@@ -66,11 +67,11 @@ def trace(model: "DetrForDetection", *, hide_padding: bool, post_process: bool) 
     Raises:
         ValueError: no such graph can be made of this backbone; the message says why.
     """
-    prepared = model.prepare_for_inference(torch.float32).cpu()
+    prepared = prepare_for_inference(model, torch.float32).cpu()
     graph = ExportGraph(prepared, hide_padding=hide_padding, post_process=post_process)
     backbone = model.model.backbone
     # a batch and sizes that nothing else in the model has, so that no number is taken for a constant of it
-    height, width = 4 * backbone.stride + 3, 5 * backbone.stride + 7
+    height, width = 4 * backbone.strides[-1] + 3, 5 * backbone.strides[-1] + 7
     inputs = {
         "pixel_values": torch.zeros(2, model.config.num_channels, height, width),
         "pixel_mask": torch.ones(2, height, width, dtype=torch.int64),

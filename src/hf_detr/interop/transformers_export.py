@@ -46,7 +46,7 @@ def to_transformers(model: DetrForDetection) -> PreTrainedModel:
         "num_channels": config.num_channels,
         "features_only": True,
         "use_pretrained_backbone": False,
-        "out_indices": [model.model.backbone.level],
+        "out_indices": [model.model.backbone._timm_kwargs["out_indices"][-1]],
     }
     if config.dilation:
         backbone_config["output_stride"] = 16

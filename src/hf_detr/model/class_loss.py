@@ -1,78 +1,116 @@
-"""Part of steps 6 and 7: how a class prediction is judged, in the matching and in the loss.
+"""Steps 6 and 7: the class term of the matching cost and of the loss.
 
-All kinds judge the same softmax over the classes and "no object", so they share heads, post-processing and exports.
+All kinds read the same softmax over the classes and "no object", so they share heads, post-processing and exports.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-CLASS_LOSSES = ("cross_entropy", "focal", "iou_aware")
-FOCUS = 2.0  # gamma of the focal loss
-OBJECT_SHARE = 0.25  # alpha of the focal loss
-QUALITY_POWER = 1.5  # gamma of the matchability-aware loss
+FOCAL_GAMMA = 2.0  # arXiv 1708.02002
+FOCAL_ALPHA = 0.25
+MAL_GAMMA = 1.5  # of the matchability-aware loss, arXiv 2412.04234
 
 
-def class_matching_cost(kind: str, probabilities: Tensor) -> Tensor:
-    """Cost of answering for an object with a query that gives its class the probability `p`, any shape:
-
-    - `"cross_entropy"`, `"iou_aware"`: `-p` (paper, section 3.1);
-    - `"focal"`: what the focal loss gains, `a (1-p)² (-log p) - (1-a) p² (-log(1-p))`, `a = 0.25` (arXiv 2010.04159,
-      as in its code).
-    """
-    if kind != "focal":
-        return -probabilities
-    p = probabilities.clamp(1e-8, 1 - 1e-8)
-    gain = OBJECT_SHARE * (1 - p) ** FOCUS * -p.log()
-    return gain - (1 - OBJECT_SHARE) * p**FOCUS * -(1 - p).log()
-
-
-def class_loss(
-    kind: str,
-    logits: Tensor,
-    target_classes: Tensor,
-    quality: Tensor,
-    normalizer: Tensor,
-    *,
-    eos_coefficient: float,
-    valid: Tensor | None = None,
-) -> Tensor:
-    """Class loss of each decoder layer, with `p` the softmax probabilities and `c` the target of a query:
-
-    - `"cross_entropy"` (paper, section 3.1): the sum of `-log p[c]`, in which "no object" weighs `eos_coefficient`.
-    - `"focal"` (arXiv 1708.02002, over the softmax): the sum of `a (1-p[c])² (-log p[c])`, with `a = 0.25` for objects
-      and 0.75 for "no object": what is decided already hardly counts.
-    - `"iou_aware"` (matchability-aware loss of DEIM, arXiv 2412.04234, over the softmax): the target of a matched query
-      is its class with `t = IoU^1.5` and "no object" with `1 - t`, so that the score tells how good the box is, and a
-      bad box is taught little: `-t log p[c] - (1-t) log p[none]`; of the others `(1-p[none])^1.5 (-log p[none])`.
+@dataclass
+class ClassTargets:
+    """What the class logits of L layers should have been.
 
     Args:
-        logits: (L, B, Q, num_labels+1), float32 or wider; the last one is "no object".
-        target_classes: (L, B, Q); `num_labels` where there is no object.
-        quality: (L, B, Q), IoU of the predicted box and its object, without gradient; read for objects only.
-        normalizer: scalar that the sum is divided by: for the cross-entropy the sum of all weights, which makes it a
-            mean, for the others the number of boxes.
-        valid: (B, Q) bool, queries that count; None: all.
-
-    Returns:
-        (L,)
+        logits: (L, B, T, num_labels+1), float32 or wider; the last one is "no object".
+        classes: (L, B, T); `num_labels` where there is no object.
+        quality: (L, B, T), IoU of the predicted box and its object, without gradient; read for objects only.
+        valid: (B, T) bool, queries that count; None: all.
     """
-    no_object = logits.shape[-1] - 1
-    log_p = logits.log_softmax(-1)
-    log_target = log_p.gather(-1, target_classes[..., None])[..., 0]  # (L, B, Q)
-    is_object = target_classes != no_object
-    weight = torch.ones_like(log_target) if valid is None else valid.to(logits.dtype).expand_as(log_target)
-    if kind == "cross_entropy":
-        weight = weight * torch.where(is_object, 1.0, eos_coefficient)
-        return -(weight * log_target).sum((1, 2)) / normalizer
-    if kind == "focal":
-        share = torch.where(is_object, OBJECT_SHARE, 1 - OBJECT_SHARE)
-        loss = share * (1 - log_target.exp()) ** FOCUS * -log_target
-    else:
-        log_none = log_p[..., no_object]
-        target = quality.clamp(min=0) ** QUALITY_POWER
-        loss = torch.where(
-            is_object,
-            -target * log_target - (1 - target) * log_none,
-            (1 - log_none.exp()).clamp(min=1e-12) ** QUALITY_POWER * -log_none,
-        )
-    return (weight * loss).sum((1, 2)) / normalizer
+
+    logits: Tensor
+    classes: Tensor
+    quality: Tensor
+    valid: Tensor | None = None
+
+    @property
+    def no_object(self) -> int:
+        return self.logits.shape[-1] - 1
+
+
+class ClassLoss(NamedTuple):
+    """Args:
+    cost: probability of an object's class, any shape, to the cost of matching a query to the object.
+    loss: targets and the weight of "no object" to the loss of each query, (L, B, T).
+    is_mean: divided by the sum of all weights, as PyTorch's cross-entropy is, or else by the number of boxes.
+    """
+
+    cost: Callable[[Tensor], Tensor]
+    loss: Callable[[ClassTargets, float], Tensor]
+    is_mean: bool = False
+
+
+def negative_probability(probabilities: Tensor) -> Tensor:
+    """`-p` (paper, section 3.1; its `1 - p` differs by a constant)."""
+    return -probabilities
+
+
+def focal_cost(probabilities: Tensor) -> Tensor:
+    """`a (1-p)² (-log p) - (1-a) p² (-log(1-p))`, `a = 0.25` (arXiv 2010.04159, as in its code)."""
+    p = probabilities.clamp(1e-8, 1 - 1e-8)
+    positive = FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * -p.log()
+    return positive - (1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * -(1 - p).log()
+
+
+def cross_entropy(targets: ClassTargets, eos_coefficient: float) -> Tensor:
+    """`-w log p[c]` with w = `eos_coefficient` for "no object" and 1 for objects (paper, section 3.1)."""
+    log_p = targets.logits.log_softmax(-1).gather(-1, targets.classes[..., None])[..., 0]
+    return -torch.where(targets.classes == targets.no_object, eos_coefficient, 1.0) * log_p
+
+
+def focal(targets: ClassTargets, eos_coefficient: float) -> Tensor:
+    """`a (1-p[c])² (-log p[c])`, `a` = 0.25 for objects and 0.75 for "no object" (arXiv 1708.02002, over the softmax):
+    predictions that are already right hardly count. `eos_coefficient` is not used."""
+    log_p = targets.logits.log_softmax(-1).gather(-1, targets.classes[..., None])[..., 0]
+    alpha = torch.where(targets.classes == targets.no_object, 1 - FOCAL_ALPHA, FOCAL_ALPHA)
+    return alpha * (1 - log_p.exp()) ** FOCAL_GAMMA * -log_p
+
+
+def iou_aware(targets: ClassTargets, eos_coefficient: float) -> Tensor:
+    """The matchability-aware loss of DEIM (arXiv 2412.04234) over the softmax: the target of a matched query is its
+    class with `t = IoU^1.5` and "no object" with `1 - t`, `-t log p[c] - (1-t) log p[none]`, so that the score predicts
+    the quality of the box and low-quality matches teach little; of the others `(1-p[none])^1.5 (-log p[none])`.
+    `eos_coefficient` is not used."""
+    log_probabilities = targets.logits.log_softmax(-1)
+    log_p = log_probabilities.gather(-1, targets.classes[..., None])[..., 0]
+    log_none = log_probabilities[..., targets.no_object]
+    soft_target = targets.quality.clamp(min=0) ** MAL_GAMMA
+    return torch.where(
+        targets.classes == targets.no_object,
+        (1 - log_none.exp()).clamp(min=1e-12) ** MAL_GAMMA * -log_none,
+        -soft_target * log_p - (1 - soft_target) * log_none,
+    )
+
+
+CLASS_LOSSES = {
+    "cross_entropy": ClassLoss(negative_probability, cross_entropy, is_mean=True),
+    "focal": ClassLoss(focal_cost, focal),
+    "iou_aware": ClassLoss(negative_probability, iou_aware),
+}
+
+
+def class_loss_of(kind: str) -> ClassLoss:
+    """The class loss of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if kind not in CLASS_LOSSES:
+        raise ValueError(f"`class_loss` must be one of {', '.join(CLASS_LOSSES)}, got {kind!r}.")
+    return CLASS_LOSSES[kind]
+
+
+def sum_class_loss(kind: str, targets: ClassTargets, normalizer: Tensor, eos_coefficient: float) -> Tensor:
+    """The class loss of each layer, (L,): the sum over its valid queries, over `normalizer`."""
+    loss = class_loss_of(kind).loss(targets, eos_coefficient)  # (L, B, T)
+    if targets.valid is not None:
+        loss = loss * targets.valid
+    return loss.sum((1, 2)) / normalizer

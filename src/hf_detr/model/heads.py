@@ -1,4 +1,4 @@
-"""Step 5: what each query says: a class, and a box. The same two heads serve every decoder layer."""
+"""Step 5: the prediction heads, a class and a box per query, shared by all decoder layers."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def inverse_sigmoid(values: Tensor, eps: float = 1e-5) -> Tensor:
-    """log(x / (1 - x)) of numbers in [0, 1], kept finite by staying `eps` away from both ends."""
+    """log(x / (1 - x)) of numbers in [0, 1], clamped to [eps, 1 - eps] to stay finite."""
     values = values.clamp(eps, 1 - eps)
     return (values / (1 - values)).log()
 
@@ -28,7 +28,7 @@ class MLP(nn.Module):
 
 
 class BoxHead(MLP):
-    """Three linear layers with ReLU between (paper, section 3.2, "prediction feed-forward networks")."""
+    """Three linear layers with ReLU between, then a sigmoid (paper, section 3.2, "prediction feed-forward networks")."""
 
     def __init__(self, d_model: int, num_layers: int = 3) -> None:
         super().__init__([d_model] * num_layers + [4])
@@ -36,15 +36,21 @@ class BoxHead(MLP):
     def forward(self, hidden_states: Tensor, anchors: Tensor | None = None) -> Tensor:
         """(..., d_model) to boxes (..., 4): cxcywh in [0, 1] of the image without its padding.
 
-        With `anchors` (..., 4), boxes in the same frame, the head says what to change: sigmoid(head +
+        With `anchors` (..., 4), boxes in the same frame, the head predicts the change: sigmoid(head +
         inverse_sigmoid(anchor)).
 
-        Runs in the precision of its weights whatever the autocast: bfloat16 knows 256 places between 0.5 and 1, steps
-        of 3 pixels in an image of 800.
+        Runs in the precision of its weights whatever the autocast: bfloat16 has 256 values between 0.5 and 1, steps of
+        3 pixels in an image of 800.
         """
         with torch.autocast(hidden_states.device.type, enabled=False):
-            offsets = super().forward(hidden_states.to(next(self.parameters()).dtype))
+            offsets = super().forward(hidden_states.to(self._dtype(hidden_states)))
             return (offsets if anchors is None else offsets + inverse_sigmoid(anchors)).sigmoid()
+
+    def _dtype(self, hidden_states: Tensor) -> torch.dtype:
+        """Of the weights; of the input where weights are not floating point (quantised layers)."""
+        weight = getattr(self.layers[0], "weight", None)
+        is_floating = isinstance(weight, Tensor) and weight.is_floating_point()
+        return weight.dtype if is_floating else hidden_states.dtype
 
 
 def build_class_head(d_model: int, num_labels: int) -> nn.Linear:

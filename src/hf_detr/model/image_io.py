@@ -173,3 +173,33 @@ def _array_to_rgb(image: Tensor, top: int = 255) -> Tensor:
         colour = image[:-1].float() * alpha + white * (1 - alpha)
         image = colour if image.is_floating_point() else colour.round().to(torch.uint8)
     return image.expand(3, -1, -1) if image.shape[0] == 1 else image
+
+
+def allocate_batch(
+    sizes: list[tuple[int, int]],
+    channels: int = 3,
+    size: tuple[int, int] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """A batch for images of these (height, width), to be filled from the top left.
+
+    Args:
+        size: (height, width) of the batch; None: the largest of both.
+
+    Returns:
+        `pixel_values` (B, channels, H, W), zeros, and `pixel_mask` (B, H, W) int64, 1 = image, 0 = padding.
+
+    Raises:
+        ValueError: an image does not fit `size`.
+    """
+    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+    if size is not None and (height > size[0] or width > size[1]):
+        raise ValueError(f"Images of up to {height} x {width} do not fit a batch of {size[0]} x {size[1]}.")
+    height, width = size or (height, width)
+    pixel_values = torch.zeros(len(sizes), channels, height, width, dtype=dtype, device=device)
+    pixel_mask = torch.zeros(len(sizes), height, width, dtype=torch.int64, device=device)
+    for mask, (h, w) in zip(pixel_mask, sizes, strict=True):
+        mask[:h, :w] = 1
+    return pixel_values, pixel_mask

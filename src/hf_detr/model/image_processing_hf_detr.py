@@ -15,7 +15,7 @@ from transformers.image_utils import (
 )
 
 from .annotations import coco_to_labels
-from .image_io import Image, flat_list_of_images, to_rgb_tensor
+from .image_io import Image, allocate_batch, flat_list_of_images, to_rgb_tensor
 from .post_processing import post_process_detection
 
 
@@ -72,14 +72,14 @@ class HfDetrImageProcessor(TorchvisionBackend):
     ) -> BatchFeature:
         """Args:
             images: one image or a list of them.
-            annotations: one dict an image: `image_id` (int) and `annotations`, a list of COCO objects with `bbox`
+            annotations: one dict per image: `image_id` (int) and `annotations`, a list of COCO objects with `bbox`
                 = [x_min, y_min, width, height] in pixels of the image, `category_id` in [0, num_labels), and
-                optionally `area` and `iscrowd`. Crowd objects are left out of the labels.
+                optionally `area` and `iscrowd`. Crowd objects are not in the labels.
             kwargs: any attribute of the processor, for this call (`size=...`, `do_resize=False`, ...).
 
         Returns:
             `pixel_values` (B, 3, H, W) float32 and `pixel_mask` (B, H, W), 1 = image, 0 = padding; with annotations
-            also `labels`, one dict an image: `class_labels` (N,), `boxes` (N, 4) cxcywh in [0, 1] of the image
+            also `labels`, one dict per image: `class_labels` (N,), `boxes` (N, 4) cxcywh in [0, 1] of the image
             without its padding, `area` (N,) in resized pixels, `iscrowd` (N,), `image_id` (1,), `orig_size` and
             `size` = (height, width) before and after resizing.
 
@@ -123,17 +123,11 @@ class HfDetrImageProcessor(TorchvisionBackend):
         sizes = [_height_width(image) for image in resized]
         data: dict[str, Any]
         if do_pad or len(set(sizes)) == 1:
-            height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
-            if do_pad and pad_size is not None:
-                if height > pad_size.height or width > pad_size.width:
-                    raise ValueError(f"Images of up to {height} x {width} do not fit pad_size={dict(pad_size)}.")
-                height, width = pad_size.height, pad_size.width
+            batch_size = (pad_size.height, pad_size.width) if do_pad and pad_size is not None else None
             # written in place: no copy to normalise, no copy to pad, no copy to stack
-            pixel_values = resized[0].new_zeros((len(resized), 3, height, width), dtype=torch.float32)
-            pixel_mask = torch.zeros((len(resized), height, width), dtype=torch.int64, device=pixel_values.device)
-            for image, values, mask, (h, w) in zip(resized, pixel_values, pixel_mask, sizes, strict=True):
+            pixel_values, pixel_mask = allocate_batch(sizes, size=batch_size, device=resized[0].device)
+            for image, values, (h, w) in zip(resized, pixel_values, sizes, strict=True):
                 torch.mul(image, _scale_of(image, factor, do_rescale), out=values[:, :h, :w]).sub_(offset)
-                mask[:h, :w] = 1
             data = {"pixel_values": pixel_values}
             if do_pad:
                 data["pixel_mask"] = pixel_mask

@@ -1,4 +1,4 @@
-"""The weights to start from. Every function leaves alone what a checkpoint has filled."""
+"""The initial weights: the paper's (section A.4 and its code). Nothing that a checkpoint has filled is overwritten."""
 
 import math
 
@@ -6,13 +6,36 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .anchor_decoder import AnchorDecoder, ConditionalAttention
+from .attention import Attention, ConditionalAttention
+from .backbone import Backbone
+from .configuration_hf_detr import DetrConfig
+from .decoder import DetrDecoder
+from .dense_supervision import PRIOR, DenseHead
+from .encoder import Encoder, FeedForward
 from .heads import MLP, inverse_sigmoid
-from .transformer import Decoder, Encoder, FeedForward, MultiHeadAttention
+from .position_embedding import LearnedPositionEmbedding
+from .queries import Denoising
+
+
+def init_module(module: nn.Module, config: DetrConfig) -> None:
+    """Initial weights of one part of the model; parts that contain it are initialised after it."""
+    if isinstance(module, Backbone):
+        module.reset_parameters()
+        module.freeze()
+    elif isinstance(module, (Encoder, DetrDecoder)):
+        init_transformer(module, config.init_xavier_std)
+    elif isinstance(module, LearnedPositionEmbedding):
+        init.uniform_(module.row_embeddings.weight)
+        init.uniform_(module.column_embeddings.weight)
+    elif isinstance(module, Denoising):
+        init.normal_(module.class_embedding.weight)
+    elif isinstance(module, DenseHead):
+        init_class_head(module.class_labels_classifier, PRIOR)
+        init_mlp(module.bbox_predictor)
 
 
 def init_as_torch(layer: nn.Linear | nn.Conv2d) -> None:
-    """PyTorch's default for linear layers and convolutions; leaves alone what a checkpoint filled."""
+    """PyTorch's default for linear layers and convolutions."""
     bound = layer.weight[0].numel() ** -0.5
     init.uniform_(layer.weight, -bound, bound)
     init.uniform_(layer.bias, -bound, bound)
@@ -24,11 +47,11 @@ def init_mlp(mlp: MLP) -> None:
             init_as_torch(layer)
 
 
-def init_transformer(stack: Encoder | Decoder | AnchorDecoder, gain: float) -> None:
+def init_transformer(stack: Encoder | DetrDecoder, gain: float) -> None:
     """Xavier-uniform matrices as in the paper's code, where query, key and value form one (3d, d) matrix: its bound is
     the square root of 1/2 of the one for a (d, d) matrix. Attention biases are 0, those of feed-forward PyTorch's."""
     for module in stack.modules():
-        if isinstance(module, MultiHeadAttention):
+        if isinstance(module, Attention):
             for projection in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
                 fused = projection is not module.o_proj
                 init.xavier_uniform_(projection.weight, gain=gain * (0.5**0.5 if fused else 1.0))
@@ -47,16 +70,16 @@ def init_transformer(stack: Encoder | Decoder | AnchorDecoder, gain: float) -> N
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-    if isinstance(stack, AnchorDecoder):  # the first boxes are the anchors
+    if isinstance(stack, DetrDecoder) and stack.queries_are_boxes:  # the first boxes are the anchors
         init.zeros_(stack.bbox_predictor.layers[-1].weight)
         init.zeros_(stack.bbox_predictor.layers[-1].bias)
 
 
-def init_queries(queries: nn.Embedding, anchors: bool, first: int = 0) -> None:
-    """N(0, 1) for learned queries. Anchors are spread evenly: the image is filled by the R2 sequence of M. Roberts (an
-    evenly distributed sequence, whatever its length), from its element `first` on, with boxes of a quarter of the
-    image's sides."""
-    if not anchors:
+def init_queries(queries: nn.Embedding, are_boxes: bool, first: int = 0) -> None:
+    """N(0, 1) for learned queries. Anchors cover the image evenly: their centres are the R2 sequence of M. Roberts (a
+    low-discrepancy sequence, evenly distributed at any length) from its element `first` on, their sides a quarter of
+    the image's."""
+    if not are_boxes:
         init.normal_(queries.weight)
         return
     number = torch.arange(first + 1, first + queries.num_embeddings + 1, dtype=torch.float64, device="cpu")
@@ -67,7 +90,7 @@ def init_queries(queries: nn.Embedding, anchors: bool, first: int = 0) -> None:
 
 
 def init_class_head(head: nn.Linear, prior_probability: float | None) -> None:
-    """PyTorch's default, or a bias that gives all objects together the prior probability (arXiv 1708.02002, 4.1)."""
+    """PyTorch's default, or a bias that gives all classes together the prior probability (arXiv 1708.02002, 4.1)."""
     init_as_torch(head)
     if prior_probability is not None:
         classes = head.out_features - 1

@@ -1,5 +1,7 @@
-"""Step 7: the set loss: matched queries owe class and box of their object, all others owe "no object"."""
+"""Step 7: the set loss. Matched queries are trained to predict the class and box of their object, all others "no
+object"."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,173 +9,227 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .boxes import cxcywh_to_xyxy, giou, iou
-from .class_loss import class_loss as judge_classes
-from .denoising import DenoisingQueries
-from .matcher import hungarian_matching
+from .box_loss import giou_of, iou_of, l1_distance
+from .class_loss import ClassTargets, class_loss_of, sum_class_loss
+from .configuration_hf_detr import DetrConfig
+from .matcher import Matching, hungarian_matching
+from .queries import DenoisingQueries
 
 
 @dataclass
 class LossNormalizers:
     """What the sums of the loss are divided by, scalars on the device of the model. Each is a count over everything
     that one optimizer step learns from, divided by the number of processes, since gradients are averaged over them; so
-    neither processes nor accumulation change the loss of the whole.
+    neither processes nor gradient accumulation change the loss.
 
     Args:
-        boxes: objects; of all together at least 1.
-        class_weight: weights of the cross-entropy, over all queries.
-        images: in the batches.
-        cells: of the feature maps that have an object, of all together at least 1; None where they are counted in the
-            forward pass.
+        boxes: objects, at least 1 in all.
+        class_weight: sum of the weights of the cross-entropy over all queries.
+        images: images.
     """
 
     boxes: Tensor
     class_weight: Tensor
     images: Tensor
-    cells: Tensor | None = None
 
     @classmethod
     def from_counts(cls, counts: Tensor, num_processes: int) -> "LossNormalizers":
-        """Of the counts (3,) that [`count_for_loss`] gives, or (4,) with cells, summed over batches and processes."""
-        boxes, class_weight, images, *cells = counts.unbind()
-        parts = (boxes.clamp(min=1), class_weight, images, *(c.clamp(min=1) for c in cells))
-        return cls(*(part / num_processes for part in parts))
+        """Of the counts (3,) that `count_for_loss` gives, summed over batches and processes."""
+        boxes, class_weight, images = counts.unbind()
+        return cls(boxes.clamp(min=1) / num_processes, class_weight / num_processes, images / num_processes)
 
 
-def count_for_loss(counts: list[int], num_queries: int, eos_coefficient: float, device: torch.device) -> Tensor:
-    """Boxes, weights of the cross-entropy and images (3,) of a batch with this many objects an image. A query that is
-    matched weighs 1 and another `eos_coefficient`, whichever is matched, so that no prediction is needed to know."""
-    matched = sum(min(count, num_queries) for count in counts)
-    others = len(counts) * num_queries - matched
-    numbers = (sum(counts), matched + eos_coefficient * others, len(counts))
-    return torch.tensor(numbers, dtype=torch.float32, device=device)
+@dataclass
+class LossOutput:
+    """Args:
+    loss: scalar, the weighted sum.
+    loss_dict: the unweighted terms by name.
+    matching: which query was matched to which object, per layer and query group: (layers · groups, M).
+    """
+
+    loss: Tensor
+    loss_dict: dict[str, Tensor]
+    matching: Matching
 
 
-def sum_over_processes(counts: Tensor) -> tuple[Tensor, int]:
-    """The sum, and the number of processes. No transfer to the host."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(counts := counts.clone())
-        return counts, dist.get_world_size()
-    return counts, 1
+@dataclass
+class MatchedPredictions:
+    """The predictions of L layers beside what they should have been; what each term of the loss reads.
+
+    Args:
+        classes: of all queries.
+        boxes, targets: (L, M, 4), predicted boxes of matched queries and their objects, cxcywh in [0, 1].
+        counts: (B,), number of objects per image.
+        normalizers: see [`LossNormalizers`].
+    """
+
+    classes: ClassTargets
+    boxes: Tensor
+    targets: Tensor
+    counts: Tensor
+    normalizers: LossNormalizers
 
 
-def set_loss(
-    logits: Tensor,
-    pred_boxes: Tensor,
-    labels: list[dict[str, Any]],
-    *,
-    class_cost: float = 1.0,
-    bbox_cost: float = 5.0,
-    giou_cost: float = 2.0,
-    class_loss_coefficient: float = 1.0,
-    bbox_loss_coefficient: float = 5.0,
-    giou_loss_coefficient: float = 2.0,
-    eos_coefficient: float = 0.1,
-    class_loss: str = "cross_entropy",
-    query_groups: int = 1,
-    denoised: tuple[Tensor, Tensor, DenoisingQueries] | None = None,
-    normalizers: LossNormalizers | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of DETR (paper, section 3.1), for all decoder layers together.
+class DetrLoss:
+    """The loss of DETR (paper, section 3.1) for all decoder layers together, with everything that is supervised.
 
     Each layer is matched on its own (see `hungarian_matching`). Per layer:
 
-        loss_ce   = class loss over all queries of the batch       see `class_loss.class_loss`; the paper's is
+        loss_ce   = class loss over all queries           see `class_loss.CLASS_LOSSES`; the paper's is
                     sum(w · cross_entropy) / sum(w), w = eos_coefficient for "no object" and 1 for the others
-        loss_bbox = sum(|box - object|_1) / boxes                  over matched pairs
-        loss_giou = sum(1 - GIoU(box, object)) / boxes             over matched pairs
-        loss     += class_loss_coefficient · loss_ce + bbox_loss_coefficient · loss_bbox
-                    + giou_loss_coefficient · loss_giou
+        loss_bbox = sum(|box - object|_1) / boxes         over matched pairs
+        loss_giou = sum(1 - GIoU(box, object)) / boxes    over matched pairs
 
+    and the loss is their weighted sum, `class_loss_coefficient`, `bbox_loss_coefficient` and `giou_loss_coefficient`.
     `boxes` is the number of objects in the batch, at least 1. It and `sum(w)` are averaged over processes, once (the
-    paper's code averages `boxes` only). With query groups each group is matched and judged like this, and terms are
-    means over groups. Denoising queries add the same terms, with the objects they were made from in place of a
-    matching, and `boxes` times the number of copies in place of both.
+    paper's code averages `boxes` only). Each query group is matched and supervised like this, and terms are means over
+    groups. Denoising queries add the same terms with known objects in place of a matching, and `boxes` times the number
+    of groups in place of both normalizers. Dense supervision adds its own.
 
-    Args:
-        logits: (L, B, query_groups * Q, num_labels+1) of L decoder layers, the last one last; computed in float32 or
-            wider.
-        pred_boxes: (L, B, query_groups * Q, 4) cxcywh in [0, 1] of the image without its padding.
-        labels: one dict an image with `class_labels` (N,) and `boxes` (N, 4), on any device; see `check_labels`.
-        denoised: logits (L, B, T, num_labels+1) and boxes (L, B, T, 4) of denoising queries, and what they are.
-        normalizers: for an optimizer step over several batches; None counts this batch, on all processes.
-
-    Returns:
-        the weighted sum over layers, and the unweighted terms by name: `loss_ce`, `loss_bbox`, `loss_giou` and, for
-        logging, `cardinality_error` (mean |queries that are not "no object" - objects|) of the last layer, the same
-        with `_0`, `_1`, ... of the earlier ones, and the losses with `_denoising` of the denoising queries. Losses
-        carry gradients; `cardinality_error` does not.
-
-    Raises:
-        FloatingPointError: a prediction is NaN or infinite.
+    A term is a method and an entry of `terms`: name -> (method, weight). A weight of None only reports the term.
     """
-    logits, pred_boxes = (_widen(t) for t in (logits, pred_boxes))
-    layers, device, no_object = len(logits), logits.device, logits.shape[-1] - 1
-    counts = [len(label["class_labels"]) for label in labels]
-    if normalizers is None:  # processes meet here, before any of them can find fault with its predictions
-        mine = count_for_loss(counts, logits.shape[2] // query_groups, eos_coefficient, device)
-        normalizers = LossNormalizers.from_counts(*sum_over_processes(mine))
-    num_boxes = normalizers.boxes
-    # (L, B, G·Q, ...) to (L·G, B, Q, ...): to the matching a group is one more prediction, like a layer
-    logits, pred_boxes = (
-        t.unflatten(2, (query_groups, -1)).movedim(2, 1).flatten(0, 1) if query_groups > 1 else t
-        for t in (logits, pred_boxes)
+
+    def __init__(self, config: DetrConfig) -> None:
+        self.config = config
+        self.terms: dict[str, tuple[Callable[[MatchedPredictions], Tensor], float | None]] = {
+            "loss_ce": (self.class_term, config.class_loss_coefficient),
+            "loss_bbox": (self.l1_term, config.bbox_loss_coefficient),
+            "loss_giou": (self.giou_term, config.giou_loss_coefficient),
+            "cardinality_error": (self.cardinality_error, None),
+        }
+
+    # -- the terms, each (L,) ------------------------------------------------------------------------------------------
+
+    def class_term(self, matched: MatchedPredictions) -> Tensor:
+        kind, normalizers = self.config.class_loss, matched.normalizers
+        normalizer = normalizers.class_weight if class_loss_of(kind).is_mean else normalizers.boxes
+        return sum_class_loss(kind, matched.classes, normalizer, self.config.eos_coefficient)
+
+    def l1_term(self, matched: MatchedPredictions) -> Tensor:
+        return l1_distance(matched.boxes, matched.targets).sum(1) / matched.normalizers.boxes
+
+    def giou_term(self, matched: MatchedPredictions) -> Tensor:
+        return (1 - giou_of(matched.boxes, matched.targets)).sum(1) / matched.normalizers.boxes
+
+    @torch.no_grad()
+    def cardinality_error(self, matched: MatchedPredictions) -> Tensor:
+        """Mean over images of |queries that do not predict "no object" - objects|."""
+        detected = (matched.classes.logits.argmax(-1) != matched.classes.no_object).sum(2)  # (L, B)
+        return (detected - matched.counts).abs().sum(1) / matched.normalizers.images
+
+    # -- the sum -------------------------------------------------------------------------------------------------------
+
+    def count(self, labels: list[dict[str, Any]], device: torch.device) -> Tensor:
+        """Objects, weights of the cross-entropy and images of a batch, (3,). A matched query weighs 1 and any other
+        `eos_coefficient`, whichever is matched, so that no prediction is needed to know the sum."""
+        objects = [len(label["class_labels"]) for label in labels]
+        matched = sum(min(count, self.config.num_queries) for count in objects)
+        others = len(objects) * self.config.num_queries - matched
+        numbers = (sum(objects), matched + self.config.eos_coefficient * others, len(objects))
+        return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+    def __call__(
+        self,
+        logits: Tensor,
+        pred_boxes: Tensor,
+        labels: list[dict[str, Any]],
+        denoising: DenoisingQueries | None = None,
+        dense: Callable[[list[dict[str, Any]], Tensor], dict[str, Tensor]] | None = None,
+        normalizers: LossNormalizers | None = None,
+    ) -> LossOutput:
+        """Args:
+            logits: (L, B, T, num_labels+1) of L decoder layers, the last one last; T = groups · `num_queries`, then the
+                denoising queries. Computed in float32 or wider.
+            pred_boxes: (L, B, T, 4) cxcywh in [0, 1] of the image without its padding.
+            labels: one dict per image with `class_labels` (N,) and `boxes` (N, 4), on any device; see
+                `hf_detr.model.annotations.check_labels`.
+            denoising: how the denoising queries were made.
+            dense: labels and number of boxes to the terms of [`~hf_detr.model.dense_supervision.DenseHead`].
+            normalizers: of an optimizer step over several batches; None counts this batch, on all processes.
+
+        Returns:
+            `loss_dict` has the terms of the last layer by name, those of earlier layers with `_0`, `_1`, ..., those of
+            denoising queries with `_denoising`, and those of dense supervision with `_dense`.
+
+        Raises:
+            FloatingPointError: a prediction is NaN or infinite.
+        """
+        logits, pred_boxes = (t.float() if t.dtype.itemsize < 4 else t for t in (logits, pred_boxes))
+        device = logits.device
+        if normalizers is None:  # processes wait for each other here, before any of them can raise
+            normalizers = LossNormalizers.from_counts(*sum_over_processes(self.count(labels, device)))
+        classes = torch.cat([label["class_labels"] for label in labels]).to(device, torch.int64)
+        boxes = torch.cat([label["boxes"] for label in labels]).to(device, pred_boxes.dtype)
+        counts = [len(label["class_labels"]) for label in labels]
+
+        layers, split = len(logits), logits.shape[2] - (0 if denoising is None else len(denoising.group))
+        groups = split // self.config.num_queries
+        grouped = (_groups_as_layers(t[:, :, :split], groups) for t in (logits, pred_boxes))
+        grouped_logits, grouped_boxes = grouped
+        matching = self.match(grouped_logits, grouped_boxes, classes, boxes, counts)
+        matched = _apply(matching, grouped_logits, grouped_boxes, classes, boxes, counts, normalizers)
+        terms = {name: term(matched).unflatten(0, (layers, -1)).mean(1) for name, (term, _) in self.terms.items()}
+        loss, loss_dict = self._weighted_sum(terms), _by_layer(terms)
+        if denoising is not None:
+            num_boxes = normalizers.boxes * denoising.num_groups
+            known = Matching(denoising.image, *(t.expand(layers, -1) for t in (denoising.query, denoising.target)))
+            matched = _apply(
+                known, logits[:, :, split:], pred_boxes[:, :, split:], classes, boxes, counts,
+                LossNormalizers(num_boxes, num_boxes, normalizers.images), denoising.valid,
+            )  # fmt: skip
+            terms = {name: term(matched) for name, (term, weight) in self.terms.items() if weight is not None}
+            loss = loss + self._weighted_sum(terms)
+            loss_dict |= {f"{name}_denoising": value for name, value in _by_layer(terms).items()}
+        if dense is not None:
+            dense_terms = dense(labels, normalizers.boxes)
+            loss = loss + self.config.dense_loss_coefficient * self._weighted_sum(dense_terms)
+            loss_dict |= {f"{name}_dense": value for name, value in dense_terms.items()}
+        return LossOutput(loss, loss_dict, matching)
+
+    def match(
+        self, logits: Tensor, pred_boxes: Tensor, class_labels: Tensor, boxes: Tensor, counts: list[int]
+    ) -> Matching:
+        """`hungarian_matching` with the costs of the config."""
+        config = self.config
+        return hungarian_matching(
+            logits, pred_boxes, class_labels, boxes, counts,
+            class_cost=config.class_cost, bbox_cost=config.bbox_cost, giou_cost=config.giou_cost,
+            class_loss=config.class_loss,
+        )  # fmt: skip
+
+    def _weighted_sum(self, terms: dict[str, Tensor]) -> Tensor:
+        weights = {name: self.terms[name][1] for name in terms}
+        weighted = [weight * terms[name].sum() for name, weight in weights.items() if weight is not None]
+        return torch.stack(weighted).sum()
+
+
+def _groups_as_layers(tensor: Tensor, groups: int) -> Tensor:
+    """(L, B, groups · Q, ...) to (L · groups, B, Q, ...): to matching and loss a group is one more prediction."""
+    return tensor.unflatten(2, (groups, -1)).movedim(2, 1).flatten(0, 1) if groups > 1 else tensor
+
+
+def _apply(
+    matching: Matching,
+    logits: Tensor,
+    pred_boxes: Tensor,
+    class_labels: Tensor,
+    boxes: Tensor,
+    counts: list[int],
+    normalizers: LossNormalizers,
+    valid: Tensor | None = None,
+) -> MatchedPredictions:
+    """Predictions (L, B, T, ...) beside the objects (N, ...) that they are matched to."""
+    layer = torch.arange(len(logits), device=logits.device)[:, None]  # (L, 1) beside image (M,) and query (L, M)
+    at = layer, matching.image, matching.query
+    target_classes = torch.full(logits.shape[:3], logits.shape[-1] - 1, dtype=torch.int64, device=logits.device)
+    target_classes[at] = class_labels[matching.target]
+    predicted, targets = pred_boxes[at], boxes[matching.target]  # (L, M, 4)
+    quality = torch.zeros_like(target_classes, dtype=logits.dtype)
+    quality[at] = iou_of(predicted.detach(), targets)
+    num_objects = torch.tensor(counts, device=logits.device)
+    return MatchedPredictions(
+        ClassTargets(logits, target_classes, quality, valid), predicted, targets, num_objects, normalizers
     )
-    class_labels = torch.cat([label["class_labels"] for label in labels]).to(device, torch.int64)
-    boxes = torch.cat([label["boxes"] for label in labels]).to(device, pred_boxes.dtype)
-    image, query, target = hungarian_matching(
-        logits,
-        pred_boxes,
-        class_labels,
-        boxes,
-        counts,
-        class_cost=class_cost,
-        bbox_cost=bbox_cost,
-        giou_cost=giou_cost,
-        class_loss=class_loss,
-    )
-    layer = torch.arange(len(logits), device=device)[:, None]  # (L, 1) beside image (M,) and query (L, M)
-
-    target_classes = torch.full(logits.shape[:3], no_object, dtype=torch.int64, device=device)
-    target_classes[layer, image, query] = class_labels[target]
-    matched, objects = cxcywh_to_xyxy(pred_boxes[layer, image, query]), cxcywh_to_xyxy(boxes[target])  # (L, M, 4)
-    with torch.no_grad():
-        quality = torch.zeros_like(target_classes, dtype=logits.dtype)
-        quality[layer, image, query] = iou(matched, objects)
-        found = (logits.argmax(-1) != no_object).sum(2)  # (L, B)
-    terms = {
-        "loss_ce": judge_classes(
-            class_loss,
-            logits,
-            target_classes,
-            quality,
-            normalizers.class_weight if class_loss == "cross_entropy" else num_boxes,
-            eos_coefficient=eos_coefficient,
-        ),
-        "loss_bbox": (pred_boxes[layer, image, query] - boxes[target]).abs().sum((1, 2)) / num_boxes,
-        "loss_giou": (1 - giou(matched, objects)).sum(1) / num_boxes,
-        "cardinality_error": (found - torch.tensor(counts, device=device)).abs().sum(1) / normalizers.images,
-    }
-    loss_dict = _by_layer({name: values.unflatten(0, (layers, -1)).mean(1) for name, values in terms.items()})
-    if denoised is not None:
-        of_denoising = _denoising_terms(*denoised, class_loss, num_boxes)
-        loss_dict |= {f"{name}_denoising": value for name, value in _by_layer(of_denoising).items()}
-    coefficients = {
-        "loss_ce": class_loss_coefficient,
-        "loss_bbox": bbox_loss_coefficient,
-        "loss_giou": giou_loss_coefficient,
-    }
-    weighted = [
-        coefficient * value
-        for term, coefficient in coefficients.items()
-        for name, value in loss_dict.items()
-        if name.startswith(term)
-    ]
-    return torch.stack(weighted).sum(), loss_dict
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _by_layer(terms: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -184,24 +240,9 @@ def _by_layer(terms: dict[str, Tensor]) -> dict[str, Tensor]:
     return loss_dict
 
 
-def _denoising_terms(
-    logits: Tensor, pred_boxes: Tensor, queries: DenoisingQueries, class_loss: str, num_boxes: Tensor
-) -> dict[str, Tensor]:
-    """Each term of the loss, (L,), for queries that know their object."""
-    logits, pred_boxes = _widen(logits), _widen(pred_boxes)
-    valid, objects = queries.valid, queries.target_boxes.to(pred_boxes.dtype)
-    num_boxes = num_boxes * queries.copies
-    a, b = cxcywh_to_xyxy(pred_boxes), cxcywh_to_xyxy(objects)
-    return {
-        "loss_ce": judge_classes(
-            class_loss,
-            logits,
-            queries.target_classes.expand(logits.shape[:3]),
-            iou(a, b).detach(),
-            num_boxes,
-            eos_coefficient=1.0,
-            valid=valid,
-        ),
-        "loss_bbox": ((pred_boxes - objects).abs().sum(-1) * valid).sum((1, 2)) / num_boxes,
-        "loss_giou": ((1 - giou(a, b)) * valid).sum((1, 2)) / num_boxes,
-    }
+def sum_over_processes(counts: Tensor) -> tuple[Tensor, int]:
+    """The sum, and the number of processes. No transfer to the host."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(counts := counts.clone())
+        return counts, dist.get_world_size()
+    return counts, 1

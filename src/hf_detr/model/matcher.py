@@ -1,17 +1,32 @@
-"""Step 6: which prediction answers for which object: a bipartite matching per image and per decoder layer."""
+"""Step 6: which prediction is responsible for which object: a bipartite matching per image and per decoder layer."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.utils import is_scipy_available
 
-from .boxes import cxcywh_to_xyxy, giou
-from .class_loss import class_matching_cost
+from .box_loss import giou_of, l1_distance
+from .class_loss import class_loss_of
 
 if is_scipy_available():
     from scipy.optimize import linear_sum_assignment
+
+
+class Matching(NamedTuple):
+    """M pairs of a query and an object, for each of L layers.
+
+    Args:
+        image: (M,), index of the image in the batch.
+        query: (L, M), index among the queries of that image.
+        target: (L, M), index among the objects of the batch, one image after the other.
+    """
+
+    image: Tensor
+    query: Tensor
+    target: Tensor
 
 
 def matching_costs(
@@ -26,11 +41,11 @@ def matching_costs(
     giou_cost: float,
     class_loss: str = "cross_entropy",
 ) -> Tensor:
-    """Cost of every query of an image for every object *of that image* (paper, section 3.1 and A.2).
+    """Cost of matching every query of an image to every object *of that image* (paper, sections 3.1 and A.2).
 
     `cost = class_cost · (-p[class]) + bbox_cost · |box - object|_1 + giou_cost · (-GIoU)`. The paper's class term is
-    `1 - p`; the constant 1 does not change the matching. Other class losses have class terms of their own
-    ([`~hf_detr.model.class_loss.class_matching_cost`]).
+    `1 - p`; the constant 1 does not change the matching. Other class losses have class costs of their own
+    ([`~hf_detr.model.class_loss.CLASS_LOSSES`]).
 
     Args:
         logits: (L, B, Q, num_labels+1) of L decoder layers; `pred_boxes` (L, B, Q, 4) cxcywh in [0, 1].
@@ -43,9 +58,8 @@ def matching_costs(
     probabilities = logits.softmax(-1)[:, image_index, :, class_labels].transpose(0, 1)  # (L, T, Q)
     predicted = pred_boxes[:, image_index]  # (L, T, Q, 4)
     objects = boxes[:, None]  # (T, 1, 4)
-    distance = (predicted - objects).abs().sum(-1)
-    overlap = giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(objects))
-    return class_cost * class_matching_cost(class_loss, probabilities) + bbox_cost * distance - giou_cost * overlap
+    cost = class_cost * class_loss_of(class_loss).cost(probabilities)
+    return cost + bbox_cost * l1_distance(predicted, objects) - giou_cost * giou_of(predicted, objects)
 
 
 @torch.no_grad()
@@ -60,7 +74,7 @@ def hungarian_matching(
     bbox_cost: float = 5.0,
     giou_cost: float = 2.0,
     class_loss: str = "cross_entropy",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Matching:
     """Optimal one-to-one matching of queries to objects for all decoder layers and images of a batch.
 
     Costs are computed within an image only, for all layers at once; they cross from the device to the host in one
@@ -69,12 +83,11 @@ def hungarian_matching(
     Args:
         logits: (L, B, Q, num_labels+1), float32 or wider; `pred_boxes` (L, B, Q, 4) cxcywh in [0, 1].
         class_labels: (T,) objects of all images, one image after the other; `boxes` (T, 4) cxcywh in [0, 1].
-        counts: objects of each image, B numbers that add up to T.
+        counts: number of objects of each image, B numbers that sum to T.
 
     Returns:
-        image (M,), query (L, M) and object (L, M) indices, int64, on the device of `logits`; `object` counts through
-        all T objects. `M` is the sum of min(Q, count) over images: with more objects than queries the cheapest
-        assignment leaves some objects out.
+        indices, int64, on the device of `logits`. `M` is the sum of min(Q, count) over images: with more objects than
+        queries the cheapest assignment has no query for some of the objects.
 
     Raises:
         FloatingPointError: some prediction is NaN or infinite; the message says which, where and in which layer.
@@ -101,8 +114,8 @@ def hungarian_matching(
         raise FloatingPointError(_describe_non_finite(logits, pred_boxes))
     table = on_host[:-1].reshape(layers, -1, queries)
 
-    query_index = [[] for _ in range(layers)]  # type: list[list[np.ndarray]]
-    object_index = [[] for _ in range(layers)]  # type: list[list[np.ndarray]]
+    query_index: list[list[np.ndarray]] = [[] for _ in range(layers)]
+    object_index: list[list[np.ndarray]] = [[] for _ in range(layers)]
     matched_image = []
     start = 0
     for image, count in enumerate(counts):
@@ -118,7 +131,7 @@ def hungarian_matching(
         + [np.concatenate(indices) for indices in object_index]
     )
     image, query, target = torch.from_numpy(matched.astype(np.int64)).to(device).split(layers)
-    return image[0], query, target
+    return Matching(image[0], query, target)
 
 
 def _describe_non_finite(logits: Tensor, pred_boxes: Tensor) -> str:

@@ -5,55 +5,54 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from .loss import LossOutput
+
 
 @dataclass
 class DetrModelOutput(ModelOutput):
-    """Hidden states of [`DetrModel`]. B images, Q queries, d = `d_model`, hw cells of the feature map.
+    """Hidden states of [`DetrModel`]. B images, T queries, L decoder layers, d = `d_model`, hw locations of the feature
+    map. T is `num_queries`, Q; in training with extra query groups or denoising, those come after the first Q.
 
     Args:
-        last_hidden_state: (B, Q, d), the last decoder layer's output, normed.
+        last_hidden_state: (B, T, d), the last decoder layer's output, normed.
         encoder_last_hidden_state: (B, hw, d), the paper's memory.
-        intermediate_hidden_states: (decoder layers, B, Q, d), every decoder layer's output, normed; with
-            `auxiliary_loss` only.
-        intermediate_boxes: (decoder layers, B, Q, 4), the boxes that every decoder layer predicts, cxcywh in [0, 1]; of
-            anchor queries only.
-        encoder_input, cell_centers: (B, hw, d), the projected features, and (B or 1, hw, 2), x and y of their cells in
-            [0, 1], -1 in the padding; in training with `dense_loss_coefficient` only.
-        decoder_hidden_states: with `output_hidden_states`: the decoder's input (zeros), each layer's output, and last
-            the normed result, each (B, Q, d).
-        decoder_attentions, cross_attentions: with `output_attentions`: per decoder layer (B, heads, Q, Q) among the
-            queries and (B, heads, Q, hw) from queries to the image.
+        intermediate_hidden_states: (L, B, T, d), every decoder layer's output, normed.
+        intermediate_boxes: (L, B, T, 4), every decoder layer's boxes, in the frame of `pred_boxes`.
+        decoder_hidden_states: with `output_hidden_states`: the decoder's input, each layer's output, and last the
+            normed result, each (B, T, d).
+        decoder_attentions, cross_attentions: with `output_attentions`: per decoder layer (B, heads, T, T) among the
+            queries and (B, heads, T, hw) from queries to the image.
         encoder_hidden_states: with `output_hidden_states`: the projected features, then each layer's output, each
             (B, hw, d).
         encoder_attentions: with `output_attentions`: per encoder layer (B, heads, hw, hw).
+        feature_mask: (B, h, w) bool, True where a location shows image; h and w are the rows and columns of hw.
     """
 
     last_hidden_state: Tensor | None = None
     encoder_last_hidden_state: Tensor | None = None
     intermediate_hidden_states: Tensor | None = None
     intermediate_boxes: Tensor | None = None
-    encoder_input: Tensor | None = None
-    cell_centers: Tensor | None = None
     decoder_hidden_states: tuple[Tensor, ...] | None = None
     decoder_attentions: tuple[Tensor, ...] | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
     encoder_hidden_states: tuple[Tensor, ...] | None = None
     encoder_attentions: tuple[Tensor, ...] | None = None
+    feature_mask: Tensor | None = None
 
 
 @dataclass
 class DetrDetectionOutput(ModelOutput):
-    """Predictions of [`DetrForDetection`], and their loss if labels were given.
+    """Predictions of [`DetrForDetection`], and their loss if labels were given. Everything is of the Q queries that
+    predict.
 
     Args:
         loss: scalar, the weighted sum over decoder layers.
         loss_dict: the unweighted terms: `loss_ce`, `loss_bbox`, `loss_giou`, and others; see
-            [`~hf_detr.model.loss.set_loss`].
+            [`~hf_detr.model.loss.DetrLoss`].
         logits: (B, Q, num_labels + 1), the last one is no-object.
         pred_boxes: (B, Q, 4), cxcywh in [0, 1] of the image without its padding.
         auxiliary_outputs: `logits` and `pred_boxes` of each earlier decoder layer; with labels and `auxiliary_loss`.
-        last_hidden_state and all that follow: see [`DetrModelOutput`]. In training they also hold further query groups
-            and denoising queries, after the Q queries that predict.
+        last_hidden_state and all that follow: see [`DetrModelOutput`].
     """
 
     loss: Tensor | None = None
@@ -68,3 +67,40 @@ class DetrDetectionOutput(ModelOutput):
     encoder_last_hidden_state: Tensor | None = None
     encoder_hidden_states: tuple[Tensor, ...] | None = None
     encoder_attentions: tuple[Tensor, ...] | None = None
+    feature_mask: Tensor | None = None
+
+
+def detection_output(
+    outputs: DetrModelOutput, logits: Tensor, pred_boxes: Tensor, num_queries: int, result: LossOutput | None
+) -> DetrDetectionOutput:
+    """The output of the first Q of all queries.
+
+    Args:
+        logits: (L, B, T, num_labels + 1); `pred_boxes` (L, B, T, 4), the last layer last.
+        result: the loss; None without labels, and then there are no auxiliary outputs.
+    """
+
+    def first(states: tuple[Tensor, ...] | None, axes: int = 1) -> tuple[Tensor, ...] | None:
+        if states is None:
+            return None
+        return tuple(s[:, :, :num_queries] if axes == 1 else s[:, :, :num_queries, :num_queries] for s in states)
+
+    logits, pred_boxes = logits[:, :, :num_queries], pred_boxes[:, :, :num_queries]
+    earlier = zip(logits[:-1], pred_boxes[:-1], strict=True)
+    states = outputs.decoder_hidden_states
+    last_hidden_state = outputs.last_hidden_state
+    return DetrDetectionOutput(
+        loss=None if result is None else result.loss,
+        loss_dict=None if result is None else result.loss_dict,
+        logits=logits[-1],
+        pred_boxes=pred_boxes[-1],
+        auxiliary_outputs=[{"logits": of_layer, "pred_boxes": boxes} for of_layer, boxes in earlier] or None,
+        last_hidden_state=None if last_hidden_state is None else last_hidden_state[:, :num_queries],
+        decoder_hidden_states=None if states is None else tuple(state[:, :num_queries] for state in states),
+        decoder_attentions=first(outputs.decoder_attentions, axes=2),
+        cross_attentions=first(outputs.cross_attentions),
+        encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+        encoder_hidden_states=outputs.encoder_hidden_states,
+        encoder_attentions=outputs.encoder_attentions,
+        feature_mask=outputs.feature_mask,
+    )

@@ -1,7 +1,7 @@
-"""Step 3: where each cell of the feature map lies, as a vector to add to queries and keys.
+"""Step 3: the position of each location of the feature map, as a vector that is added to queries and keys.
 
-Both kinds read a cell's place from its own image: with a mask, padding neither counts as a row nor as a column, so
-an image gets the same embedding alone and beside larger ones.
+Both kinds count rows and columns within each image: with a mask, padding is not counted, so an image gets the same
+embedding alone and beside larger ones.
 """
 
 import math
@@ -9,9 +9,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-ANCHOR_TEMPERATURE = 20.0  # DAB-DETR, section 4.4: sharper than for language, since an image has few places
+ANCHOR_TEMPERATURE = 20.0  # DAB-DETR, section 4.4: lower than for text, since a feature map has few locations
 
-MOST_KNOWN = 2**24  # numbers that are kept, 64 MiB; a photo at stride 32 has 0.2 million
+MAX_CACHED = 2**24  # float32 values that are cached, 64 MiB; an image of 800 x 1066 at stride 32 has 0.2 million
 
 
 class SinePositionEmbedding(nn.Module):
@@ -22,8 +22,8 @@ class SinePositionEmbedding(nn.Module):
 
     Args:
         d_model: length of the vector, a multiple of 4.
-        temperature: 10000 in the paper. The smaller, the more the vectors of neighbouring places differ.
-        centered: a cell's place is its centre (rows counted from 0.5), as that of a box is.
+        temperature: 10000 in the paper. The lower, the more the vectors of neighbouring locations differ.
+        centered: positions are the centres of locations (rows counted from 0.5), as for boxes.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class SinePositionEmbedding(nn.Module):
         self.temperature = temperature
         self.scale = scale
         self.first = 0.5 if centered else 1.0
-        self._known: dict[tuple[int, int, torch.device], Tensor] = {}  # of grids without padding
+        self._cache: dict[tuple[int, int, torch.device], Tensor] = {}  # embeddings of grids without padding
 
     def forward(self, height: int, width: int, mask: Tensor | None, device: torch.device) -> Tensor:
         """Embedding of a (height, width) grid.
@@ -50,13 +50,13 @@ class SinePositionEmbedding(nn.Module):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return self._embed(torch.ones(1, height, width, dtype=torch.bool, device=device))
         key = (height, width, device)
-        embedding = self._known.get(key)
+        embedding = self._cache.get(key)
         if embedding is None:
-            with torch.inference_mode(False):  # a later call may be one that trains
+            with torch.inference_mode(False):  # the cached tensor may be used in training later
                 embedding = self._embed(torch.ones(1, height, width, dtype=torch.bool, device=device))
-            if sum(known.numel() for known in list(self._known.values())) + embedding.numel() > MOST_KNOWN:
-                self._known = {}
-            self._known[key] = embedding
+            if sum(cached.numel() for cached in list(self._cache.values())) + embedding.numel() > MAX_CACHED:
+                self._cache = {}
+            self._cache[key] = embedding
         return embedding
 
     def _embed(self, mask: Tensor) -> Tensor:
@@ -79,8 +79,8 @@ def sine_waves(position: Tensor, features: int, temperature: float) -> Tensor:
 class LearnedPositionEmbedding(nn.Module):
     """A learned vector per row and per column, as in the paper's code, for a grid of any size.
 
-    Up to `table_size` rows, row `i` reads entry `i`. An image with more rows spreads them evenly over the whole table
-    and interpolates linearly between the two nearest entries, so that no grid is out of range. Columns alike.
+    Up to `table_size` rows, row `i` reads entry `i`. The rows of a larger image are spread evenly over the
+    table, with linear interpolation between the two nearest entries, so that no grid is out of range. Columns alike.
 
     Args:
         d_model: length of the vector; half comes from the column, half from the row.
@@ -93,14 +93,14 @@ class LearnedPositionEmbedding(nn.Module):
         self.column_embeddings = nn.Embedding(table_size, d_model // 2)
 
     @staticmethod
-    def _look_up(table: Tensor, cells: int, sizes: Tensor) -> Tensor:
-        """(table_size, d/2) and the images' own sizes (B,) to the entries of cells 0 ... cells-1, (B, cells, d/2)."""
+    def _look_up(table: Tensor, length: int, sizes: Tensor) -> Tensor:
+        """(table_size, d/2) and the images' own sizes (B,) to entries 0 ... length-1, (B, length, d/2)."""
         last = table.shape[0] - 1
         step = torch.where(sizes > last + 1, last / (sizes - 1).clamp(min=1), torch.ones_like(sizes))
-        place = (torch.arange(cells, device=table.device) * step[:, None]).clamp(max=last)  # (B, cells)
-        lower = place.floor().long()
-        share = (place - lower)[..., None].to(table.dtype)
-        return table[lower] * (1 - share) + table[(lower + 1).clamp(max=last)] * share
+        position = (torch.arange(length, device=table.device) * step[:, None]).clamp(max=last)  # (B, length)
+        lower = position.floor().long()
+        fraction = (position - lower)[..., None].to(table.dtype)
+        return table[lower] * (1 - fraction) + table[(lower + 1).clamp(max=last)] * fraction
 
     def forward(self, height: int, width: int, mask: Tensor | None, device: torch.device) -> Tensor:
         """Embedding of a (height, width) grid, (B, height*width, d_model); arguments as for the sine embedding."""
@@ -117,8 +117,16 @@ class LearnedPositionEmbedding(nn.Module):
         return torch.cat((x, y), dim=-1).flatten(1, 2)
 
 
-def build_position_embedding(kind: str, d_model: int) -> SinePositionEmbedding | LearnedPositionEmbedding:
-    """`"sine"`, `"learned"`, or `"anchor"` (the sines that anchor queries are compared with) to the module."""
-    if kind == "anchor":
+def build_position_embedding(kind: str, d_model: int, *, for_anchors: bool) -> nn.Module:
+    """The module of a kind, `"sine"` or `"learned"`; `for_anchors`: the sines that anchor boxes are compared with.
+
+    Raises:
+        ValueError: there is no such kind, or it cannot be compared with anchors.
+    """
+    if kind == "sine" and for_anchors:
         return SinePositionEmbedding(d_model, temperature=ANCHOR_TEMPERATURE, centered=True)
-    return SinePositionEmbedding(d_model) if kind == "sine" else LearnedPositionEmbedding(d_model)
+    if kind == "sine":
+        return SinePositionEmbedding(d_model)
+    if kind == "learned" and not for_anchors:
+        return LearnedPositionEmbedding(d_model)
+    raise ValueError(f'`position_embedding_type` must be "sine"{"" if for_anchors else " or learned"}, got {kind!r}.')

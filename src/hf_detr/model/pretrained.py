@@ -2,21 +2,31 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file, logging
+from transformers.utils.generic import TransformersKwargs
 
 from .configuration_hf_detr import DetrConfig
+from .initialization import init_module
 
 logger = logging.get_logger(__name__)
 WhereFrom = str | os.PathLike[str] | None
 # modules that exist in training only, where their option is on; a model without the option does not miss them
-TRAINING_ONLY = ("further_query_groups", "denoising_content", "dense_head")
+TRAINING_ONLY = ("extra_query_groups", "denoising", "dense_head")
+# names in checkpoints of version 0.1 -> names now
+RENAMED = {
+    r"^bbox_predictor\.": "model.decoder.bbox_predictor.",
+    r"further_query_groups\.": "extra_query_groups.",
+    r"^denoising_content\.": "denoising.class_embedding.",
+    r"decoder\.place_scale\.": "decoder.position_scale.",
+}
 # arguments of from_pretrained that say where a checkpoint is, and so are needed to look at its config first
 LOCATION = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -27,7 +37,6 @@ class DetrPreTrainedModel(PreTrainedModel):
     Attributes:
         foreign_weight_names: by `model_type`, the weight names of other DETR checkpoints as {pattern: our name},
             applied in turn. Filled by `hf_detr.interop`; a copy of this file in a model repository knows our own only.
-        is_prepared: made by `prepare_for_inference`.
         write_model_card: writes `README.md` into a folder that is about to be pushed. Set by `hf_detr.hub`.
     """
 
@@ -45,8 +54,6 @@ class DetrPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_missing = [r"num_batches_tracked"]
     _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked", *(rf"{name}\." for name in TRAINING_ONLY)]
 
-    is_prepared = False
-
     foreign_weight_names: ClassVar[dict[str, dict[str, str]]] = {}
     write_model_card: ClassVar[Callable[[Any, Path, str], None] | None] = None
 
@@ -57,11 +64,30 @@ class DetrPreTrainedModel(PreTrainedModel):
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = sorted(present.intersection(self._no_split_modules or ()))
 
-    def train(self, mode: bool = True) -> Self:
-        """As in PyTorch; ValueError for a copy that was made for prediction."""
-        if mode and self.is_prepared:
-            raise ValueError("This copy was prepared for prediction. Train the model that it was made of.")
-        return super().train(mode)
+    def _init_weights(self, module: nn.Module) -> None:
+        init_module(module, self.config)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # transformers skips modules of code outside its own package whose own tensors were loaded, and with them what
+        # they contain; ours check every tensor
+        super()._initialize_weights(module)
+
+    def _resolve_outputs(
+        self, output_attentions: bool | None, output_hidden_states: bool | None, kwargs: Mapping[str, Any]
+    ) -> tuple[bool, bool]:
+        """Which outputs a call returns: its arguments, or else the config's.
+
+        Raises:
+            TypeError: `kwargs` has a name that transformers' models do not have either.
+        """
+        unknown = kwargs.keys() - TransformersKwargs.__annotations__.keys()
+        if unknown:
+            raise TypeError(f"{type(self).__name__}.forward() got unexpected arguments: {', '.join(sorted(unknown))}.")
+        config = self.config
+        return (
+            config.output_attentions if output_attentions is None else output_attentions,
+            config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+        )
 
     def get_input_embeddings(self) -> None:
         """None: images are not looked up. transformers raises for a model without word embeddings, and with it
@@ -108,7 +134,7 @@ class DetrPreTrainedModel(PreTrainedModel):
             return (model, info) if output_loading_info else model
 
         names = cls.foreign_weight_names.get(stored["model_type"], {})
-        kwargs["key_mapping"] = {**names, **(kwargs.get("key_mapping") or {})}
+        kwargs["key_mapping"] = {**names, **RENAMED, **(kwargs.get("key_mapping") or {})}
         theirs = DetrConfig.from_dict(DetrConfig.translate(stored))
         if config is None:
             wanted = {name: kwargs.pop(name) for name in _RESIZABLE if name in kwargs}
@@ -142,13 +168,7 @@ class DetrPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in transformers. Weights keep our names, also those that came from a checkpoint with other names.
-
-        Raises:
-            ValueError: this is a copy that was made for prediction, whose weights are no checkpoint's.
-        """
-        if self.is_prepared:
-            raise ValueError("This copy was prepared for prediction. Save the model that it was made of.")
+        """As in transformers. Weights keep our names, also those that came from a checkpoint with other names."""
         super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
     def _upload_modified_files(

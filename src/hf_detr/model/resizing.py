@@ -23,14 +23,14 @@ def resize_queries(model: Any, num_queries: int) -> str:
 
     def fit(old: nn.Embedding, number: int, rows: dict[int, int], first: int = 0) -> nn.Embedding:
         new = nn.Embedding(number, old.embedding_dim)
-        init_queries(new, config.query_type == "anchor", first)
+        init_queries(new, model.decoder.queries_are_boxes, first)
         return _fit_rows(new, old, rows)
 
     model.query_position_embeddings = fit(model.query_position_embeddings, num_queries, kept)
-    if model.further_query_groups is not None:
+    if model.extra_query_groups is not None:
         groups = config.query_groups - 1
         in_groups = {g * num_queries + row: g * before + row for g in range(groups) for row in kept}
-        model.further_query_groups = fit(model.further_query_groups, groups * num_queries, in_groups, num_queries)
+        model.extra_query_groups = fit(model.extra_query_groups, groups * num_queries, in_groups, num_queries)
     rest = f"{num_queries - len(kept)} new ones start afresh" if num_queries > before else "the rest is dropped"
     return f"Object queries: {before} to {num_queries}, the first {len(kept)} keep their weights, {rest}."
 
@@ -48,8 +48,9 @@ def resize_class_head(model: Any, id2label: dict[int, str]) -> str:
         if owner is not None:
             new = build_class_head(width, len(id2label))
             owner.class_labels_classifier = _fit_rows(new, owner.class_labels_classifier, kept | no_object)
-    if model.denoising_content is not None:
-        model.denoising_content = _fit_rows(nn.Embedding(len(id2label), width), model.denoising_content, kept)
+    if model.denoising is not None:
+        embedding = nn.Embedding(len(id2label), width)
+        model.denoising.class_embedding = _fit_rows(embedding, model.denoising.class_embedding, kept)
     config.id2label = dict(id2label)
     config.label2id = {name: row for row, name in id2label.items()}
     fresh = [name for row, name in id2label.items() if row not in kept]

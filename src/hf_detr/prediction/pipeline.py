@@ -3,28 +3,29 @@
 from typing import Any
 
 import torch
-from transformers import ObjectDetectionPipeline, PreTrainedModel
+from transformers import ObjectDetectionPipeline
 from transformers.utils import ModelOutput
 
-from ..model.image_io import to_rgb_tensor
+from ..model.image_io import allocate_batch, to_rgb_tensor
 from ..model.image_processing_hf_detr import DetrImageProcessor
+from ..model.modeling_hf_detr import DetrForDetection
 from ..model.post_processing import to_host
+from ..speed import PreparedDetr, prepare_for_inference
 
 
 class DetrDetectionPipeline(ObjectDetectionPipeline):
-    """transformers' pipeline, called and answering the same way, with these differences: images may also be numpy
-    arrays, tensors and `Path`s, of any mode; `batch_size` > 1 takes images of different sizes and gives what one by
-    one gives; boxes end at the image's edge; `threshold="per_class"` uses the thresholds saved with the processor;
-    `round_boxes=False` gives box corners as the model says them, not cut to whole pixels as transformers does, which
-    moves a COCO number measured from them, that of small objects most.
+    """transformers' pipeline with the same interface and these differences: images may also be numpy arrays, tensors
+    and `Path`s, of any mode; `batch_size` > 1 takes images of different sizes and returns what single images return; boxes
+    are clipped to the image; `threshold="per_class"` uses the thresholds saved with the processor;
+    `round_boxes=False` returns box corners as predicted. transformers truncates them to whole pixels, which lowers COCO
+    metrics computed from them, those of small objects most.
 
-    An image travels through the pipeline's loader on its own, in a list so that nothing tries to stack it, and is
+    Each image passes through the pipeline's loader in a list of its own, so that nothing tries to stack it, and is
     padded together with its batch in `_forward`.
 
-    What predicts is a copy of `model` that is made for it (`prepare_for_inference`), at the first call and again when
-    the weights have changed (but not through `.data`, which PyTorch does not count). It takes the memory of one more
-    model.
-    A model that was compiled, quantised, spread over devices or has adapters is used as it is.
+    Predictions come from a faster copy of `model` (`hf_detr.speed.prepare_for_inference`), made at the first call and
+    again when the weights have changed (but not through `.data`, which PyTorch does not count). It takes the memory of
+    one more model. A model that was compiled, quantised, spread over devices or has adapters is used as it is.
     """
 
     image_processor: DetrImageProcessor
@@ -34,9 +35,11 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
     def _predictor(self) -> Any:
         model = self.model
         special = ("hf_device_map", "_hf_hook", "is_quantized", "peft_config", "_compiled_call_impl")
-        if not isinstance(model, PreTrainedModel) or any(getattr(model, name, None) for name in special):
-            return model
-        if model.is_prepared:
+        if (
+            not isinstance(model, DetrForDetection)
+            or isinstance(model, PreparedDetr)
+            or any(getattr(model, name, None) for name in special)
+        ):
             return model
         state: tuple[Any, ...] = tuple(
             (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
@@ -46,15 +49,15 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
         state += (model.config._attn_implementation,)
         if state != self._prepared_of:
             self._prepared = None  # its memory is for the next one
-            self._prepared, self._prepared_of = model.prepare_for_inference(), state
+            self._prepared, self._prepared_of = prepare_for_inference(model), state
         return self._prepared
 
     def __getstate__(self) -> dict[str, Any]:
-        """Workers that read images get the pipeline, but predict nothing."""
+        """Workers that read images get the pipeline, but do not predict."""
         return self.__dict__ | {"_prepared": None, "_prepared_of": ()}
 
     def check_model_type(self, supported_models: Any) -> None:
-        """Our models are supported; transformers only knows its own names."""
+        """Our models are supported; transformers has a list of its own class names only."""
 
     def _sanitize_parameters(self, round_boxes: bool | None = None, **kwargs: Any) -> tuple[dict[str, Any], ...]:
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
@@ -66,20 +69,18 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
         return {"pixel_values": [inputs["pixel_values"][0]], "target_size": [tuple(pixels.shape[-2:])]}
 
     def _forward(self, model_inputs: dict[str, Any]) -> ModelOutput:
-        images, sizes = (_flatten(model_inputs[key]) for key in ("pixel_values", "target_size"))
+        images, target_sizes = (_flatten(model_inputs[key]) for key in ("pixel_values", "target_size"))
         predictor = self._predictor()
-        pixel_mask = None
-        if len({image.shape for image in images}) == 1:
-            pixel_values = torch.stack(images).to(predictor.dtype)
-        else:
-            height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
-            pixel_values = images[0].new_zeros(len(images), images[0].shape[0], height, width, dtype=predictor.dtype)
-            pixel_mask = torch.zeros(len(images), height, width, dtype=torch.int64, device=pixel_values.device)
-            for image, values, mask in zip(images, pixel_values, pixel_mask, strict=True):
-                values[:, : image.shape[1], : image.shape[2]] = image
-                mask[: image.shape[1], : image.shape[2]] = 1
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        # the mask stays on the host: the backbone reads the sizes from it without waiting for the device
+        pixel_values, pixel_mask = allocate_batch(sizes, images[0].shape[0], dtype=predictor.dtype)
+        pixel_values = pixel_values.to(images[0].device)
+        for image, values, (height, width) in zip(images, pixel_values, sizes, strict=True):
+            values[:, :height, :width] = image
+        if len(set(sizes)) == 1:
+            pixel_mask = None
         outputs = to_host(predictor(pixel_values=pixel_values, pixel_mask=pixel_mask))
-        return ModelOutput(target_size=torch.tensor(sizes), **outputs)
+        return ModelOutput(target_size=torch.tensor(target_sizes), **outputs)
 
     def postprocess(
         self, model_outputs: ModelOutput, threshold: float | str = 0.5, round_boxes: bool = True

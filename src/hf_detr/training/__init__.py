@@ -1,6 +1,6 @@
 """The parts of a training loop that are worth sharing; the loop itself is `examples/finetune.py`."""
 
-from ..model.backbone import feature_strides
+from ..model.timm_network import feature_strides
 from ..runtime.cores import use_all_cores
 from .arguments import TRAINING_VALUES, parse_finetune_args
 from .batch_size import find_batch_size, trial_step

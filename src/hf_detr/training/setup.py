@@ -23,10 +23,10 @@ from ..data import (
     resized_sizes,
     turns_augmentation,
 )
-from ..model.backbone import feature_strides
 from ..model.configuration_hf_detr import DetrConfig
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
+from ..model.timm_network import feature_strides
 from .arguments import TRAINING_VALUES
 from .batch_size import find_batch_size, trial_step
 from .diagnosis import TrainingProbe

@@ -4,7 +4,7 @@ oneDNN up to the version in torch 2.14.1 (uxlfoundation/oneDNN#6035) computes th
 convolution in a workspace with room for `in_channels` values a pixel, but steps through it by a vector register (8 or
 16 values). With fewer channels, float32 and channels-last, it writes past the end: wrong gradients, a hang, or a
 process killed by "corrupted double-linked list". RepVGG, MobileOne and FastViT have such a convolution on the three
-channels of the image. `benchmarks/backbones.py` sweeps over all timm families.
+channels of the image. `benchmarks/backbones.py` covers all timm families.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ VECTOR_WIDTH = 16  # float32 values in the widest vector register (AVX-512)
 
 
 class SubsampledConv2d(nn.Conv2d):
-    """A strided 1x1 convolution without padding that first takes every stride-th pixel, then convolves them with stride
-    1: the same weights, values and gradients as of `nn.Conv2d`, safe in any memory format of input and weight."""
+    """A strided 1x1 convolution without padding that first selects every stride-th pixel, then convolves them with
+    stride 1: weights, values and gradients of `nn.Conv2d`, safe in any memory format of input and weight."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows, columns = self.stride
@@ -43,8 +43,8 @@ def unsafe_convolutions(network: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
 def replace_unsafe_convolutions(network: nn.Module) -> list[str]:
     """Put a [`SubsampledConv2d`] with the same parameters in the place of each unsafe convolution, in place.
 
-    Names and parameters stay, so checkpoints and optimizers do not notice. Convolutions with a `forward` of their own
-    (weight standardisation) are left: [`preferred_memory_format`] then keeps the whole network contiguous.
+    Names and parameters stay, so checkpoints and optimizers are not affected. Convolutions with a `forward` of their
+    own (weight standardisation) stay: [`preferred_memory_format`] then keeps the whole network contiguous.
 
     Returns:
         The names of the modules replaced.
@@ -65,8 +65,8 @@ def replace_unsafe_convolutions(network: nn.Module) -> list[str]:
 def preferred_memory_format(network: nn.Module) -> torch.memory_format:
     """The memory format for the input of a network: `torch.channels_last` if it convolves, else contiguous.
 
-    Convolving means windows that overlap. Networks that only cut the image into patches (ViT, Swin) compute on tokens,
-    where the format of the image changes nothing but costs a copy. A network in which an unsafe convolution is left
+    A network convolves if its windows overlap. Networks that only cut the image into patches (ViT, Swin) compute on
+    tokens, for which the format of the image makes no difference but costs a copy. A network with an unsafe convolution
     stays contiguous.
     """
     convolves = any(
@@ -74,3 +74,23 @@ def preferred_memory_format(network: nn.Module) -> torch.memory_format:
     )
     safe = next(unsafe_convolutions(network), None) is None
     return torch.channels_last if convolves and safe else torch.contiguous_format
+
+
+class MemoryFormatHook:
+    """A forward pre-hook that brings the images of a network to a memory format."""
+
+    def __init__(self, memory_format: torch.memory_format) -> None:
+        self.memory_format = memory_format
+
+    def __call__(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        return inputs[0].contiguous(memory_format=self.memory_format)
+
+
+def use_memory_format(network: nn.Module) -> torch.memory_format:
+    """Replace unsafe convolutions and run the network in its preferred memory format from now on, in place. Returns
+    the format."""
+    replace_unsafe_convolutions(network)
+    memory_format = preferred_memory_format(network)
+    if not any(isinstance(hook, MemoryFormatHook) for hook in network._forward_pre_hooks.values()):
+        network.register_forward_pre_hook(MemoryFormatHook(memory_format))
+    return memory_format

@@ -1,0 +1,162 @@
+"""Step 4: the object queries of a batch: learned vectors or anchor boxes, and in training extra groups and noised
+ground-truth boxes; and which query attends to which."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import box_convert
+
+LABEL_NOISE = 0.2  # fraction of classes that are replaced by a random one (DN-DETR's code)
+BOX_NOISE = 0.4  # largest shift and rescaling, as a fraction of the box (DN-DETR's code)
+MIN_SIDE = 1e-3  # of a noised box, as a fraction of the image
+
+
+@dataclass
+class DenoisingQueries:
+    """T queries per image, made from ground-truth objects: `num_groups` noised copies, padded to the image with the
+    most objects.
+
+    Args:
+        content: (B, T, d), an embedding of the noised class.
+        boxes: (B, T, 4), noised, cxcywh in [0, 1].
+        valid: (B, T) bool, False where an image has fewer objects.
+        group: (T,), which copy a query belongs to, from 0.
+        image, query, target: (M,), the ground truth of each query that is one: its image, its index among the T
+            queries, and its object, counted through all objects of the batch.
+    """
+
+    content: Tensor
+    boxes: Tensor
+    valid: Tensor
+    group: Tensor
+    num_groups: int
+    image: Tensor
+    query: Tensor
+    target: Tensor
+
+
+@dataclass
+class Queries:
+    """The object queries of a batch, T in all: the Q that predict, then, in training, extra query groups and denoising
+    queries.
+
+    Args:
+        content: (B, T, d), what the decoder starts from.
+        positions: (B, T, d), learned position embeddings; None if queries are boxes.
+        boxes: (B, T, 4) cxcywh in [0, 1] of the image without its padding; None if queries are learned vectors.
+        group: (T,), the group of each; queries attend to their own group only.
+        attention_mask: (1 or B, 1, T, T) bool, True = attend; None: every query attends to every query.
+        denoising: how the last ones were made, if there are any.
+    """
+
+    content: Tensor
+    positions: Tensor | None
+    boxes: Tensor | None
+    group: Tensor
+    attention_mask: Tensor | None = None
+    denoising: DenoisingQueries | None = None
+
+
+def build_queries(
+    groups: list[Tensor], batch_size: int, like: Tensor, *, are_boxes: bool, denoising: DenoisingQueries | None
+) -> Queries:
+    """The queries of a batch.
+
+    Args:
+        groups: the query parameters of each group, (Q, d) learned vectors, or (Q, 4) `inverse_sigmoid(cxcywh)` if
+            `are_boxes`.
+        like: a tensor of the width d, dtype and device that the content takes.
+    """
+    embeddings = torch.cat(groups) if len(groups) > 1 else groups[0]
+    group = torch.arange(len(groups), device=embeddings.device).repeat_interleave(len(groups[0]))
+    positions = boxes = None
+    if are_boxes:
+        boxes = embeddings.float().sigmoid().expand(batch_size, -1, -1)
+    else:
+        positions = embeddings.to(like.dtype).expand(batch_size, -1, -1)
+    content = like.new_zeros(batch_size, len(embeddings), like.shape[-1])
+    valid = None
+    if denoising is not None:
+        if boxes is None:
+            raise ValueError("Denoising queries are boxes; they need a decoder whose queries are boxes.")
+        valid = torch.cat((denoising.valid.new_ones(batch_size, len(group)), denoising.valid), dim=1)
+        group = torch.cat((group, denoising.group + len(groups)))
+        boxes = torch.cat((boxes, denoising.boxes), dim=1)
+        content = torch.cat((content, denoising.content.to(content.dtype)), dim=1)
+    mask = None if len(groups) == 1 and denoising is None else group_mask(group, valid)
+    return Queries(content, positions, boxes, group, mask, denoising)
+
+
+def group_mask(group: Tensor, valid: Tensor | None) -> Tensor:
+    """Each query attends to the valid queries of its own group, and to itself.
+
+    Args:
+        group: (T,), the group of each query.
+        valid: (B, T) bool, or None if all are.
+
+    Returns:
+        (1 or B, 1, T, T) bool, True = attend.
+    """
+    same = (group[:, None] == group)[None, None]
+    if valid is None:
+        return same
+    itself = torch.eye(len(group), dtype=torch.bool, device=group.device)
+    return (same & valid[:, None, None]) | itself
+
+
+class Denoising(nn.Module):
+    """Training only: queries that start from a noised ground-truth object and have to restore it (DN-DETR, arXiv
+    2203.01305). Their object is known, which matching does not tell other queries in the first epochs.
+
+    Boxes: the centre moves by up to half of `BOX_NOISE` times width and height, both sides are scaled by 1 ±
+    `BOX_NOISE`, and the result is clipped to the image (section 4.2). Classes: replaced by a random one with
+    probability `LABEL_NOISE`.
+    """
+
+    def __init__(self, num_labels: int, d_model: int, num_groups: int) -> None:
+        super().__init__()
+        self.num_groups = num_groups
+        self.class_embedding = nn.Embedding(num_labels, d_model)
+
+    def forward(self, labels: list[dict[str, Any]]) -> DenoisingQueries:
+        """`labels` as for the loss."""
+        device, groups = self.class_embedding.weight.device, self.num_groups
+        counts = [len(label["class_labels"]) for label in labels]
+        size = max(counts)
+        classes = pad_sequence([label["class_labels"].long() for label in labels], batch_first=True).to(device)
+        boxes = pad_sequence([label["boxes"].float() for label in labels], batch_first=True, padding_value=0.5)
+        present = torch.arange(size) < torch.tensor(counts)[:, None]  # (B, size), on the host
+        classes, boxes, valid = (
+            tensor.to(device).repeat(1, groups, *[1] * (tensor.ndim - 2)) for tensor in (classes, boxes, present)
+        )
+        flipped = torch.where(
+            torch.rand(classes.shape, device=device) < LABEL_NOISE,
+            torch.randint_like(classes, self.class_embedding.num_embeddings),
+            classes,
+        )
+        image, query = present.repeat(1, groups).nonzero(as_tuple=True)
+        first_object = torch.tensor([0, *counts]).cumsum(0)[:-1]
+        target = first_object[image] + query % max(size, 1)
+        return DenoisingQueries(
+            content=self.class_embedding(flipped),
+            boxes=_noised(boxes),
+            valid=valid,
+            group=torch.arange(groups, device=device).repeat_interleave(size),
+            num_groups=groups,
+            image=image.to(device),
+            query=query.to(device),
+            target=target.to(device),
+        )
+
+
+def _noised(boxes: Tensor) -> Tensor:
+    """(..., 4) cxcywh to the same with noise."""
+    noise = torch.rand(boxes.shape, device=boxes.device) * 2 - 1
+    center = boxes[..., :2] + noise[..., :2] * boxes[..., 2:] * (BOX_NOISE / 2)
+    size = boxes[..., 2:] * (1 + noise[..., 2:] * BOX_NOISE)
+    corners = box_convert(torch.cat((center, size), dim=-1), "cxcywh", "xyxy").clamp(0, 1)
+    center, size = box_convert(corners, "xyxy", "cxcywh").split(2, dim=-1)
+    return torch.cat((center, size.clamp(min=MIN_SIDE)), dim=-1)

@@ -1,0 +1,207 @@
+"""Batch norm with fixed statistics is a scale and a shift per channel, which the convolution before it can apply:
+norm(conv(x)) = conv'(x) with weight' = scale · weight and bias' = shift + scale · bias.
+
+For training the weights are folded anew in each step, so that gradients of the weight are those of the two modules in
+turn, while nothing of the norm is computed on activations. For prediction it is done once.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import BatchNormAct2d
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.norm_act import FrozenBatchNormAct2d
+from timm.layers.padding import pad_same
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from ..model.backbone import Backbone
+from ..model.timm_network import create_network
+
+# exactly these: a subclass may do more with its weights, as weight standardisation does
+CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
+NORMS = (nn.BatchNorm2d, BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d)
+
+
+class FoldedConv2d(nn.Conv2d):
+    """A convolution that applies the frozen batch norm after it as well.
+
+    Attributes:
+        norm: that norm, in a tuple, since it stays a module of the network at its own place.
+        same_padding: as timm's `Conv2dSame` pads.
+    """
+
+    norm: tuple[Any]
+    same_padding: bool
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of both together."""
+        (norm,) = self.norm
+        if norm.weight.is_meta != self.weight.is_meta:
+            raise RuntimeError(
+                "A model that was prepared for training cannot be offloaded: its convolutions read the norms after "
+                "them. Offload the plain model (from_pretrained with device_map)."
+            )
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+        gain, offset, mean, variance = (tensor.to(wide) for tensor in tensors)
+        scale = gain * (variance + norm.eps).rsqrt()
+        shift = offset - mean * scale
+        if self.bias is not None:
+            shift = shift + self.bias * scale
+        return (self.weight * scale[:, None, None, None]).to(self.weight.dtype), shift.to(self.weight.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:  # named as in nn.Conv2d
+        if self.same_padding:
+            input = pad_same(input, list(self.kernel_size), list(self.stride), list(self.dilation))  # type: ignore[arg-type]
+        if not torch.compiler.is_compiling():
+            self.norm[0].applied = True
+        return self._conv_forward(input, *self.folded())
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise NotImplementedError(
+            "A model that was prepared for training cannot run in nn.DataParallel: replicas of its convolutions would "
+            "read the norms of the first device. Use DistributedDataParallel, or the plain model."
+        )
+
+
+class _FoldedNorm:
+    """A norm that the convolution before it applies; raises if that convolution did not run."""
+
+    applied = False
+
+    def take(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if not self.applied:
+            raise RuntimeError(
+                "A batch norm of the backbone is folded into the convolution before it, and that convolution did not "
+                "run: it was replaced or wrapped after prepare_for_training. Change the plain model, then prepare it."
+            )
+        self.applied = False
+
+
+class FoldedNorm(_FoldedNorm, FrozenBatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        self.take()
+        return x
+
+
+class FoldedNormAct(_FoldedNorm, FrozenBatchNormAct2d):
+    """The same with an activation, which stays here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.take()
+        return self.act(self.drop(x))
+
+
+FOLDED_NORMS: dict[type[nn.Module], type[nn.Module]] = {
+    FrozenBatchNorm2d: FoldedNorm,
+    FrozenBatchNormAct2d: FoldedNormAct,
+}
+
+
+class _Uses(TorchDispatchMode):
+    """Finds which convolutions' outputs are read by anything but one norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: dict[int, tuple[str, Tensor]] = {}  # holds the tensors, so that no id is used twice
+        self.inside_norm = False
+        self.calls: dict[str, int] = {}
+        self.norm_of: dict[str, str] = {}
+        self.elsewhere: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.inside_norm:
+            for value in tree_leaves((args, kwargs)):
+                if id(value) in self.outputs:
+                    self.elsewhere.add(self.outputs[id(value)][0])
+        return func(*args, **(kwargs or {}))
+
+    def watch(self, name: str, module: nn.Module) -> None:
+        def count(*_: Any) -> None:
+            self.calls[name] = self.calls.get(name, 0) + 1
+
+        def leave_convolution(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            self.outputs[id(output)] = (name, output)
+
+        def enter_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found = self.outputs.get(id(inputs[0]))
+            if found is not None and found[0] not in self.norm_of:
+                self.norm_of[found[0]] = name
+                self.inside_norm = True
+
+        def leave_norm(*_: Any) -> None:
+            self.inside_norm = False
+
+        module.register_forward_pre_hook(count)
+        if type(module) in CONVOLUTIONS:
+            module.register_forward_hook(leave_convolution)
+        else:
+            module.register_forward_pre_hook(enter_norm)
+            module.register_forward_hook(leave_norm)
+
+
+@torch.no_grad()
+def find_pairs(backbone: Backbone) -> dict[str, str]:
+    """{convolution: norm} by their names in `backbone.model`, where that norm is the only reader of what the
+    convolution returns, and each runs once. Asked of a copy as timm builds it, on the meta device, which computes
+    nothing. Modules that were replaced since, or have hooks, are in no pair.
+    """
+    if not any(type(module) in (*NORMS, FoldedNorm, FoldedNormAct) for module in backbone.model.modules()):
+        return {}
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        network: Any = create_network(backbone.name, **backbone._timm_kwargs).eval()
+        images = torch.zeros(1, backbone._timm_kwargs["in_chans"], *network.pretrained_cfg["input_size"][-2:])
+        uses = _Uses()
+        for name, module in network.named_modules():
+            if type(module) in CONVOLUTIONS or type(module) in NORMS:
+                uses.watch(name, module)
+        with uses:
+            features: list[Tensor] = network(images)
+    returned = {uses.outputs[id(level)][0] for level in features if id(level) in uses.outputs}
+    pairs = {}
+    for convolution, norm in uses.norm_of.items():
+        once = uses.calls[convolution] == uses.calls[norm] == 1
+        modules = [backbone.model.get_submodule(name) for name in (convolution, norm)]
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+        if once and not hooked and convolution not in uses.elsewhere | returned:
+            pairs[convolution] = norm
+    return pairs
+
+
+def fold(backbone: Backbone) -> None:
+    """Let convolutions apply the frozen norms after them, in place. Parameters and buffers keep their names; what was
+    folded already stays as it is."""
+    for convolution_name, norm_name in find_pairs(backbone).items():
+        convolution: Any = backbone.model.get_submodule(convolution_name)
+        norm = backbone.model.get_submodule(norm_name)
+        if type(convolution) in CONVOLUTIONS and type(norm) in FOLDED_NORMS:
+            convolution.same_padding = isinstance(convolution, Conv2dSame)
+            convolution.norm = (norm,)
+            convolution.__class__, norm.__class__ = FoldedConv2d, FOLDED_NORMS[type(norm)]
+
+
+@torch.no_grad()
+def fuse(backbone: Backbone) -> None:
+    """Write the norms into the weights of the convolutions for good, in place, and take them out of the network: an
+    identity, or their activation, is left. Norms that still gather statistics are fused with those they have."""
+    network = backbone.model
+    for convolution_name, norm_name in find_pairs(backbone).items():
+        convolution: Any = network.get_submodule(convolution_name)
+        norm: Any = network.get_submodule(norm_name)
+        if type(convolution) is FoldedConv2d:
+            plain: type[nn.Conv2d] = Conv2dSame if convolution.same_padding else nn.Conv2d
+            del convolution.norm, convolution.same_padding
+            convolution.__class__ = plain
+        elif type(convolution) not in CONVOLUTIONS or type(norm) not in NORMS or norm.weight is None:
+            continue
+        convolution.weight, convolution.bias = fuse_conv_bn_weights(
+            convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        activation = [norm.drop, norm.act] if hasattr(norm, "act") else []
+        network.set_submodule(norm_name, nn.Sequential(*activation) if activation else nn.Identity())
