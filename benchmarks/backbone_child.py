@@ -17,8 +17,15 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from hf_detr.model.backbone import Backbone, _plan, feature_strides
-from hf_detr.model.memory_format import preferred_memory_format, replace_unsafe_convolutions, unsafe_convolutions
+from hf_detr.model.backbone import Backbone
+from hf_detr.model.timm_network import feature_strides, plan_levels
+from hf_detr.speed.folding import fold
+from hf_detr.speed.memory_format import (
+    MemoryFormatHook,
+    preferred_memory_format,
+    replace_unsafe_convolutions,
+    unsafe_convolutions,
+)
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -121,7 +128,7 @@ def distance(ones: list[Tensor | None], others: list[Tensor | None]) -> float:
 def raw_network(name: str) -> nn.Module:
     """As timm builds it, all levels. Batch norm keeps its first statistics, 0 and 1: measured on noise, they would make
     a network that amplifies every rounding."""
-    kwargs, _ = _plan(name, None, {"in_chans": 3})
+    kwargs, _ = plan_levels(name, None, (), {"in_chans": 3})
     return timm.create_model(name, **{key: value for key, value in kwargs.items() if key != "out_indices"})
 
 
@@ -136,6 +143,7 @@ def wake(network: nn.Module) -> None:
 
 def backbone(name: str) -> Backbone:
     module = Backbone(name, freeze_batch_norm=True, frozen_stages=-1)
+    fold(module)
     replace_unsafe_convolutions(module.model)
     return module
 
@@ -148,6 +156,9 @@ class Case:
         torch.manual_seed(0)
         self.network: nn.Module = raw_network(name) if kind == "timm" else backbone(name)
         wake(self.network)
+        self.hook = MemoryFormatHook(torch.contiguous_format)
+        if isinstance(self.network, Backbone):
+            self.network.model.register_forward_pre_hook(self.hook)
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         self.images = torch.empty(2, 3, size, size)
         self.draw(1)
@@ -160,7 +171,7 @@ class Case:
 
     def forward(self, images: Tensor) -> list[Tensor]:
         features = self.network(images)
-        return features[:1] if self.kind == "Backbone" else features
+        return [level.map for level in features] if self.kind == "Backbone" else features
 
     def run(self, memory_format: torch.memory_format, dtype: torch.dtype) -> list[Tensor | None]:
         """Features (of the Backbone also those in eval mode) and the gradients of all parameters."""
@@ -169,8 +180,7 @@ class Case:
         images = images.contiguous(memory_format=memory_format)
         self.network.to(dtype=images.dtype, memory_format=memory_format).zero_grad()
         self.network.train(self.kind == "Backbone")
-        if self.kind == "Backbone":  # which would choose by itself
-            self.network.memory_format = memory_format
+        self.hook.memory_format = memory_format
         torch.manual_seed(2)
         results: list[Tensor | None] = []
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):

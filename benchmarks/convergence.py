@@ -42,6 +42,7 @@ import transformers
 from measure import machine
 from small_symbols import draw_symbols_dataset
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
@@ -57,7 +58,6 @@ from hf_detr.data import (
     turns_augmentation,
 )
 from hf_detr.evaluation import evaluate_detection
-from hf_detr.model.boxes import cxcywh_to_xyxy
 from hf_detr.training import choose_recipe, parameter_groups, preferred_precision, summarize, use_all_cores
 
 Batch = dict[str, Any]
@@ -223,7 +223,7 @@ def build_theirs(ours: DetrForDetection, recipe: Recipe, labels: dict[str, Any])
         "num_channels": config.num_channels,
         "features_only": True,
         "use_pretrained_backbone": False,
-        "out_indices": [ours.model.backbone.level],
+        "out_indices": [ours.model.backbone._timm_kwargs["out_indices"][-1]],
     }
     shared = (
         "num_queries", "encoder_layers", "encoder_ffn_dim", "encoder_attention_heads", "decoder_layers",
@@ -301,7 +301,7 @@ class SigmoidProcessor:
         labels = best % classes
         height, width = target_sizes.unbind(1)
         scale = torch.stack((width, height, width, height), dim=1)[:, None]
-        every = cxcywh_to_xyxy(outputs.pred_boxes).clamp(0, 1) * scale
+        every = box_convert(outputs.pred_boxes, "cxcywh", "xyxy").clamp(0, 1) * scale
         boxes = every.gather(1, (best // classes)[..., None].expand(-1, -1, 4))
         return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes, strict=True)]
 

@@ -7,7 +7,8 @@ import torch
 from measure import compare, print_table
 from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
 
-from hf_detr.model.loss import set_loss
+from hf_detr import DetrConfig
+from hf_detr.model.loss import DetrLoss
 
 LAYERS, QUERIES, CLASSES = 6, 100, 91
 WEIGHTS = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
@@ -16,6 +17,7 @@ WEIGHTS = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
 def main() -> None:
     torch.set_num_threads(2)
     rows = {}
+    our_criterion = DetrLoss(DetrConfig(num_queries=QUERIES, num_labels=CLASSES))
     for images, objects in ((2, 5), (8, 15), (16, 80)):
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(LAYERS, images, QUERIES, CLASSES + 1, generator=generator)
@@ -31,9 +33,9 @@ def main() -> None:
 
         def ours(logits=logits, boxes=boxes, labels=labels):
             leaves = logits.clone().requires_grad_(), boxes.clone().requires_grad_()
-            loss, terms = set_loss(*leaves, labels)
-            loss.backward()
-            return loss, terms, leaves
+            result = our_criterion(*leaves, labels)
+            result.loss.backward()
+            return result.loss, result.loss_dict, leaves
 
         def theirs(logits=logits, boxes=boxes, labels=labels, criterion=criterion):
             leaves = logits.clone().requires_grad_(), boxes.clone().requires_grad_()

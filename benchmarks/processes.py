@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-import hf_detr.model.denoising
+import hf_detr.model.queries
 from hf_detr import DetrConfig, DetrForDetection
 from hf_detr.training import TrainStep, parameter_groups
 
@@ -74,7 +74,7 @@ def make_batch(objects: list[int], first: int) -> dict[str, Any]:
 def take_step(model_name: str, share: list[list[list[int]]]) -> dict[str, Any]:
     """The step of all processes together; of process 0: mean loss terms, gradients before clipping, weights after."""
     accelerator = Accelerator(cpu=True)
-    hf_detr.model.denoising.LABEL_NOISE = hf_detr.model.denoising.BOX_NOISE = 0.0
+    hf_detr.model.queries.LABEL_NOISE = hf_detr.model.queries.BOX_NOISE = 0.0
     torch.manual_seed(0)
     model = DetrForDetection(DetrConfig(**SMALL | MODELS[model_name])).train()
     for name, buffer in model.named_buffers():

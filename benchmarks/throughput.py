@@ -26,6 +26,7 @@ from transformers import pipeline
 import hf_detr
 from hf_detr.interop import to_transformers
 from hf_detr.prediction import load_batches, predict_batch
+from hf_detr.speed import prepare_for_inference
 
 # (width, height), with their share in 20 photos
 SIZES = {(640, 480): 6, (480, 640): 4, (500, 375): 3, (375, 500): 2, (1920, 1080): 2, (1080, 1920): 1, (1600, 1200): 1,

@@ -21,6 +21,7 @@ import hf_detr
 from hf_detr.data import shapes
 from hf_detr.evaluation.detection_matching import match_images
 from hf_detr.prediction import Tiling, load_image, predict_batch
+from hf_detr.speed import prepare_for_inference
 
 SMALL = (20.0, 40.0)  # the longer side in pixels
 LARGE = (0.2, 0.4)  # the same, as a part of the drawing

@@ -27,7 +27,7 @@ class Step:
     """One step of training, and another, and another. Everything but the model is the same on both sides."""
 
     def __init__(self, side: str, dtype: torch.dtype, quick: bool) -> None:
-        model, batch = build(set(), *((64, 96) if quick else (HEIGHT, WIDTH)))
+        model, batch = build(set() if side == "ours" else {"plain"}, *((64, 96) if quick else (HEIGHT, WIDTH)))
         if side != "ours":
             model = to_transformers(model).train()
             model.config.auxiliary_loss = True

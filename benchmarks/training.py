@@ -18,6 +18,7 @@ import torch
 from measure import machine
 
 from hf_detr import DetrConfig, DetrForDetection
+from hf_detr.speed import prepare_for_training
 from hf_detr.training import compile_for_training, parameter_groups, use_all_cores
 
 IMAGES, HEIGHT, WIDTH, OBJECTS, CLASSES = 2, 480, 640, 15, 91
@@ -36,6 +37,8 @@ def build(options: set[str], height: int = HEIGHT, width: int = WIDTH) -> tuple[
     torch.manual_seed(0)
     names = {index: str(index) for index in range(CLASSES)}
     model = DetrForDetection(DetrConfig(backbone="resnet50", id2label=names)).train()
+    if "plain" not in options:
+        prepare_for_training(model)
     images = torch.randn(IMAGES, 3, height, width)
     if "checkpointing" in options:
         model.gradient_checkpointing_enable()

@@ -22,6 +22,7 @@ from hf_detr.evaluation import (
 )
 from hf_detr.export import is_exported, load_exported
 from hf_detr.runtime import import_extra
+from hf_detr.speed import prepare_for_inference
 from hf_detr.training import use_all_cores
 
 

@@ -58,6 +58,7 @@ from hf_detr.prediction import (
     predict_batch,
 )
 from hf_detr.runtime import Everyone, StopRequest, end_with_launcher
+from hf_detr.speed import prepare_for_inference
 from hf_detr.training import use_all_cores
 from hf_detr.visualization import draw_detections
 

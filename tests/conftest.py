@@ -79,7 +79,10 @@ def transformers_twin(model: hf_detr.DetrForDetection, **changes) -> transformer
         **({name: getattr(model.config, name) for name in (*names, "dropout", "position_embedding_type")} | changes),
     )
     twin = transformers.DetrForObjectDetection(config)
-    twin.load_state_dict(model.state_dict())
+    state = {
+        name.replace("model.decoder.bbox_predictor", "bbox_predictor"): t for name, t in model.state_dict().items()
+    }
+    twin.load_state_dict(state)
     return twin.eval()
 
 

@@ -12,19 +12,18 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from hf_detr import DetrForDetection
 from hf_detr.model.backbone import Backbone
 
-# name: (sizes the padded batch is made of, expected stride)
+# name: (stride of the deepest level, arguments that make the network small)
 FAMILIES = {
-    "resnet18": 32,
-    "test_resnet": 32,
-    "convnext_atto": 32,
-    "swin_tiny_patch4_window7_224": 32,
-    "test_efficientnet": 32,
-    "mobilenetv3_small_050": 32,
-    "mobilenetv4_conv_small_050": 32,
-    "regnetx_002": 32,
-    "test_vit": 16,
-    "vit_tiny_patch16_224": 16,
-    "test_mambaout": 32,
+    "resnet18": (32, {}),
+    "test_resnet": (32, {}),
+    "test_convnext": (32, {}),
+    "swin_tiny_patch4_window7_224": (32, {"depths": (1, 1, 1, 1), "embed_dim": 24}),
+    "test_efficientnet": (32, {}),
+    "mobilenetv3_small_050": (32, {}),
+    "mobilenetv4_conv_small_050": (32, {}),
+    "test_byobnet": (32, {}),
+    "test_vit": (16, {}),
+    "test_mambaout": (32, {}),
 }
 SIZES = [(96, 128), (64, 100), (77, 51)]
 
@@ -34,31 +33,38 @@ def name(request):
     return request.param
 
 
+@pytest.fixture
+def small(name):
+    return FAMILIES[name][1]
+
+
 class TestEveryFamily:
-    def test_channels_and_stride_are_what_comes_out(self, name):
-        backbone = Backbone(name).eval()
-        assert backbone.stride == FAMILIES[name]
-        features, mask = backbone(torch.randn(1, 3, 128, 192))
-        assert features.shape == (1, backbone.channels, 128 // backbone.stride, 192 // backbone.stride)
+    def test_channels_and_stride_are_what_comes_out(self, name, small):
+        backbone = Backbone(name, kwargs=small).eval()
+        assert backbone.strides == [FAMILIES[name][0]]
+        [level] = backbone(torch.randn(1, 3, 128, 192))
+        features, mask = level.map, level.mask
+        assert features.shape == (1, backbone.channels[0], 128 // level.stride, 192 // level.stride)
         assert mask is None
 
-    def test_an_image_gives_the_same_features_alone_and_beside_larger_ones(self, name):
-        backbone = Backbone(name).eval()
+    def test_an_image_gives_the_same_features_alone_and_beside_larger_ones(self, name, small):
+        backbone = Backbone(name, kwargs=small).eval()
         images, pixel_mask = padded_batch(SIZES)
         with torch.no_grad():
-            features, mask = backbone(images, pixel_mask)
+            [level] = backbone(images, pixel_mask)
+            features, mask = level.map, level.mask
             for index, (height, width) in enumerate(SIZES):
-                alone, _ = backbone(images[index : index + 1, :, :height, :width])
+                alone = backbone(images[index : index + 1, :, :height, :width])[0].map
                 rows, columns = alone.shape[2:]
                 torch.testing.assert_close(features[index, :, :rows, :columns], alone[0], atol=1e-4, rtol=1e-4)
                 assert mask[index].sum() == rows * columns
                 assert mask[index, :rows, :columns].all()
 
-    def test_frozen_stages_are_exactly_what_leads_to_the_first_stage(self, name):
+    def test_frozen_stages_are_exactly_what_leads_to_the_first_stage(self, name, small):
         """Which parameters a feature level depends on is asked of autograd."""
-        backbone = Backbone(name, freeze_batch_norm=False, frozen_stages=1).train()
+        backbone = Backbone(name, kwargs=small, freeze_batch_norm=False, frozen_stages=1).train()
         frozen = {n for n, p in backbone.model.named_parameters() if not p.requires_grad}
-        arguments = backbone._create_kwargs | {"out_indices": None}
+        arguments = backbone._timm_kwargs | {"out_indices": None}
         levels = timm.create_model(name, **(arguments | {"out_indices": (0,)})).feature_info.info
         first = next(i for i, level in enumerate(levels) if level["reduction"] >= 4)
         upto = timm.create_model(name, **(arguments | {"out_indices": (first,)})).eval()
@@ -77,11 +83,11 @@ class TestEveryFamily:
         assert {n.rpartition(".")[0] for n in frozen} <= modules | {"model"}
         assert any(p.requires_grad for p in backbone.parameters())
 
-    def test_frozen_parts_hold_still_in_training(self, name):
-        backbone = Backbone(name, freeze_batch_norm=True, frozen_stages=1).train()
+    def test_frozen_parts_hold_still_in_training(self, name, small):
+        backbone = Backbone(name, kwargs=small, freeze_batch_norm=True, frozen_stages=1).train()
         before = {n: t.clone() for n, t in backbone.state_dict().items()}
         optimizer = torch.optim.SGD([p for p in backbone.parameters() if p.requires_grad], lr=0.1)
-        backbone(torch.randn(2, 3, 96, 96))[0].square().sum().backward()
+        backbone(torch.randn(2, 3, 96, 96))[0].map.square().sum().backward()
         optimizer.step()
         trained = {n for n, p in backbone.named_parameters() if p.requires_grad}
         after = backbone.state_dict()
@@ -89,8 +95,8 @@ class TestEveryFamily:
         assert any(not torch.equal(before[n], after[n]) for n in trained)
         assert not [m for m in backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
 
-    def test_a_checkpoint_brings_everything_back(self, name, tmp_path):
-        model = DetrForDetection(tiny_config(backbone=name)).eval()
+    def test_a_checkpoint_brings_everything_back(self, name, small, tmp_path):
+        model = DetrForDetection(tiny_config(backbone=name, backbone_kwargs=small)).eval()
         model.save_pretrained(tmp_path)
         loaded = DetrForDetection.from_pretrained(tmp_path)
         images, mask = padded_batch(SIZES[:2])
@@ -102,7 +108,7 @@ class TestEveryFamily:
 
 
 def test_padding_does_not_change_predictions():
-    """PEERS.md defect 11."""
+    """Nor does a batch that is padded further than its largest image needs."""
     model = tiny_model(backbone="resnet18")
     images, mask = padded_batch([(96, 96), (40, 90), (96, 33)])
     with torch.no_grad():
@@ -127,11 +133,7 @@ def test_a_network_that_reads_values_to_know_its_sizes_tells_them_on_the_cpu(mon
     monkeypatch.setattr(VisionTransformer, "_pos_embed", count_first)
     backbone = Backbone("test_vit").eval()
     images, pixel_mask = padded_batch([(64, 96), (32, 64)])
-    state = torch.get_rng_state()
-    assert backbone.feature_sizes(images, pixel_mask) == [(4, 6), (2, 4)]
-    assert torch.equal(torch.get_rng_state(), state)
-    _, mask = backbone(images, pixel_mask)
-    assert mask.sum((1, 2)).tolist() == [24, 8]
+    assert backbone(images, pixel_mask)[0].mask.sum((1, 2)).tolist() == [24, 8]
 
 
 def test_parameters_that_timm_has_fixed_stay_fixed(tmp_path):
@@ -149,8 +151,8 @@ def test_a_batch_of_equal_sizes_goes_through_in_one_piece_without_a_mask():
     calls = []
     backbone.model.register_forward_pre_hook(lambda _, args: calls.append(tuple(args[0].shape)))
     images, mask = padded_batch([(64, 96), (64, 96)])
-    assert backbone(images, mask)[1] is None
-    assert backbone(torch.nn.functional.pad(images, (0, 9)), torch.nn.functional.pad(mask, (0, 9)))[1] is None
+    assert backbone(images, mask)[0].mask is None
+    assert backbone(torch.nn.functional.pad(images, (0, 9)), torch.nn.functional.pad(mask, (0, 9)))[0].mask is None
     assert calls == [(2, 3, 64, 96)] * 2
 
 
@@ -172,20 +174,39 @@ def test_where_images_cannot_run_apart_the_padded_batch_goes_through(why):
         mask[0, 10:20, 10:20] = 0
     calls = []
     backbone.model.register_forward_pre_hook(lambda _, args: calls.append(tuple(args[0].shape)))
-    features, small_mask = backbone(images, mask)
+    [level] = backbone(images, mask)
     assert calls == [(2, 3, 96, 96)]
-    assert small_mask.shape == (2, *features.shape[2:])
+    assert level.mask.shape == (2, *level.map.shape[2:])
 
 
 def test_the_feature_level_is_chosen_by_stride():
     for stride, channels in ((8, 128), (16, 256), (32, 512)):
         backbone = Backbone("resnet18", feature_stride=stride).eval()
-        assert (backbone.stride, backbone.channels) == (stride, channels)
-        assert backbone(torch.randn(1, 3, 64, 64))[0].shape == (1, channels, 64 // stride, 64 // stride)
-    dc5 = Backbone("resnet50", output_stride=16).eval()
-    assert (dc5.stride, dc5.channels) == (16, 2048)
+        assert (backbone.strides, backbone.channels) == ([stride], [channels])
+        assert backbone(torch.randn(1, 3, 64, 64))[0].map.shape == (1, channels, 64 // stride, 64 // stride)
+    dc5 = Backbone("resnet18", output_stride=16).eval()
+    assert (dc5.strides, dc5.channels) == ([16], [512])
     with pytest.raises(ValueError, match=r"no feature level of stride 64; it has \[2, 4, 8, 16, 32\]"):
         Backbone("resnet18", feature_stride=64)
+
+
+def test_further_levels_come_shallow_to_deep_each_without_padding():
+    backbone = Backbone("resnet18", further_strides=(8, 4)).eval()
+    assert (backbone.strides, backbone.channels) == ([4, 8, 32], [64, 128, 512])
+    sizes = [(96, 64), (64, 128)]
+    images, mask = padded_batch(sizes)
+    with torch.no_grad():
+        levels = backbone(images, mask)
+        assert [level.stride for level in levels] == [4, 8, 32]
+        for index, (height, width) in enumerate(sizes):
+            alone = backbone(images[index : index + 1, :, :height, :width])
+            for level, own in zip(levels, alone, strict=True):
+                rows, columns = own.map.shape[2:]
+                assert (rows, columns) == (height // level.stride, width // level.stride)
+                torch.testing.assert_close(level.map[index, :, :rows, :columns], own.map[0], atol=1e-4, rtol=1e-4)
+                assert level.mask[index].sum() == level.mask[index, :rows, :columns].sum() == rows * columns
+    with pytest.raises(ValueError, match="no feature level of stride 5"):
+        Backbone("resnet18", further_strides=(5,))
 
 
 @pytest.mark.parametrize(("stages", "first_trained"), [(-1, "conv1"), (0, "layer1"), (1, "layer2"), (3, "layer4")])
@@ -217,15 +238,15 @@ def test_unknown_and_unfit_networks_are_named():
 
 def test_parts_behind_the_chosen_level_do_not_wait_for_gradients():
     """timm builds EfficientNet whole; DistributedDataParallel would wait for gradients that never come."""
-    for name in ("test_efficientnet", "mobilenetv3_small_050", "resnet18", "test_vit"):
+    for name in ("test_efficientnet", "test_resnet", "test_vit"):
         backbone = Backbone(name, feature_stride=16, frozen_stages=-1, freeze_batch_norm=False).train()
-        backbone(torch.randn(2, 3, 64, 64))[0].sum().backward()
+        backbone(torch.randn(2, 3, 64, 64))[0].map.sum().backward()
         assert all(p.grad is not None for p in backbone.parameters() if p.requires_grad), name
 
 
 def test_equal_sizes_need_no_mask_while_batch_norm_trains():
     backbone = Backbone("test_resnet", freeze_batch_norm=False, frozen_stages=-1).train()
-    assert backbone(*padded_batch([(64, 96), (64, 96)]))[1] is None
+    assert backbone(*padded_batch([(64, 96), (64, 96)]))[0].mask is None
 
 
 class TestPretrainedWeights:
@@ -244,7 +265,7 @@ class TestPretrainedWeights:
         save_file(network.state_dict(), path) if ending == "safetensors" else torch.save(network.state_dict(), path)
         model = DetrForDetection.from_pretrained_backbone(tiny_config(), path).eval()
         image = torch.randn(1, 3, 64, 64)
-        assert relative_difference(model.model.backbone(image)[0], network.forward_features(image)) < 1e-5
+        assert relative_difference(model.model.backbone(image)[0].map, network.forward_features(image)) < 1e-5
 
     def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(self, tmp_path):
         class Malicious:

@@ -24,21 +24,6 @@ def test_paired_giou_is_the_diagonal_of_the_pairwise_one(two_lists):
     torch.testing.assert_close(ours.giou(a, b), ops.generalized_box_iou(a, b).diagonal())
 
 
-@pytest.mark.parametrize(
-    ("function", "source", "target"),
-    [
-        (ours.cxcywh_to_xyxy, "cxcywh", "xyxy"),
-        (ours.xyxy_to_cxcywh, "xyxy", "cxcywh"),
-        (ours.xywh_to_xyxy, "xywh", "xyxy"),
-        (ours.xyxy_to_xywh, "xyxy", "xywh"),
-    ],
-)
-def test_conversions_equal_torchvision(two_lists, function, source, target):
-    boxes = ops.box_convert(two_lists[0], "xyxy", source)
-    torch.testing.assert_close(function(boxes), ops.box_convert(boxes, source, target))
-    torch.testing.assert_close(function(boxes[None, None])[0, 0], function(boxes))
-
-
 def test_touching_identical_and_distant_boxes():
     a = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     assert ours.giou(a, a).item() == 1

@@ -44,7 +44,7 @@ def test_the_papers_defaults():
 
 
 def test_labels_do_not_depend_on_batch_mates(processor):
-    """PEERS.md defect 2."""
+    """In transformers boxes are divided by the padded size."""
     narrow, wide = photo(60, 90), photo(200, 60)
     alone = processor(narrow, annotations=annotation([15, 45, 30, 45]), return_tensors="pt")
     beside = processor(
@@ -194,7 +194,7 @@ class TestKindsOfImages:
 
 
 class TestAnnotations:
-    """PEERS.md defect 8: what transformers' processor accepts, crashes on or drops."""
+    """What transformers' processor accepts, crashes on or drops without a word."""
 
     @pytest.mark.parametrize(
         ("box", "reason"),
@@ -265,7 +265,7 @@ def test_options_of_resizing_and_padding():
     padded = DetrImageProcessor(do_resize=False, pad_size={"height": 128, "width": 128})(images, return_tensors="pt")
     assert padded["pixel_values"].shape == (2, 3, 128, 128)
     assert padded["pixel_mask"].sum().item() == 2 * 60 * 90
-    with pytest.raises(ValueError, match="do not fit pad_size"):
+    with pytest.raises(ValueError, match="do not fit a batch of 64 x 64"):
         DetrImageProcessor(do_resize=False, pad_size={"height": 64, "width": 64})(images)
     loose = DetrImageProcessor(do_resize=False, do_pad=False)(images)
     assert [tuple(x.shape) for x in loose["pixel_values"]] == [(3, 60, 90), (3, 90, 60)]

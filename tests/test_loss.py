@@ -4,14 +4,19 @@ import itertools
 
 import pytest
 import torch
-from conftest import random_labels, tiny_model
+from conftest import random_labels, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_detr.model.annotations import check_labels
-from hf_detr.model.loss import set_loss
+from hf_detr.model.loss import DetrLoss
 from hf_detr.model.matcher import hungarian_matching
 
 CLASSES = 5
+
+
+def set_loss(logits, boxes, labels):
+    result = DetrLoss(tiny_config(num_queries=logits.shape[2]))(logits, boxes, labels)
+    return result.loss, result.loss_dict
 
 
 def predictions(layers=3, images=2, queries=6, seed=1, dtype=torch.float32):
@@ -200,3 +205,27 @@ def test_labels_are_refused_at_the_door_with_image_and_box(change, message):
 def test_the_number_of_labels_has_to_be_the_number_of_images():
     with pytest.raises(ValueError, match="2 images in the batch but 1 labels"):
         check_labels(random_labels([1]), 5, batch_size=2)
+
+
+def test_the_loss_returns_the_matching_that_it_used():
+    logits, boxes = predictions()
+    labels = random_labels([2, 3])
+    criterion = DetrLoss(tiny_config(num_queries=6))
+    matching = criterion(logits, boxes, labels).matching
+    objects = [torch.cat([label[name] for label in labels]) for name in ("class_labels", "boxes")]
+    for ours, expected in zip(matching, hungarian_matching(logits, boxes, *objects, [2, 3]), strict=True):
+        assert torch.equal(ours, expected)
+    assert matching.query.shape == (3, 5)
+
+
+def test_a_further_term_is_weighted_by_its_own_name_only():
+    """A term whose name begins like another's is not weighted as that one."""
+    logits, boxes = predictions()
+    labels = random_labels([2, 3])
+    criterion = DetrLoss(tiny_config(num_queries=6))
+    plain = criterion(logits, boxes, labels)
+    criterion.terms["loss_ce_smoothed"] = (lambda matched: matched.boxes.sum((1, 2)), 7.0)
+    criterion.terms["loss_bbox_report"] = (lambda matched: matched.boxes.sum((1, 2)), None)
+    more = criterion(logits, boxes, labels)
+    added = sum(more.loss_dict[f"loss_ce_smoothed{suffix}"] for suffix in ("", "_0", "_1"))
+    torch.testing.assert_close(more.loss, plain.loss + 7 * added)

@@ -32,7 +32,6 @@ def test_assignment_equals_that_of_transformers_for_every_layer(counts):
 
 
 def test_costs_of_an_image_do_not_see_other_images():
-    """PEERS.md defect 12."""
     logits, boxes = torch.randn(2, 3, 10, 6), torch.rand(2, 3, 10, 4) * 0.5 + 0.2
     labels = random_labels([2, 4, 1])
     classes, objects, counts = flatten(labels)

@@ -11,19 +11,22 @@ import torch
 from torch import nn
 
 from hf_detr.model.backbone import Backbone
-from hf_detr.model.memory_format import (
+from hf_detr.speed.memory_format import (
     SubsampledConv2d,
     preferred_memory_format,
     replace_unsafe_convolutions,
     unsafe_convolutions,
+    use_memory_format,
 )
 
 TRAIN = """
 import torch
 from hf_detr.model.backbone import Backbone
+from hf_detr.speed.memory_format import use_memory_format
 backbone = Backbone("repvgg_a0", freeze_batch_norm=False, frozen_stages=-1).train()
+use_memory_format(backbone.model)
 for _ in range(2):
-    backbone(torch.randn(4, 3, 224, 224))[0].square().mean().backward()
+    backbone(torch.randn(4, 3, 224, 224))[0].map.square().mean().backward()
 print("alive", all(parameter.grad.isfinite().all() for parameter in backbone.parameters()))
 """
 
@@ -72,12 +75,12 @@ class TestReplacedConvolutions:
     @pytest.mark.parametrize("name", ["repvgg_a0", "test_resnet"])
     def test_the_backbone_runs_in_channels_last_with_them_replaced(self, name):
         backbone = Backbone(name)
-        assert backbone.memory_format is torch.channels_last
+        assert use_memory_format(backbone.model) is torch.channels_last
         assert not list(unsafe_convolutions(backbone))
         assert any(isinstance(module, SubsampledConv2d) for module in backbone.modules()) == (name == "repvgg_a0")
         seen = []
         backbone.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        features, _ = backbone(torch.randn(2, 3, 64, 64))
+        features = backbone(torch.randn(2, 3, 64, 64))[0].map
         assert seen[0].is_contiguous(memory_format=torch.channels_last)
         assert features.is_contiguous(memory_format=torch.channels_last)
 

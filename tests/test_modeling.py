@@ -1,4 +1,4 @@
-"""Config, initialisation, saving and loading, Auto classes, and PEERS.md's defects of the model."""
+"""Config, initialisation, saving and loading, Auto classes, and defects seen in other implementations of DETR."""
 
 import math
 
@@ -11,7 +11,7 @@ from torch import nn
 
 import hf_detr
 from hf_detr import DetrConfig, DetrForDetection, DetrModel
-from hf_detr.model.transformer import MultiHeadAttention
+from hf_detr.model.attention import MultiHeadAttention
 
 
 def test_auto_classes_know_our_models(tmp_path):
@@ -77,7 +77,9 @@ def test_initialisation_is_the_papers():
 
 def test_weights_missing_from_a_checkpoint_are_initialised_not_left_over(tmp_path):
     """Also those of the backbone, and buffers that no checkpoint holds."""
-    model = tiny_model(backbone="swin_tiny_patch4_window7_224")
+    model = tiny_model(
+        backbone="swin_tiny_patch4_window7_224", backbone_kwargs={"depths": (1, 1, 1, 1), "embed_dim": 24}
+    )
     state = {k: v for k, v in model.state_dict().items() if "fc1" not in k and "layers_0.blocks.0.mlp" not in k}
     model.save_pretrained(tmp_path, state_dict=state)
     loaded = DetrForDetection.from_pretrained(tmp_path)
@@ -96,7 +98,7 @@ def test_weights_missing_from_a_checkpoint_are_initialised_not_left_over(tmp_pat
 
 
 def test_switching_auxiliary_losses_on_does_not_change_predictions():
-    """PEERS.md defect 1."""
+    """They do in transformers, which feeds each layer's normed output to the next."""
     on, off = tiny_model(auxiliary_loss=True), tiny_model(auxiliary_loss=False)
     off.load_state_dict(on.state_dict())
     images = torch.randn(2, 3, 64, 64)
@@ -105,7 +107,7 @@ def test_switching_auxiliary_losses_on_does_not_change_predictions():
 
 
 def test_backbone_freezing_works_on_timm_networks():
-    """PEERS.md defect 4."""
+    """It freezes nothing there in transformers."""
     model = tiny_model(backbone="resnet18")
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     assert len(frozen) == 5  # the stem's convolution and four of the first stage; norms are buffers
@@ -113,14 +115,14 @@ def test_backbone_freezing_works_on_timm_networks():
 
 
 def test_learned_positions_on_grids_beyond_50():
-    """PEERS.md defect 5."""
+    """The paper's code ends at 50 rows or columns."""
     model = tiny_model(position_embedding_type="learned", feature_stride=8)
     with torch.no_grad():
         assert model(torch.randn(1, 3, 416, 480)).logits.isfinite().all()
 
 
 def test_a_label_id_equal_to_num_labels_is_refused():
-    """PEERS.md defect 6: it is the index of "no object"."""
+    """It is the index of "no object"."""
     labels = random_labels([1])
     labels[0]["class_labels"][:] = 5
     with pytest.raises(ValueError, match=r"not in \[0, 5\)"):
@@ -128,7 +130,7 @@ def test_a_label_id_equal_to_num_labels_is_refused():
 
 
 def test_nan_pixels_are_reported_as_such():
-    """PEERS.md defect 9: no crash inside GIoU."""
+    """And do not end in a failed check inside GIoU."""
     images = torch.randn(1, 3, 64, 64)
     images[0, 0, 5, 5] = float("nan")
     with pytest.raises(FloatingPointError, match="`logits` is NaN"):
@@ -144,7 +146,6 @@ def test_wrong_shapes_of_images_are_refused():
 
 
 def test_one_class_and_one_decoder_layer():
-    """PEERS.md defect 10, as far as the model goes."""
     model = tiny_model(num_labels=1, decoder_layers=1)
     labels = [{"class_labels": torch.zeros(1, dtype=torch.long), "boxes": torch.full((1, 4), 0.5)}]
     outputs = model(torch.randn(1, 3, 64, 64), labels=labels)
@@ -179,3 +180,20 @@ def test_public_names():
     for name in hf_detr.__all__:
         assert getattr(hf_detr, name).__doc__
     assert hf_detr.DetrImageProcessor.__doc__
+
+
+def test_an_argument_that_no_model_has_is_refused_by_name():
+    images = torch.randn(1, 3, 64, 64)
+    with pytest.raises(TypeError, match="pixel_msk"):
+        tiny_model()(images, pixel_msk=torch.ones(1, 64, 64))
+    with pytest.raises(TypeError, match="label_ids"):
+        tiny_model().model(images, label_ids=3)
+
+
+def test_trainer_divides_the_loss_by_the_accumulated_batches():
+    """A `forward` with **kwargs would be taken for one that does it by itself."""
+    assert tiny_model().accepts_loss_kwargs is False
+
+
+def test_the_alias_for_code_that_comes_from_transformers():
+    assert hf_detr.DetrForObjectDetection is DetrForDetection

@@ -1,4 +1,4 @@
-"""`pipeline("object-detection")` with our models, and with everyone else's as before. PEERS.md defect 7."""
+"""`pipeline("object-detection")` with our models, and with everyone else's as before."""
 
 import pickle
 
@@ -11,6 +11,7 @@ from test_image_processing import photo
 from transformers import pipeline
 
 from hf_detr import DetrDetectionPipeline, DetrImageProcessor
+from hf_detr.speed import PreparedDetr
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +128,9 @@ def test_other_models_get_the_pipeline_they_had():
 
 def test_what_predicts_is_a_prepared_copy_that_follows_the_model(folder, detector, tmp_path):
     before = detector(IMAGES[0], threshold=0.0)
-    assert detector._predictor().is_prepared
+    assert isinstance(detector._predictor(), PreparedDetr)
     assert detector._predictor() is detector._predictor()
-    assert not detector.model.is_prepared
+    assert not isinstance(detector.model, PreparedDetr)
     with torch.no_grad():
         detector.model.class_labels_classifier.bias.add_(torch.tensor([5.0, 0, 0]))
         detector.model.model.backbone.model.get_submodule("conv1.0").weight.mul_(-1)

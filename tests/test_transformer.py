@@ -61,7 +61,8 @@ def test_attention_implementations_agree_on_padded_batches(implementation):
         expected = model(images, mask)
         model.set_attn_implementation(implementation)
         assert model.config._attn_implementation == implementation
-        actual = model(images, mask)
+        with torch.compiler.set_stance("force_eager"):  # flex_attention without the minutes that its kernels take
+            actual = model(images, mask)
     torch.testing.assert_close(actual.logits, expected.logits, atol=1e-5, rtol=1e-5)
 
 
@@ -102,7 +103,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 def test_no_graph_break_under_compile():
     model = tiny_model()
     images, mask = padded_batch([(64, 96), (96, 64)])
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(images).logits, model(images).logits, atol=1e-5, rtol=1e-5)
         assert compiled(images, mask).logits.isfinite().all()  # a padded batch goes through whole: no graph break

@@ -33,6 +33,8 @@ from .model.modeling_hf_detr import DetrForDetection, DetrModel
 from .model.outputs import DetrDetectionOutput, DetrModelOutput
 from .prediction.pipeline import DetrDetectionPipeline
 
+DetrForObjectDetection = DetrForDetection  # transformers' name
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "DetrDetectionOutput",
     "DetrDetectionPipeline",
     "DetrForDetection",
+    "DetrForObjectDetection",
     "DetrImageProcessor",
     "DetrModel",
     "DetrModelOutput",

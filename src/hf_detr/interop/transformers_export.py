@@ -66,7 +66,7 @@ def to_transformers(model: DetrForDetection) -> PreTrainedModel:
                 name = re.sub(pattern, replacement, name)  # noqa: PLW2901
         trained_only = any(f"{part}." in name for part in TRAINING_ONLY)
         if not trained_only and not name.endswith("num_batches_tracked"):  # a count of trained batch norm
-            state[name] = tensor
+            state[name.replace("model.decoder.bbox_predictor.", "bbox_predictor.")] = tensor
     theirs.load_state_dict(state)
     _check_outputs(model, theirs)
     return theirs

@@ -28,7 +28,7 @@ class MLP(nn.Module):
 
 
 class BoxHead(MLP):
-    """Three linear layers with ReLU between, then a sigmoid (paper, section 3.2, "prediction feed-forward networks")."""
+    """Three linear layers with ReLU between, and a sigmoid (section 3.2, "prediction feed-forward networks")."""
 
     def __init__(self, d_model: int, num_layers: int = 3) -> None:
         super().__init__([d_model] * num_layers + [4])

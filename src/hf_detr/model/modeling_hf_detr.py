@@ -247,7 +247,8 @@ class DetrForDetection(DetrPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        first_layer = 0 if learns and self.config.auxiliary_loss else -1
+        auxiliary = learns and self.config.auxiliary_loss
+        first_layer = 0 if auxiliary else -1
         logits = self.class_labels_classifier(outputs.intermediate_hidden_states[first_layer:])  # (L, B, T, C+1), 5
         pred_boxes = outputs.intermediate_boxes[first_layer:]  # (L, B, T, 4)
         result = None
@@ -255,7 +256,7 @@ class DetrForDetection(DetrPreTrainedModel):
             features = (outputs.encoder_hidden_states[0], outputs.encoder_last_hidden_state) if is_dense else ()
             dense = partial(self.dense_head, features, outputs.feature_mask) if is_dense else None
             result = self.criterion(logits, pred_boxes, labels, denoising, dense, normalizers)
-        output = detection_output(outputs, logits, pred_boxes, self.config.num_queries, result)
+        output = detection_output(outputs, logits, pred_boxes, self.config.num_queries, result, auxiliary)
         if not states:
             output.encoder_hidden_states = output.decoder_hidden_states = None
         return output

@@ -71,13 +71,19 @@ class DetrDetectionOutput(ModelOutput):
 
 
 def detection_output(
-    outputs: DetrModelOutput, logits: Tensor, pred_boxes: Tensor, num_queries: int, result: LossOutput | None
+    outputs: DetrModelOutput,
+    logits: Tensor,
+    pred_boxes: Tensor,
+    num_queries: int,
+    result: LossOutput | None,
+    auxiliary: bool,
 ) -> DetrDetectionOutput:
     """The output of the first Q of all queries.
 
     Args:
         logits: (L, B, T, num_labels + 1); `pred_boxes` (L, B, T, 4), the last layer last.
-        result: the loss; None without labels, and then there are no auxiliary outputs.
+        result: the loss; None without labels.
+        auxiliary: whether the layers before the last one are `auxiliary_outputs`.
     """
 
     def first(states: tuple[Tensor, ...] | None, axes: int = 1) -> tuple[Tensor, ...] | None:
@@ -94,7 +100,9 @@ def detection_output(
         loss_dict=None if result is None else result.loss_dict,
         logits=logits[-1],
         pred_boxes=pred_boxes[-1],
-        auxiliary_outputs=[{"logits": of_layer, "pred_boxes": boxes} for of_layer, boxes in earlier] or None,
+        auxiliary_outputs=[{"logits": of_layer, "pred_boxes": boxes} for of_layer, boxes in earlier]
+        if auxiliary
+        else None,
         last_hidden_state=None if last_hidden_state is None else last_hidden_state[:, :num_queries],
         decoder_hidden_states=None if states is None else tuple(state[:, :num_queries] for state in states),
         decoder_attentions=first(outputs.decoder_attentions, axes=2),

@@ -15,8 +15,8 @@ from ..speed import PreparedDetr, prepare_for_inference
 
 class DetrDetectionPipeline(ObjectDetectionPipeline):
     """transformers' pipeline with the same interface and these differences: images may also be numpy arrays, tensors
-    and `Path`s, of any mode; `batch_size` > 1 takes images of different sizes and returns what single images return; boxes
-    are clipped to the image; `threshold="per_class"` uses the thresholds saved with the processor;
+    and `Path`s, of any mode; `batch_size` > 1 takes images of different sizes and returns what single images return;
+    boxes are clipped to the image; `threshold="per_class"` uses the thresholds saved with the processor;
     `round_boxes=False` returns box corners as predicted. transformers truncates them to whole pixels, which lowers COCO
     metrics computed from them, those of small objects most.
 

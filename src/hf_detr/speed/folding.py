@@ -146,38 +146,45 @@ class _Uses(TorchDispatchMode):
             module.register_forward_hook(leave_norm)
 
 
-@torch.no_grad()
-def find_pairs(backbone: Backbone) -> dict[str, str]:
-    """{convolution: norm} by their names in `backbone.model`, where that norm is the only reader of what the
-    convolution returns, and each runs once. Asked of a copy as timm builds it, on the meta device, which computes
-    nothing. Modules that were replaced since, or have hooks, are in no pair.
-    """
+def exclusive_pairs(network: Any, images: Tensor) -> dict[str, str]:
+    """{convolution: norm} by name, where that norm is the only reader of what the convolution returns, and each runs
+    once. Runs the network; it keeps hooks, so pass a copy, on the meta device, where it computes nothing."""
+    uses = _Uses()
+    for name, module in network.named_modules():
+        if type(module) in CONVOLUTIONS or type(module) in NORMS:
+            uses.watch(name, module)
+    with uses, torch.no_grad():
+        features: list[Tensor] = network(images)
+    returned = {uses.outputs[id(level)][0] for level in features if id(level) in uses.outputs}
+    return {
+        convolution: norm
+        for convolution, norm in uses.norm_of.items()
+        if uses.calls[convolution] == uses.calls[norm] == 1 and convolution not in uses.elsewhere | returned
+    }
+
+
+def find_pairs(backbone: Backbone) -> list[tuple[str, str]]:
+    """The [`exclusive_pairs`] of the network as timm builds it. Modules that were replaced since, or have hooks, are in
+    no pair."""
     if not any(type(module) in (*NORMS, FoldedNorm, FoldedNormAct) for module in backbone.model.modules()):
-        return {}
+        return []
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         network: Any = create_network(backbone.name, **backbone._timm_kwargs).eval()
         images = torch.zeros(1, backbone._timm_kwargs["in_chans"], *network.pretrained_cfg["input_size"][-2:])
-        uses = _Uses()
-        for name, module in network.named_modules():
-            if type(module) in CONVOLUTIONS or type(module) in NORMS:
-                uses.watch(name, module)
-        with uses:
-            features: list[Tensor] = network(images)
-    returned = {uses.outputs[id(level)][0] for level in features if id(level) in uses.outputs}
-    pairs = {}
-    for convolution, norm in uses.norm_of.items():
-        once = uses.calls[convolution] == uses.calls[norm] == 1
-        modules = [backbone.model.get_submodule(name) for name in (convolution, norm)]
-        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-        if once and not hooked and convolution not in uses.elsewhere | returned:
-            pairs[convolution] = norm
-    return pairs
+        pairs = exclusive_pairs(network, images)
+
+    def is_plain(name: str) -> bool:
+        module = backbone.model.get_submodule(name)
+        kinds = (*CONVOLUTIONS, *NORMS, FoldedConv2d, FoldedNorm, FoldedNormAct)
+        return type(module) in kinds and not module._forward_hooks and not module._forward_pre_hooks
+
+    return [pair for pair in pairs.items() if all(map(is_plain, pair))]
 
 
 def fold(backbone: Backbone) -> None:
     """Let convolutions apply the frozen norms after them, in place. Parameters and buffers keep their names; what was
     folded already stays as it is."""
-    for convolution_name, norm_name in find_pairs(backbone).items():
+    for convolution_name, norm_name in find_pairs(backbone):
         convolution: Any = backbone.model.get_submodule(convolution_name)
         norm = backbone.model.get_submodule(norm_name)
         if type(convolution) in CONVOLUTIONS and type(norm) in FOLDED_NORMS:
@@ -191,7 +198,7 @@ def fuse(backbone: Backbone) -> None:
     """Write the norms into the weights of the convolutions for good, in place, and take them out of the network: an
     identity, or their activation, is left. Norms that still gather statistics are fused with those they have."""
     network = backbone.model
-    for convolution_name, norm_name in find_pairs(backbone).items():
+    for convolution_name, norm_name in find_pairs(backbone):
         convolution: Any = network.get_submodule(convolution_name)
         norm: Any = network.get_submodule(norm_name)
         if type(convolution) is FoldedConv2d:
