@@ -320,7 +320,7 @@ def test_what_fills_up_the_copies_changes_nothing():
         with torch.no_grad():  # the same two noised objects in both
             per_copy[0][0, :, :2] = few[0]["boxes"] + 0.01
             per_copy[1][0, :, :2] = content.unflatten(0, (2, 2))
-        states = model.model(images(), queries=model.model.build_queries(2, extra))
+        states = model.model(images(), queries=model.model.build_queries(2, torch.device("cpu"), extra))
         per_copy = states.intermediate_boxes[-1, 0, 36:].unflatten(0, (2, -1))
         predicted.append(per_copy[:, :2])
     torch.testing.assert_close(*predicted, atol=1e-5, rtol=0)

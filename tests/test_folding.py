@@ -142,7 +142,7 @@ def test_modules_that_were_replaced_or_have_hooks_are_not_folded():
     backbone = Backbone("test_resnet")
     randomise_norms(backbone)
     network, images = backbone.model, torch.randn(1, 3, 64, 64)
-    network.conv1 = nn.Sequential(network.conv1)
+    network.layer1[0].conv2 = nn.Sequential(network.layer1[0].conv2)
     network.layer1[0].conv1.register_forward_hook(lambda module, inputs, output: 2 * output)
     before = backbone(images)[0].map
     fold(backbone)

@@ -199,7 +199,8 @@ def test_replacing_a_convolution_by_an_equal_one_changes_nothing_or_is_refused(c
     images = torch.randn(1, 3, 64, 64)
     expected = model(images).logits
     network = model.model.backbone.model
-    network.conv1 = change(network.conv1)
+    block = network.layer1[0]
+    block.conv1 = change(block.conv1)
     torch.testing.assert_close(model(images).logits, expected)
     prepare_for_training(model)  # what was replaced before is respected
     torch.testing.assert_close(model(images).logits, expected, atol=1e-5, rtol=1e-5)
@@ -223,7 +224,7 @@ def test_lora_on_convolutions_of_a_plain_model():
     randomise_norms(model)
     images = torch.randn(1, 3, 64, 64)
     expected = model(images).logits
-    config = peft.LoraConfig(r=2, target_modules=r".*backbone.*conv\d", init_lora_weights=True)
+    config = peft.LoraConfig(r=2, target_modules=r".*backbone.*layer\d.*conv\d", init_lora_weights=True)
     adapted = peft.get_peft_model(model, config)
     torch.testing.assert_close(adapted(images).logits, expected)
     assert any("lora_A" in name for name, _ in adapted.named_parameters())
@@ -252,10 +253,10 @@ def test_no_module_of_a_plain_model_refers_to_another_behind_the_public_tree(cha
 
 def test_a_model_prepared_for_training_refuses_data_parallel_replicas():
     model = tiny_model()
-    model.model.backbone.model.conv1._replicate_for_data_parallel()
+    model.model.backbone.model.layer1[0].conv1._replicate_for_data_parallel()
     prepare_for_training(model)
     with pytest.raises(NotImplementedError, match=r"nn\.DataParallel"):
-        model.model.backbone.model.conv1._replicate_for_data_parallel()
+        model.model.backbone.model.layer1[0].conv1._replicate_for_data_parallel()
 
 
 @torch.no_grad()

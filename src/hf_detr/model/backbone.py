@@ -110,14 +110,16 @@ class Backbone(nn.Module):
         frozen = []
         for name, module in modules:
             if isinstance(module, _BatchNorm):
-                self.model.set_submodule(name, freeze_batch_norm_2d(module))  # which has buffers only
+                self.model.set_submodule(name, _frozen(module))  # which has buffers only
             else:
                 frozen += [f"{name}.{p}" if name else p for p, _ in module.named_parameters(recurse=False)]
         return frozen
 
     def freeze_batch_norm(self) -> None:
         """Fix statistics and affine parameters of every batch norm from now on, in place."""
-        self.model = freeze_batch_norm_2d(self.model)
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, _BatchNorm):
+                self.model.set_submodule(name, _frozen(module))
 
     def gathers_statistics(self) -> bool:
         """True while some batch norm computes statistics of the batch, so that images must not be run apart."""
@@ -187,6 +189,15 @@ class Backbone(nn.Module):
             return [(features, None) for features in self._features(pixel_values[:, :, :height, :width])]
         of_sizes = [self._features(pixel_values[indices, :, :h, :w]) for (h, w), indices in groups.items()]
         return [pad_features(maps, list(groups.values())) for maps in zip(*of_sizes, strict=True)]
+
+
+def _frozen(norm: _BatchNorm) -> nn.Module:
+    """The same with fixed statistics and affine parameters; also under Accelerate's `init_empty_weights`, where a norm
+    has parameters on the meta device beside buffers that are not."""
+    if norm.weight is None or not norm.weight.is_meta:
+        return freeze_batch_norm_2d(norm)
+    with torch.device("meta"):
+        return freeze_batch_norm_2d(norm.to("meta"))
 
 
 def pad_features(maps: Sequence[Tensor], indices: list[list[int]]) -> tuple[Tensor, Tensor | None]:

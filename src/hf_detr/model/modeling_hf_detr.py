@@ -76,13 +76,20 @@ class DetrModel(DetrPreTrainedModel):
         change."""
         return resize_queries(self, num_queries)
 
-    def build_queries(self, batch_size: int, denoising: DenoisingQueries | None = None) -> Queries:
+    def build_queries(
+        self, batch_size: int, device: torch.device, denoising: DenoisingQueries | None = None
+    ) -> Queries:
         """The object queries of a batch; extra query groups only in training."""
-        groups = [self.query_position_embeddings.weight]
+        config = self.config
+
+        def rows(embeddings: nn.Embedding) -> Tensor:  # by a call, which offloaded weights need
+            return embeddings(torch.arange(embeddings.num_embeddings, device=device))
+
+        groups = [rows(self.query_position_embeddings)]
         if self.training and self.extra_query_groups is not None:
-            groups += self.extra_query_groups.weight.split(self.config.num_queries)
-        like = self.input_projection.weight.new_empty(0, self.config.d_model)
-        return build_queries(groups, batch_size, like, are_boxes=self.decoder.queries_are_boxes, denoising=denoising)
+            groups += rows(self.extra_query_groups).split(config.num_queries)
+        are_boxes = self.decoder.queries_are_boxes
+        return build_queries(groups, batch_size, config.d_model, are_boxes=are_boxes, denoising=denoising)
 
     @can_return_tuple
     def forward(
@@ -120,7 +127,8 @@ class DetrModel(DetrPreTrainedModel):
         mask = self._attention_mask(level.mask, features, features, attention)
         encoder_states, encoder_attentions = self.encoder(features, positions, mask, attention, **kwargs)
 
-        queries = self.build_queries(len(pixel_values)) if queries is None else queries
+        queries = queries or self.build_queries(len(pixel_values), pixel_values.device)
+        queries = queries.to(encoder_states[-1].dtype)
         if attention not in (self.decoder.attn_implementations or (attention,)):
             attention = "sdpa"
         mask = self._attention_mask(level.mask, queries.content, encoder_states[-1], attention)
@@ -241,7 +249,7 @@ class DetrForDetection(DetrPreTrainedModel):
         outputs = self.model(  # steps 2 to 4
             pixel_values,
             pixel_mask,
-            self.model.build_queries(len(pixel_values), denoising),
+            self.model.build_queries(len(pixel_values), pixel_values.device, denoising),
             output_attentions=attentions,
             output_hidden_states=states or is_dense,
             return_dict=True,

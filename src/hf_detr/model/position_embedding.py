@@ -93,14 +93,15 @@ class LearnedPositionEmbedding(nn.Module):
         self.column_embeddings = nn.Embedding(table_size, d_model // 2)
 
     @staticmethod
-    def _look_up(table: Tensor, length: int, sizes: Tensor) -> Tensor:
+    def _look_up(table: nn.Embedding, length: int, sizes: Tensor) -> Tensor:
         """(table_size, d/2) and the images' own sizes (B,) to entries 0 ... length-1, (B, length, d/2)."""
-        last = table.shape[0] - 1
+        last = table.num_embeddings - 1
         step = torch.where(sizes > last + 1, last / (sizes - 1).clamp(min=1), torch.ones_like(sizes))
-        position = (torch.arange(length, device=table.device) * step[:, None]).clamp(max=last)  # (B, length)
+        position = (torch.arange(length, device=sizes.device) * step[:, None]).clamp(max=last)  # (B, length)
         lower = position.floor().long()
-        fraction = (position - lower)[..., None].to(table.dtype)
-        return table[lower] * (1 - fraction) + table[(lower + 1).clamp(max=last)] * fraction
+        below, above = table(lower), table((lower + 1).clamp(max=last))
+        fraction = (position - lower)[..., None].to(below.dtype)
+        return below * (1 - fraction) + above * fraction
 
     def forward(self, height: int, width: int, mask: Tensor | None, device: torch.device) -> Tensor:
         """Embedding of a (height, width) grid, (B, height*width, d_model); arguments as for the sine embedding."""
@@ -110,8 +111,8 @@ class LearnedPositionEmbedding(nn.Module):
         else:
             rows = mask.any(2).sum(1, dtype=torch.float32)
             columns = mask.any(1).sum(1, dtype=torch.float32)
-        y = self._look_up(self.row_embeddings.weight, height, rows)
-        x = self._look_up(self.column_embeddings.weight, width, columns)
+        y = self._look_up(self.row_embeddings, height, rows)
+        x = self._look_up(self.column_embeddings, width, columns)
         x = x[:, None].expand(-1, height, -1, -1)
         y = y[:, :, None].expand(-1, -1, width, -1)
         return torch.cat((x, y), dim=-1).flatten(1, 2)

@@ -1,7 +1,7 @@
 """Step 4: the object queries of a batch: learned vectors or anchor boxes, and in training extra groups and noised
 ground-truth boxes; and which query attends to which."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,16 +59,20 @@ class Queries:
     attention_mask: Tensor | None = None
     denoising: DenoisingQueries | None = None
 
+    def to(self, dtype: torch.dtype) -> "Queries":
+        """Content and positions in the dtype of the features; boxes keep theirs, which has to hold coordinates."""
+        positions = None if self.positions is None else self.positions.to(dtype)
+        return replace(self, content=self.content.to(dtype), positions=positions)
+
 
 def build_queries(
-    groups: list[Tensor], batch_size: int, like: Tensor, *, are_boxes: bool, denoising: DenoisingQueries | None
+    groups: list[Tensor], batch_size: int, d_model: int, *, are_boxes: bool, denoising: DenoisingQueries | None
 ) -> Queries:
     """The queries of a batch.
 
     Args:
         groups: the query parameters of each group, (Q, d) learned vectors, or (Q, 4) `inverse_sigmoid(cxcywh)` if
             `are_boxes`.
-        like: a tensor of the width d, dtype and device that the content takes.
     """
     embeddings = torch.cat(groups) if len(groups) > 1 else groups[0]
     group = torch.arange(len(groups), device=embeddings.device).repeat_interleave(len(groups[0]))
@@ -76,8 +80,8 @@ def build_queries(
     if are_boxes:
         boxes = embeddings.float().sigmoid().expand(batch_size, -1, -1)
     else:
-        positions = embeddings.to(like.dtype).expand(batch_size, -1, -1)
-    content = like.new_zeros(batch_size, len(embeddings), like.shape[-1])
+        positions = embeddings.expand(batch_size, -1, -1)
+    content = embeddings.new_zeros(batch_size, len(embeddings), d_model)
     valid = None
     if denoising is not None:
         if boxes is None:

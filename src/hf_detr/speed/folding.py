@@ -173,8 +173,10 @@ def find_pairs(backbone: Backbone) -> list[tuple[str, str]]:
         images = torch.zeros(1, backbone._timm_kwargs["in_chans"], *network.pretrained_cfg["input_size"][-2:])
         pairs = exclusive_pairs(network, images)
 
+    modules = dict(backbone.model.named_modules())
+
     def is_plain(name: str) -> bool:
-        module = backbone.model.get_submodule(name)
+        module = modules.get(name, backbone)
         kinds = (*CONVOLUTIONS, *NORMS, FoldedConv2d, FoldedNorm, FoldedNormAct)
         return type(module) in kinds and not module._forward_hooks and not module._forward_pre_hooks
 

@@ -8,6 +8,7 @@ channels of the image. `benchmarks/backbones.py` covers all timm families.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,13 @@ class MemoryFormatHook:
 
     def __call__(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         return inputs[0].contiguous(memory_format=self.memory_format)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # torch.save cannot pickle a torch.memory_format
+        return _hook_from_name, (str(self.memory_format).removeprefix("torch."),)
+
+
+def _hook_from_name(name: str) -> MemoryFormatHook:
+    return MemoryFormatHook(getattr(torch, name))
 
 
 def use_memory_format(network: nn.Module) -> torch.memory_format:
