@@ -232,11 +232,11 @@ def test_rows_come_from_the_cache_until_a_file_changes(drawn, load, tmp_path, mo
     content = json.loads(file.read_text())
     content["annotations"] = content["annotations"][:3]
     file.write_text(json.dumps(content))
-    assert sum(len(row["objects"]["bbox"]) for row in load(folder, cache_dir=tmp_path / "cache")) == 3
+    changed = load(folder, cache_dir=tmp_path / "cache")
+    assert sum(len(objects["bbox"]) for objects in changed["objects"]) == 3
     shutil.rmtree(tmp_path / "cache" / "generator")
-    assert sum(len(row["objects"]["bbox"]) for row in load(folder, cache_dir=tmp_path / "cache")) == 3, (
-        "an emptied cache is filled again"
-    )
+    again = load(folder, cache_dir=tmp_path / "cache")
+    assert sum(len(objects["bbox"]) for objects in again["objects"]) == 3, "a deleted Arrow file is written again"
 
 
 def test_streaming_gives_the_same_rows(written, load):
@@ -522,10 +522,7 @@ def coco(drawn_few, tmp_path):
             ),
             'bbox_format="xyxy"',
         ),
-        (
-            lambda c, f: [a.update(bbox=[0.1, 0.2, 0.3, 0.3]) for a in c["annotations"]],
-            "multiply by the width and height",
-        ),
+        (lambda c, f: [a.update(bbox=[0.1, 0.2, 0.3, 0.3]) for a in c["annotations"]], "multiply by the width and "),
     ],
 )
 def test_data_that_would_break_training_are_an_error_with_record_and_fix(change, message, coco, load):

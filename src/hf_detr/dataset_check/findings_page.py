@@ -10,7 +10,6 @@ from pathlib import Path
 
 import PIL.Image
 
-from ..data.checks import numeric_boxes
 from ..data.findings import KINDS, Finding
 from ..data.records import AnnotatedSplit, BoxRecord
 from ..model.annotations import box_problem
@@ -143,14 +142,16 @@ def _corners(box: BoxRecord, scale: float) -> list[float]:
 
 
 def _statistics(name: str, split: AnnotatedSplit) -> str:
-    boxes = [(box, *map(float, box.bbox[2:])) for image in split.images for box in numeric_boxes(image)]
-    boxes = [(box, width, height) for box, width, height in boxes if min(width, height) > 0]
-    classes = Counter(split.names[box.category] for box, _, _ in boxes if box.category is not None)
-    sizes = Counter(2 ** math.floor(math.log2(max(1.0, (width * height) ** 0.5))) for _, width, height in boxes)
-    ratios = Counter(round(math.log2(width / height)) for _, width, height in boxes)
+    boxes = [box for image in split.images for box in image.boxes if box_problem(box.bbox, None) is None]
+    classes = Counter(split.names[box.category] for box in boxes if box.category is not None)
+    sides = [(float(box.bbox[2]), float(box.bbox[3])) for box in boxes]
+    sizes = Counter(2 ** math.floor(math.log2(max(1.0, (width * height) ** 0.5))) for width, height in sides)
+    ratios = Counter(round(math.log2(width / height)) for width, height in sides)
     objects = Counter(len(image.boxes) for image in split.images)
     charts = [
-        _bars("Boxes per class", {name: classes[name] for name in sorted(split.names, key=lambda n: -classes[n])[:40]}),
+        _bars(
+            "Boxes per class", {label: classes[label] for label in sorted(split.names, key=lambda n: -classes[n])[:40]}
+        ),
         _bars("Box size: square root of the area, pixels", {f"{k} to {2 * k}": sizes[k] for k in sorted(sizes)}),
         _bars("Width : height", {f"about {_ratio(k)}": ratios[k] for k in sorted(ratios)}),
         _bars("Objects per image", {str(k): objects[k] for k in sorted(objects)[:40]}),

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from transformers.utils import logging
 
@@ -151,7 +150,7 @@ def _boxes(
     """The objects of a label file; `image_size` is (width, height) in pixels."""
     if not label.is_file():
         return
-    scale = np.array([*image_size, *image_size])
+    scale = (*image_size, *image_size)
     for number, line in enumerate(read_text(label).splitlines(), start=1):
         if not line.strip():
             continue
@@ -164,17 +163,18 @@ def _boxes(
         values = values[:4] if with_keypoints else values
         valid_class = math.isfinite(class_number) and class_number == int(class_number)
         category = class_ids.get(int(class_number)) if valid_class else None
-        problem, bbox = None, values
+        problem, relative = None, values
         if len(values) == 4:
             cx, cy, w, h = values
-            bbox = ([cx - w / 2, cy - h / 2, w, h] * scale).tolist()
+            relative = [cx - w / 2, cy - h / 2, w, h]
         elif len(values) >= 6 and len(values) % 2 == 0:
-            low, high = np.reshape(values, (-1, 2)).min(0), np.reshape(values, (-1, 2)).max(0)
-            bbox = (np.concatenate((low, high - low)) * scale).tolist()
+            xs, ys = values[::2], values[1::2]
+            relative = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
         else:
             problem = f"must have 4 numbers after the class, or an even number from 6 for a polygon, got {len(values)}"
         if problem is None and all(map(math.isfinite, values)) and max(map(abs, values)) > 2:
             problem = f"must be relative to the image, in [0, 1], got {values[:4]}"
+        bbox = [value * side for value, side in zip(relative, scale, strict=False)]
         yield BoxRecord(record, bbox, category, 0, problem=problem, category_name=line.split()[0])
 
 
