@@ -85,16 +85,16 @@ def wrong_size(folder):
     edit(folder, lambda c: c["images"][6].update(width=c["images"][6]["width"] + 40))
 
 
-@fault("image-size-before-exif", "turned.jpg", "60 x 80 as shown")
+@fault("image-size-before-exif", "rotated.jpg", "60 x 80 as shown")
 def size_before_exif(folder):
-    rotated_jpeg(folder / "train" / "turned.jpg", 80, 60)
-    edit(folder, lambda c: c["images"].append({"id": 900, "file_name": "turned.jpg", "width": 80, "height": 60}))
+    rotated_jpeg(folder / "train" / "rotated.jpg", 80, 60)
+    edit(folder, lambda c: c["images"].append({"id": 900, "file_name": "rotated.jpg", "width": 80, "height": 60}))
 
 
-@fault("image-exif-rotated", "turned.jpg", "EXIF orientation 6")
+@fault("image-exif-rotated", "rotated.jpg", "EXIF orientation 6")
 def exif_rotated(folder):
-    rotated_jpeg(folder / "train" / "turned.jpg", 80, 60)
-    edit(folder, lambda c: c["images"].append({"id": 900, "file_name": "turned.jpg", "width": 60, "height": 80}))
+    rotated_jpeg(folder / "train" / "rotated.jpg", 80, 60)
+    edit(folder, lambda c: c["images"].append({"id": 900, "file_name": "rotated.jpg", "width": 60, "height": 80}))
 
 
 @fault("box-outside", "annotation 1", "is outside the image")
