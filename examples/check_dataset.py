@@ -10,7 +10,6 @@ break training, or with `--strict` any findings. `--fix` writes a cleaned COCO c
 import argparse
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 
 from hf_detr.dataset_check import KINDS, check_dataset, write_clean_copy, write_page
@@ -50,7 +49,7 @@ def main() -> int:
     for name, split in result.splits.items():
         boxes = sum(len(image.boxes) for image in split.images)
         print(f"{name}: {len(split.images)} images, {boxes} boxes, {len(split.names)} classes ({split.format})")
-    for code, count in Counter(finding.code for finding in result.findings).items():
+    for code, count in result.counts().items():
         severity, description, fix = KINDS[code]
         print(f"\n{severity.upper():8} {count:6}  {description}. {fix}")
         found = [finding for finding in result.findings if finding.code == code]

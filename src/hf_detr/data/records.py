@@ -75,8 +75,8 @@ class AnnotatedSplit:
         file: the annotation file, or the folder of annotation files.
         names, category_ids: of the classes, by class id.
         image_folder: where the images are, and images without a record would be.
-        orphans: (code of `checks.KINDS`, record, message) for each record that could not be attached to an image, and
-            for each duplicate id.
+        orphans: (code of `findings.KINDS`, record, message) of annotations without an image, of images without
+            annotations, and of other records that the reader could not use, such as duplicate ids.
         ambiguous_ids: ids that several image records share, so that their annotations cannot be assigned.
     """
 

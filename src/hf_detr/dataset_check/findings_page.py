@@ -46,7 +46,7 @@ def write_page(result: CheckResult, file: str | Path, *, max_images: int = 16) -
         f"<p>{errors}; {len(result.findings) - len(result.errors)} warnings. Checked in {result.seconds:.1f} s.</p>",
         _splits(result),
         "<h2>Findings</h2>",
-        _findings(result.findings),
+        _findings(result),
         "<h2>Examples</h2>" + _examples(result.findings, max_images) if result.findings else "",
         *(_statistics(name, split) for name, split in result.splits.items()),
     ]
@@ -73,22 +73,19 @@ def _splits(result: CheckResult) -> str:
     )
 
 
-def _findings(findings: list[Finding]) -> str:
-    if not findings:
+def _findings(result: CheckResult) -> str:
+    if not result.findings:
         return '<p class="ok">None.</p>'
-    rows = []
-    for code, count in Counter(finding.code for finding in findings).most_common():
+    rows = ""
+    for code, count in result.counts().items():
         severity, description, fix = KINDS[code]
-        examples = [f"{f.split}: {f.record}: {f.message}" for f in findings if f.code == code][:5]
+        examples = [f"{f.split}: {f.record}: {f.message}" for f in result.findings if f.code == code][:5]
         listed = "<br>".join(f"<small>{html.escape(example)}</small>" for example in examples)
-        rows.append(
-            (
-                severity != "error",
-                f'<tr><td class="{severity}">{severity}</td><td class=n>{count}</td>'
-                f"<td><b>{html.escape(description)}</b>. {html.escape(fix)}<br>{listed}</td></tr>",
-            )
+        rows += (
+            f'<tr><td class="{severity}">{severity}</td><td class=n>{count}</td>'
+            f"<td><b>{html.escape(description)}</b>. {html.escape(fix)}<br>{listed}</td></tr>"
         )
-    return "<table>" + "".join(row for _, row in sorted(rows, key=lambda pair: pair[0])) + "</table>"
+    return f"<table>{rows}</table>"
 
 
 def _examples(findings: list[Finding], max_images: int) -> str:
@@ -148,10 +145,9 @@ def _statistics(name: str, split: AnnotatedSplit) -> str:
     sizes = Counter(2 ** math.floor(math.log2(max(1.0, (width * height) ** 0.5))) for width, height in sides)
     ratios = Counter(round(math.log2(width / height)) for width, height in sides)
     objects = Counter(len(image.boxes) for image in split.images)
+    labels = sorted(split.names, key=lambda label: -classes[label])[:40]
     charts = [
-        _bars(
-            "Boxes per class", {label: classes[label] for label in sorted(split.names, key=lambda n: -classes[n])[:40]}
-        ),
+        _bars("Boxes per class", {label: classes[label] for label in labels}),
         _bars("Box size: square root of the area, pixels", {f"{k} to {2 * k}": sizes[k] for k in sorted(sizes)}),
         _bars("Width : height", {f"about {_ratio(k)}": ratios[k] for k in sorted(ratios)}),
         _bars("Objects per image", {str(k): objects[k] for k in sorted(objects)[:40]}),

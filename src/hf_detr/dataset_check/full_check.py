@@ -10,7 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..data.checks import numeric_boxes, quick_checks
-from ..data.findings import Finding
+from ..data.findings import KINDS, Finding
 from ..data.formats import describe_layouts, find_annotations
 from ..data.image_files import image_files
 from ..data.processor_size import resized_size
@@ -43,8 +43,9 @@ class CheckResult:
         return [finding for finding in self.findings if finding.severity == "error"]
 
     def counts(self) -> dict[str, int]:
-        """Number of findings by code, in descending order."""
-        return dict(Counter(finding.code for finding in self.findings).most_common())
+        """Number of findings by code, errors first, then the most frequent."""
+        counts = Counter(finding.code for finding in self.findings).most_common()
+        return dict(sorted(counts, key=lambda entry: KINDS[entry[0]].severity != "error"))
 
 
 def check_dataset(
