@@ -52,10 +52,10 @@ from hf_detr.data import (
     DetectionCollator,
     build_loader,
     draw_shapes_dataset,
+    flip_rotate_augmentation,
     id2label,
     load_detection_dataset,
     paper_augmentation,
-    turns_augmentation,
 )
 from hf_detr.evaluation import evaluate_detection
 from hf_detr.training import choose_recipe, parameter_groups, preferred_precision, summarize, use_all_cores
@@ -108,7 +108,7 @@ def load_data(name: str, folder: Path, images: int | None) -> Data:
 
 def augmentation(data: str) -> Augmentation:
     """The same for all variants of a data set: what the recipe chooses."""
-    return turns_augmentation() if data == "shapes" else paper_augmentation(SIZES[data])
+    return flip_rotate_augmentation() if data == "shapes" else paper_augmentation(SIZES[data])
 
 
 def endless(loader: Any) -> Iterator[Batch]:

@@ -1,11 +1,11 @@
-"""Images a second of the training loader, ours against the pipeline of transformers' example script.
+"""Images per second of the training loader, compared with the pipeline of transformers' example script.
 
 python benchmarks/loader.py
 
-Both read the same JPEG files through the same `datasets.Dataset`, with two workers that stay, in batches of 8, brought
-to the same size. Theirs is built as `examples/pytorch/object-detection/run_object_detection.py` of transformers does
-it: Albumentations and `DetrImageProcessor` in `with_transform`, the batches stacked. Ours also returns the pixel mask,
-which the script leaves out.
+Both read the same JPEG files from the same `datasets.Dataset`, with two persistent workers, in batches of 8, resized to
+the same size. Theirs is built as in `examples/pytorch/object-detection/run_object_detection.py` of transformers:
+Albumentations and `DetrImageProcessor` in `with_transform`, batches by `torch.stack`. Ours also returns the pixel mask,
+which the script drops.
 """
 
 import statistics
@@ -38,7 +38,7 @@ IMAGES, OBJECTS, BATCH, WORKERS, EPOCHS = 200, 8, 8, 2, 7
 
 
 def draw_images(folder: Path) -> Dataset:
-    """Gradients with rectangles on them, as JPEG files, 60 % of them of 640 x 480."""
+    """JPEG files of rectangles on gradients, 60 % of them 640 x 480."""
     rng = np.random.default_rng(0)
     rows = []
     for index in range(IMAGES):
@@ -75,7 +75,7 @@ def draw_images(folder: Path) -> Dataset:
 
 
 def script_augmentation(side: int) -> A.Compose:
-    """The recipe of the script."""
+    """The augmentation of the script."""
     zoom = A.Compose([A.SmallestMaxSize(max_size=side, p=1.0), A.RandomSizedBBoxSafeCrop(side, side, p=1.0)], p=0.2)
     blur = [
         A.Blur(blur_limit=7, p=0.5),
@@ -133,7 +133,7 @@ def our_loader(dataset: Dataset, size: dict, pad_size: dict | None, augmentation
 
 
 def images_per_second(loaders: dict[str, DataLoader]) -> dict[str, tuple[float, float]]:
-    """Medians and half quartile distances over epochs, in turn, after one to warm up."""
+    """Median and half the interquartile range over epochs that alternate between the loaders, after a warm-up."""
     rates: dict[str, list[float]] = {name: [] for name in loaders}
     for epoch in range(EPOCHS + 1):
         for name, loader in loaders.items():

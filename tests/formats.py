@@ -1,4 +1,4 @@
-"""One data set written in each format, by hand, as the tools that made these formats do."""
+"""Writes one dataset in each annotation format, with the files that common tools export."""
 
 import json
 from collections.abc import Callable
@@ -98,7 +98,7 @@ def write_imagefolder(source: Path, contents: dict[str, dict], folder: Path) -> 
 
 
 def hub_rows(source: Path, content: dict, split: str) -> datasets.Dataset:
-    """As on the Hub: image bytes, and `objects` as cppe-5 and its like have them."""
+    """As on the Hub: image bytes, and `objects` as in cppe-5."""
     features = datasets.Features(
         {
             "image_id": datasets.Value("int64"),
@@ -154,7 +154,7 @@ WRITERS: dict[str, Callable[[Path, dict[str, dict], Path], None]] = {
 
 
 def rotated_jpeg(path: Path, width: int, height: int) -> None:
-    """A JPEG stored as width x height that is shown turned by 90 degrees."""
+    """A JPEG stored as width x height, with an EXIF orientation that rotates it by 90 degrees."""
     image = Image.new("RGB", (width, height), "teal")
     exif = image.getexif()
     exif[0x0112] = 6

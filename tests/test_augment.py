@@ -1,6 +1,8 @@
-"""Augmented rows stay true: boxes follow the image, and each keeps what belongs to it."""
+"""Augmented rows are consistent: boxes follow the image, and each keeps its category, id and area."""
 
+import importlib.util
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -16,18 +18,19 @@ from hf_detr.data.augmentation import (
     Augmentation,
     AugmentedDataset,
     RandomSizeCrop,
+    flip_rotate_augmentation,
     paper_augmentation,
-    turns_augmentation,
 )
 from hf_detr.data.collate import DetectionCollator
 from hf_detr.data.schema import detection_info
 
 NAN = float("nan")
+seed_torch = torch.default_generator.manual_seed  # unlike torch.manual_seed, does not queue calls for GPUs
 BOXES = [[10.0, 20.0, 30.0, 40.0], [60.0, 5.0, 50.0, 30.0], [0.5, 0.25, 8.0, 9.0], [100.0, 60.0, 20.0, 20.0]]
 
 
 def make_row(width=120, height=80, boxes=BOXES, image_id=7):
-    """Each object's pixels are its own grey value, 40 * (place + 1); the fourth is a crowd."""
+    """The pixels of each object have its own grey value, 40 * (index + 1); the fourth is a crowd."""
     pixels = np.zeros((height, width, 3), dtype=np.uint8)
     for place, (x, y, w, h) in enumerate(boxes):
         pixels[round(y) : round(y + h), round(x) : round(x + w)] = 40 * (place + 1)
@@ -49,7 +52,7 @@ def make_row(width=120, height=80, boxes=BOXES, image_id=7):
 
 
 def objects_agree(row, source):
-    """Every column of every object left is that of the same id in the source, but for bbox and area."""
+    """All columns but bbox and area of each remaining object equal those of the same id in the source."""
     places = [source["objects"]["id"].index(object_id) for object_id in row["objects"]["id"]]
     for key in ("category", "iscrowd"):
         assert row["objects"][key] == [source["objects"][key][place] for place in places]
@@ -57,16 +60,16 @@ def objects_agree(row, source):
     for (x, y, w, h), area, place in zip(row["objects"]["bbox"], row["objects"]["area"], places, strict=True):
         assert x >= 0 and y >= 0 and w > 0 and h > 0  # noqa: PT018
         assert x + w <= row["width"] + 1e-3 and y + h <= row["height"] + 1e-3  # noqa: PT018
-        share = source["objects"]["area"][place] / np.prod(source["objects"]["bbox"][place][2:])
-        assert area == pytest.approx(share * w * h, rel=1e-4)
+        filled = source["objects"]["area"][place] / np.prod(source["objects"]["bbox"][place][2:])
+        assert area == pytest.approx(filled * w * h, rel=1e-4)
     return places
 
 
 class TestTorchvision:
-    def test_all_eight_turns_occur_and_boxes_stay_on_their_pixels(self):
+    def test_all_eight_flips_and_rotations_occur_and_boxes_stay_on_their_pixels(self):
         boxes = [[10, 20, 30, 40], [60, 5, 50, 30], [1, 2, 8, 9]]
         source, seen = make_row(boxes=boxes), set()
-        dataset = AugmentedDataset([source] * 64, turns_augmentation(), seed=0)
+        dataset = AugmentedDataset([source] * 48, flip_rotate_augmentation(), seed=0)
         for row in dataset:
             objects_agree(row, source)
             assert row["image"].shape == (3, row["height"], row["width"])
@@ -135,10 +138,11 @@ class TestTorchvision:
             [NAN, 5.0, 9.0, 9.0],
         ],
     )
-    def test_a_box_that_was_wrong_before_is_refused_not_dropped(self, box):
+    def test_an_invalid_box_of_the_source_is_an_error_and_not_dropped(self, box):
         row = make_row()
         row["objects"]["bbox"][2] = box
-        with pytest.raises(ValueError, match=r"Image 7, object 2: bbox .* has no area in the image of 120 x 80"):
+        reason = "is outside the image of 120 x 80|has no area|is not finite"
+        with pytest.raises(ValueError, match=rf"Image 7, object 2, bbox .*: the box ({reason})"):
             Augmentation(v2.Identity())(row)
 
     def test_images_without_objects_work(self):
@@ -147,10 +151,10 @@ class TestTorchvision:
         assert row["objects"]["bbox"] == []
 
     def test_transforms_that_drop_and_reorder_stay_consistent(self):
-        """Dropping is torchvision's own; reordering is a user's."""
+        """torchvision drops boxes; a transform of the user may reorder them."""
         row = make_row()
         for seed in range(20):
-            torch.manual_seed(seed)
+            seed_torch(seed)
             steps = [v2.RandomIoUCrop(), v2.SanitizeBoundingBoxes(min_size=4), Reverse(), v2.RandomRotation(10)]
             new = Augmentation(v2.Compose(steps))(row)
             places = [row["objects"]["id"].index(object_id) for object_id in new["objects"]["id"]]
@@ -158,13 +162,13 @@ class TestTorchvision:
             assert new["objects"]["category"] == [row["objects"]["category"][place] for place in places]
             assert new["objects"]["iscrowd"] == [row["objects"]["iscrowd"][place] for place in places]
 
-    def test_a_transform_that_forgets_the_labels_is_refused(self):
-        with pytest.raises(ValueError, match=r"Image 7: the transform returned 3 boxes but labels for 4"):
+    def test_a_transform_that_drops_boxes_but_not_their_labels_is_an_error(self):
+        with pytest.raises(ValueError, match=r"Image 7: the transform returned 3 boxes but 4 labels"):
             Augmentation(lambda s: s | {"boxes": tv_tensors.wrap(s["boxes"][:3], like=s["boxes"])})(make_row())
         with pytest.raises(ValueError, match="boxes as a plain tensor"):
             Augmentation(lambda s: s | {"boxes": s["boxes"][:3]})(make_row())
 
-    def test_grey_transparent_and_turned_images_come_out_as_they_are_shown(self):
+    def test_grey_and_transparent_images_become_rgb_as_shown(self):
         identity = Augmentation(v2.Identity())
         assert identity(make_row() | {"image": make_row()["image"].convert("L")})["image"].shape == (3, 80, 120)
         clear = Image.new("RGBA", (120, 80), (0, 0, 0, 0))
@@ -183,7 +187,7 @@ class FixedCrop(v2.Transform):
 
 
 class Reverse(v2.Transform):
-    """All boxes in the opposite order, as a user's transform may return them."""
+    """Returns all boxes in reverse order."""
 
     def forward(self, sample):
         boxes = sample["boxes"]
@@ -195,9 +199,9 @@ class TestPaperRecipe:
     def test_sizes_are_the_papers(self):
         augmentation = paper_augmentation({"shortest_edge": 800, "longest_edge": 1333})
         shortest = set()
-        for seed in range(150):
-            torch.manual_seed(seed)
-            row = augmentation(make_row(width=60, height=40, boxes=[]))
+        for seed in range(60):
+            seed_torch(seed)
+            row = augmentation(make_row(width=44, height=40, boxes=[]))
             sides = sorted((row["width"], row["height"]))
             assert row["resized"]
             assert sides[1] <= 1333
@@ -206,30 +210,31 @@ class TestPaperRecipe:
         assert shortest == set(range(480, 801, 32))
 
     def test_half_are_mirrored_and_half_are_cropped(self):
-        """Seen on a mark in the left half, and on how much of the image's width there is."""
+        """Checked on a box at the left edge, and on the width of the image."""
         augmentation = paper_augmentation({"height": 64, "width": 64})
-        whole = mirrored = 0
-        for seed in range(400):
-            torch.manual_seed(seed)
-            row = augmentation(make_row(width=61, height=41, boxes=[]))
-            whole += (row["width"], row["height"]) == (61, 41)
-            boxes = augmentation(make_row(width=61, height=41, boxes=[[0.0, 0.0, 20.0, 41.0]]))["objects"]["bbox"]
-            mirrored += bool(boxes) and boxes[0][0] > 0
+        uncropped = mirrored = 0
+        source = make_row(width=61, height=41, boxes=[[0.0, 0.0, 20.0, 41.0]])
+        for seed in range(200):
+            seed_torch(seed)
+            row = augmentation(source)
+            uncropped += (row["width"], row["height"]) == (61, 41)
+            mirrored += bool(row["objects"]["bbox"]) and row["objects"]["bbox"][0][0] > 0
             assert "resized" not in row
-        assert whole == pytest.approx(200, abs=35)
-        assert mirrored == pytest.approx(180, abs=60)
+        assert uncropped == pytest.approx(100, abs=25)
+        assert mirrored == pytest.approx(90, abs=35)
 
     def test_crops_have_the_papers_sides(self):
         """At the scale at which the shortest edge is 400, 500 or 600: 384 to 600, as `datasets/coco.py` draws them."""
         crop = RandomSizeCrop(shortest_edges=(500,))
-        image = torch.zeros(3, 1000, 1400, dtype=torch.uint8)
+        image = tv_tensors.Image(torch.zeros(3, 1000, 1400, dtype=torch.uint8))
         heights, widths, tops = set(), set(), set()
         for seed in range(300):
-            torch.manual_seed(seed)
-            sample = crop({"image": v2.functional.to_image(image)})
-            heights.add(sample["image"].shape[1])
-            widths.add(sample["image"].shape[2])
-            tops.add(crop.make_params([v2.functional.to_image(image)])["top"])
+            seed_torch(seed)
+            params = crop.make_params([image])
+            heights.add(params["height"])
+            widths.add(params["width"])
+            tops.add(params["top"])
+        assert crop({"image": image})["image"].shape[1] in range(min(heights), max(heights) + 1)
         assert 768 <= min(heights) < 780
         assert 980 < max(heights) <= 1000
         assert 768 <= min(widths) < 780
@@ -238,8 +243,8 @@ class TestPaperRecipe:
 
     @pytest.mark.parametrize("shape", [(1, 1), (1, 50), (50, 3), (7, 2000)])
     def test_any_image_can_be_cropped(self, shape):
-        for seed in range(30):
-            torch.manual_seed(seed)
+        for seed in range(10):
+            seed_torch(seed)
             image = v2.functional.to_image(torch.zeros(3, *shape, dtype=torch.uint8))
             cropped = RandomSizeCrop()({"image": image})["image"]
             assert 1 <= cropped.shape[1] <= shape[0]
@@ -248,9 +253,9 @@ class TestPaperRecipe:
     def test_all_numbers_scale_with_the_resolution(self):
         augmentation = paper_augmentation({"shortest_edge": 400, "longest_edge": 666})
         sides = set()
-        for seed in range(100):
-            torch.manual_seed(seed)
-            row = augmentation(make_row(width=200, height=40, boxes=[]))
+        for seed in range(40):
+            seed_torch(seed)
+            row = augmentation(make_row(width=100, height=20, boxes=[]))
             sides.add(min(row["width"], row["height"]))
             assert max(row["width"], row["height"]) <= 666
         assert max(sides) <= 400
@@ -259,15 +264,15 @@ class TestPaperRecipe:
     def test_a_limit_at_the_shortest_edge_is_kept(self):
         augmentation = paper_augmentation({"shortest_edge": 96, "longest_edge": 96})
         for seed in range(20):
-            torch.manual_seed(seed)
+            seed_torch(seed)
             row = augmentation(make_row())
             assert max(row["width"], row["height"]) <= 96
 
     def test_labels_stay_consistent(self):
         augmentation = paper_augmentation({"shortest_edge": 96, "longest_edge": 160})
         row, lost = make_row(), 0
-        for seed in range(100):
-            torch.manual_seed(seed)
+        for seed in range(40):
+            seed_torch(seed)
             new = augmentation(row)
             lost += 4 - len(objects_agree(new, row))
             for (x, y, w, h), object_id in zip(new["objects"]["bbox"], new["objects"]["id"], strict=True):
@@ -288,12 +293,15 @@ class TestPaperRecipe:
 
 class TestAlbumentations:
     @pytest.mark.parametrize("box_format", ["coco", "pascal_voc", "yolo", "albumentations"])
-    @pytest.mark.parametrize("fields", [[], ["category"], ["labels", "ids"]])
-    def test_any_box_format_and_label_fields(self, box_format, fields):
+    def test_any_box_format_and_label_fields(self, box_format):
         alb = pytest.importorskip("albumentations")
-        params = alb.BboxParams(format=box_format, label_fields=fields)
         steps = [alb.HorizontalFlip(p=1.0), alb.Crop(x_min=0, y_min=10, x_max=60, y_max=70)]
-        row = Augmentation(alb.Compose(steps, bbox_params=params))(make_row())
+        for fields in ([], ["category"], ["labels", "ids"]):
+            params = alb.BboxParams(format=box_format, label_fields=fields)
+            self.check_flip_and_crop(Augmentation(alb.Compose(steps, bbox_params=params))(make_row()))
+
+    @staticmethod
+    def check_flip_and_crop(row):
         # after the flip, boxes begin at 80, 10, 111.5 and 0; the crop shows columns below 60 and rows 10 to 69
         assert row["objects"]["id"] == [101, 103]
         np.testing.assert_allclose(row["objects"]["bbox"], [[10, 0, 50, 25], [0, 50, 20, 10]], atol=1e-4)
@@ -314,20 +322,18 @@ class TestAlbumentations:
         row = Augmentation(transform)(make_row())
         assert objects_agree(row, make_row()) == [0, 2]
 
-    def test_a_transform_that_ignores_boxes_is_refused(self):
+    def test_a_transform_that_ignores_boxes_is_an_error(self):
         alb = pytest.importorskip("albumentations")
         for transform in (alb.Compose([alb.HorizontalFlip()]), alb.HorizontalFlip()):
             with pytest.raises(ValueError, match="bbox_params"):
                 Augmentation(transform)
 
-    def test_the_package_does_not_need_it(self):
-        import subprocess
-        import sys
-
-        code = (
-            "import sys; sys.modules['albumentations'] = None; import hf_detr.data.augmentation, hf_detr.data.batching"
-        )
-        subprocess.run([sys.executable, "-c", code], check=True)
+    def test_the_package_does_not_need_it(self, monkeypatch):
+        """Every module of `hf_detr.data` is executed again while the import of albumentations fails."""
+        monkeypatch.setitem(sys.modules, "albumentations", None)
+        for module in [m for name, m in sys.modules.items() if name.startswith("hf_detr.data.")]:
+            specification = importlib.util.spec_from_file_location(module.__name__, module.__file__)
+            specification.loader.exec_module(importlib.util.module_from_spec(specification))
 
 
 def random_albumentations():
@@ -337,7 +343,7 @@ def random_albumentations():
 
 
 def draws_from_everywhere(row):
-    """A user's function instead of a transform."""
+    """A function instead of a transform, which uses all three global generators."""
     numbers = [torch.rand(()).item(), np.random.rand(), random.random()]
     return row | {"image": row["image"], "objects": row["objects"] | {"area": [numbers[i % 3] for i in range(4)]}}
 
@@ -370,13 +376,13 @@ def assert_equal(ours, theirs):
 class TestAugmentedDataset:
     @pytest.mark.parametrize("name", AUGMENTATIONS)
     def test_an_epoch_is_the_same_with_any_number_of_workers(self, name):
-        rows = [make_row(image_id=index) for index in range(10)]
+        rows = [make_row(image_id=index) for index in range(6)]
         collate = DetectionCollator(DetrImageProcessor(size={"height": 64, "width": 64}))
         expected = None
-        for workers in (0, 1, 2):
+        for workers in (0, 2):
             dataset = AugmentedDataset(rows, AUGMENTATIONS[name](), seed=3)
             loader = DataLoader(
-                dataset, batch_size=4, collate_fn=collate, num_workers=workers, persistent_workers=workers > 0
+                dataset, batch_size=2, collate_fn=collate, num_workers=workers, persistent_workers=workers > 0
             )
             first, second = epochs_of(loader, dataset)
             if expected is None:
@@ -386,17 +392,6 @@ class TestAugmentedDataset:
             assert_equal(first, expected[0])
             assert_equal(second, expected[1])
             assert_equal(epochs_of(loader, dataset, epochs=[0])[0], expected[0])
-
-    def test_workers_that_are_spawned_see_the_epoch_too(self):
-        rows = [make_row(image_id=index) for index in range(2)]
-        dataset = AugmentedDataset(rows, paper_augmentation({"height": 64, "width": 64}), seed=3)
-        loader = DataLoader(
-            dataset, batch_size=None, num_workers=1, persistent_workers=True, multiprocessing_context="spawn"
-        )
-        for epoch in (0, 1):
-            dataset.set_epoch(epoch)
-            for ours, theirs in zip(loader, (dataset[index] for index in range(2)), strict=True):
-                assert ours["image"].equal(theirs["image"])
 
     def test_rows_differ_by_seed_epoch_and_index(self):
         rows = [make_row()] * 2
@@ -408,14 +403,14 @@ class TestAugmentedDataset:
                 draws |= {number for index in (0, 1) for number in dataset[index]["objects"]["area"][:3]}
         assert len(draws) == 2 * 2 * 2 * 3
 
-    def test_the_callers_random_numbers_are_left_alone(self):
+    def test_the_global_random_generators_are_not_changed(self):
         dataset = AugmentedDataset([make_row()], draws_from_everywhere, seed=0)
         numbers = []
-        for look in (False, True):
+        for augment in (False, True):
             torch.manual_seed(5)
             np.random.seed(5)
             random.seed(5)
-            if look:
+            if augment:
                 _ = dataset[0]
             numbers.append((torch.rand(()).item(), np.random.rand(), random.random()))
         assert numbers[0] == numbers[1]
@@ -440,13 +435,13 @@ class TestAugmentedDataset:
             assert ours["image"].equal(theirs["image"])
             assert ours["objects"] == theirs["objects"]
 
-    def test_a_negative_seed_is_refused(self):
+    def test_a_negative_seed_is_an_error(self):
         with pytest.raises(ValueError, match="seed must not be negative"):
             AugmentedDataset([], draws_from_everywhere, seed=-1)
 
 
 class TestCollator:
-    def test_rows_become_what_the_model_takes(self):
+    def test_batches_fit_the_model(self):
         batch = DetectionCollator(DetrImageProcessor(do_resize=False))([make_row(), make_row(width=140, image_id=8)])
         assert set(batch) == {"pixel_values", "pixel_mask", "labels"}
         assert batch["pixel_values"].shape == (2, 3, 80, 140)

@@ -1,5 +1,6 @@
-"""The drawn data set, and any annotated folder to one schema."""
+"""The synthetic dataset, and any annotated folder to one schema."""
 
+import copy
 import json
 import logging
 import shutil
@@ -32,12 +33,39 @@ def drawn(tmp_path_factory) -> tuple[Path, dict[str, dict]]:
     return folder, shapes(folder, num_train=24, num_val=8)
 
 
-@pytest.fixture
-def load(tmp_path):
-    def load_with_own_cache(path, split="train", **kwargs):
-        return load_detection_dataset(path, split, cache_dir=tmp_path / "cache", progress=False, **kwargs)
+@pytest.fixture(scope="session")
+def drawn_few(tmp_path_factory) -> tuple[Path, dict[str, dict]]:
+    folder = tmp_path_factory.mktemp("few")
+    return folder, shapes(folder, num_train=8, num_val=2)
 
-    return load_with_own_cache
+
+@pytest.fixture(scope="session")
+def written(drawn, tmp_path_factory):
+    """Folders, written once, with the drawn images in each format."""
+    folders = {"coco": drawn[0]}
+
+    def folder_of(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("formats") / name
+            WRITERS[name](*drawn, folders[name])
+        return folders[name]
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def load(shared_cache):
+    """Folders are cached by their path and content, so all tests share a cache."""
+
+    def load_with_shared_cache(path, split="train", **kwargs):
+        return load_detection_dataset(path, split, **{"cache_dir": shared_cache, "progress": False} | kwargs)
+
+    return load_with_shared_cache
 
 
 @pytest.fixture
@@ -47,7 +75,7 @@ def warnings(caplog, monkeypatch):
 
 
 def pixels_and_boxes(rows) -> list:
-    """What must be the same in all formats, by the image's pixels, as names, ids and order differ between them."""
+    """What must be equal in all formats, by the pixels of the image, since names, ids and order differ between them."""
     content = {}
     for row in rows:
         objects = sorted(zip(row["objects"]["category"], row["objects"]["bbox"], row["objects"]["area"], strict=True))
@@ -57,12 +85,12 @@ def pixels_and_boxes(rows) -> list:
 
 @pytest.fixture(scope="session")
 def shapes_folder(tmp_path_factory):
-    return draw_shapes_dataset(tmp_path_factory.mktemp("shapes"), num_train=40, num_val=10, progress=False)
+    return draw_shapes_dataset(tmp_path_factory.mktemp("shapes"), num_train=16, num_val=6, progress=False)
 
 
 class TestShapes:
     def test_files_are_ordinary_coco_of_mixed_sizes(self, shapes_folder):
-        for split, count in (("train", 40), ("val", 10)):
+        for split, count in (("train", 16), ("val", 6)):
             content = json.loads((shapes_folder / "annotations" / f"instances_{split}.json").read_text())
             assert len(content["images"]) == count
             assert [category["name"] for category in content["categories"]] == ["rectangle", "ellipse", "triangle"]
@@ -75,8 +103,8 @@ class TestShapes:
             assert len(sizes) > count // 2
 
     def test_the_seed_decides_and_a_larger_set_starts_with_the_smaller_one(self, shapes_folder, tmp_path):
-        other = draw_shapes_dataset(tmp_path, num_train=45, num_val=1, progress=False)
-        for name in ("000000.jpg", "000039.jpg"):
+        other = draw_shapes_dataset(tmp_path, num_train=17, num_val=1, progress=False)
+        for name in ("000000.jpg", "000015.jpg"):
             assert (other / "train" / name).read_bytes() == (shapes_folder / "train" / name).read_bytes()
         assert (other / "train" / "000000.jpg").read_bytes() != (other / "val" / "000000.jpg").read_bytes()
 
@@ -92,7 +120,7 @@ class TestShapes:
         assert set(counts) == {0, 1, 2, 3, 4}
 
     def test_a_box_is_tight_around_its_shape(self):
-        """Seen on the pixels: the colour of a lone shape begins at the box's edges."""
+        """Checked on pixels: the colour of a single shape ends at the edges of its box."""
         for seed in range(100):
             image, objects = draw_shapes_image(np.random.default_rng(seed))
             if len(objects) == 1:
@@ -106,23 +134,21 @@ class TestShapes:
                 return
         pytest.fail("no image with one object")
 
-    def test_drawing_again_keeps_what_is_there_and_refuses_other_contents(self, shapes_folder):
+    def test_drawing_again_keeps_existing_files_and_raises_for_other_arguments(self, shapes_folder):
         before = {p: p.stat().st_mtime_ns for p in shapes_folder.rglob("*.jpg")}
-        draw_shapes_dataset(shapes_folder, num_train=40, num_val=10, progress=False)
+        draw_shapes_dataset(shapes_folder, num_train=16, num_val=6, progress=False)
         assert {p: p.stat().st_mtime_ns for p in shapes_folder.rglob("*.jpg")} == before
         with pytest.raises(FileExistsError, match="was not drawn with seed=1"):
-            draw_shapes_dataset(shapes_folder, num_train=40, num_val=10, seed=1, progress=False)
+            draw_shapes_dataset(shapes_folder, num_train=16, num_val=6, seed=1, progress=False)
 
 
 # -- formats ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_format_loads_to_the_same_records(name, drawn, load, tmp_path):
-    folder, contents = drawn
-    WRITERS[name](folder, contents, tmp_path / name)
+def test_every_format_loads_to_the_same_records(name, drawn, written, load):
     for split in ("train", "val"):
-        expected, found = load(folder, split), load(tmp_path / name, split)
+        expected, found = load(drawn[0], split), load(written(name), split)
         assert found.features == detection_features(list(id2label(found).values()))
         a, b = pixels_and_boxes(expected), pixels_and_boxes(found)
         order = {index: list(id2label(expected).values()).index(label) for index, label in id2label(found).items()}
@@ -136,27 +162,9 @@ def test_every_format_loads_to_the_same_records(name, drawn, load, tmp_path):
                 assert other_area == pytest.approx(area, abs=1), "COCO's own areas are of boxes before rounding"
 
 
-def test_two_hundred_images_load_to_the_same_records_in_five_formats(load, tmp_path):
-    contents = shapes(tmp_path / "coco", num_train=170, num_val=30)
-    for name in ("yolo", "voc", "imagefolder", "parquet"):
-        WRITERS[name](tmp_path / "coco", contents, tmp_path / name)
-        for split in ("train", "val"):
-            a, b = (pixels_and_boxes(load(tmp_path / place, split)) for place in ("coco", name))
-            assert a.keys() == b.keys()
-            assert sum(len(objects) for _, _, objects in a.values()) == sum(len(o) for _, _, o in b.values())
-            for key in a:
-                boxes, others = (sorted(bbox for _, bbox, _ in x[key][2]) for x in (a, b))
-                assert np.allclose(np.array(boxes), np.array(others), atol=1e-9)
-
-
 @pytest.mark.parametrize("name", ["coco", *WRITERS])
-def test_exported_as_coco_and_read_again_every_row_is_the_same(name, drawn, load, tmp_path):
-    folder, contents = drawn
-    place = folder
-    if name in WRITERS:
-        place = tmp_path / name
-        WRITERS[name](folder, contents, place)
-    rows = load(place, "val")
+def test_exported_as_coco_and_read_again_every_row_is_the_same(name, written, load, tmp_path):
+    rows = load(written(name), "val")
     export_coco(rows, tmp_path / "out", "val", progress=False)
     again = load(tmp_path / "out", "val")
     assert id2label(again) == id2label(rows)
@@ -165,17 +173,17 @@ def test_exported_as_coco_and_read_again_every_row_is_the_same(name, drawn, load
     for one, other in zip(rows, again, strict=True):
         assert {k: v for k, v in one.items() if k != "image"} == {k: v for k, v in other.items() if k != "image"}
         assert np.array_equal(np.asarray(one["image"]), np.asarray(other["image"]))
-    with pytest.raises(FileExistsError, match=r"instances_val\.json exists"):
+    with pytest.raises(FileExistsError, match=r"instances_val\.json already exists"):
         export_coco(rows, tmp_path / "out", "val")
 
 
-def test_ids_of_the_source_become_0_to_n_and_lead_back(drawn, load):
+def test_category_ids_of_the_source_become_class_ids_and_can_be_restored(drawn, load):
     rows = load(drawn[0])
     assert id2label(rows) == {0: "rectangle", 1: "ellipse", 2: "triangle"}
     assert category_ids(rows) == {0: 1, 1: 2, 2: 3}
     assert source_of(rows).endswith("instances_train.json")
-    for copy in (rows.select([3, 1]), rows.map(lambda row: row), rows.shuffle(seed=0)):
-        assert category_ids(copy) == {0: 1, 1: 2, 2: 3}
+    for derived in (rows.select([3, 1]), rows.map(lambda row: row), rows.shuffle(seed=0)):
+        assert category_ids(derived) == {0: 1, 1: 2, 2: 3}
 
 
 def test_classes_of_a_model_are_matched_by_name(drawn, load):
@@ -190,22 +198,22 @@ def test_classes_of_a_model_are_matched_by_name(drawn, load):
         load(drawn[0], id2label={0: "ellipse", 1: "triangle"})
 
 
-def test_a_missing_validation_split_is_cut_from_train_by_seed_and_said(drawn, load, tmp_path, warnings):
+def test_a_missing_validation_split_is_split_off_train_by_seed_with_a_warning(drawn, load, tmp_path, warnings):
     folder = tmp_path / "only-train"
     shutil.copytree(drawn[0], folder)
     (folder / "annotations" / "instances_val.json").unlink()
     train, val = load(folder, "train"), load(folder, "val")
     assert (len(train), len(val)) == (20, 4)
     assert not set(train["image_id"]) & set(val["image_id"])
-    assert "set apart by seed 0" in warnings.text
+    assert "split off with seed 0" in warnings.text
     assert set(load(folder, "val", seed=1)["image_id"]) != set(val["image_id"])
     assert load(folder, "val")["image_id"] == val["image_id"]
-    assert len(load(folder, "train", validation_share=0)) == 24
+    assert len(load(folder, "train", validation_fraction=0)) == 24
     with pytest.raises(FileNotFoundError, match='No split "test"'):
         load(folder, "test")
 
 
-def test_nothing_annotated_says_what_was_looked_for(load, tmp_path):
+def test_the_error_for_a_folder_without_annotations_names_the_layouts(load, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"annotations/instances_train\*\.json.*data\.yaml.*metadata\.jsonl"):
         load(tmp_path / "empty")
@@ -214,25 +222,26 @@ def test_nothing_annotated_says_what_was_looked_for(load, tmp_path):
 def test_rows_come_from_the_cache_until_a_file_changes(drawn, load, tmp_path, monkeypatch):
     folder = tmp_path / "copy"
     shutil.copytree(drawn[0], folder)
-    first = load(folder)
+    first = load(folder, cache_dir=tmp_path / "cache")
     calls = []
-    monkeypatch.setattr("hf_detr.data.load.find_source", lambda *args: calls.append(args))
-    assert load(folder)[0]["objects"] == first[0]["objects"]
+    monkeypatch.setattr("hf_detr.data.folder_cache.find_annotations", lambda *args: calls.append(args))
+    assert load(folder, cache_dir=tmp_path / "cache")[0]["objects"] == first[0]["objects"]
     assert not calls, "nothing is parsed again"
     monkeypatch.undo()
     file = folder / "annotations" / "instances_train.json"
     content = json.loads(file.read_text())
     content["annotations"] = content["annotations"][:3]
     file.write_text(json.dumps(content))
-    assert sum(len(row["objects"]["bbox"]) for row in load(folder)) == 3
+    changed = load(folder, cache_dir=tmp_path / "cache")
+    assert sum(len(objects["bbox"]) for objects in changed["objects"]) == 3
     shutil.rmtree(tmp_path / "cache" / "generator")
-    assert sum(len(row["objects"]["bbox"]) for row in load(folder)) == 3, "an emptied cache is filled again"
+    again = load(folder, cache_dir=tmp_path / "cache")
+    assert sum(len(objects["bbox"]) for objects in again["objects"]) == 3, "a deleted Arrow file is written again"
 
 
-def test_streaming_gives_the_same_rows(drawn, load, tmp_path):
-    WRITERS["parquet"](*drawn, tmp_path / "parquet")
-    for place in (drawn[0], tmp_path / "parquet"):
-        rows, stream = load(place, "val"), load(place, "val", streaming=True)
+def test_streaming_gives_the_same_rows(written, load):
+    for name in ("coco", "parquet"):
+        rows, stream = load(written(name), "val"), load(written(name), "val", streaming=True)
         assert isinstance(stream, datasets.IterableDataset)
         for one, other in zip(rows, stream, strict=True):
             assert one["objects"] == other["objects"]
@@ -243,14 +252,9 @@ def test_streaming_gives_the_same_rows(drawn, load, tmp_path):
             )
 
 
-def test_crowds_stay_in_the_rows_and_out_of_the_labels(load, tmp_path):
-    shapes(tmp_path / "s", 4, 2)
-    file = tmp_path / "s" / "annotations" / "instances_train.json"
-    content = json.loads(file.read_text())
-    with_objects = content["annotations"][0]["image_id"]
-    content["annotations"][0]["iscrowd"] = 1
-    file.write_text(json.dumps(content))
-    row = next(row for row in load(tmp_path / "s") if row["image_id"] == with_objects)
+def test_crowds_stay_in_the_rows_and_out_of_the_labels(coco, load):
+    folder = coco(lambda c, f: c["annotations"][0].update(iscrowd=1))
+    row = next(row for row in load(folder) if row["objects"]["id"][:1] == [1])
     assert row["objects"]["iscrowd"][0] == 1
     batch = DetectionCollator(DetrImageProcessor(size={"height": 64, "width": 64}))([row])
     assert len(batch["labels"][0]["class_labels"]) == len(row["objects"]["bbox"]) - 1
@@ -271,7 +275,7 @@ def test_objects_without_area_crowd_and_ids_or_as_dicts_are_read(load, tmp_path)
         }
     )
     datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
-    loaded = load(tmp_path / "saved", validation_share=0)
+    loaded = load(tmp_path / "saved", validation_fraction=0)
     assert loaded.features == detection_features(["a", "b"])
     assert loaded[0]["objects"] == {
         "id": [0], "bbox": [[1.0, 2.0, 3.0, 4.0]], "category": [1], "area": [12.0], "iscrowd": [0],
@@ -280,10 +284,10 @@ def test_objects_without_area_crowd_and_ids_or_as_dicts_are_read(load, tmp_path)
     assert (loaded[1]["width"], loaded[1]["height"]) == (50, 20)
 
 
-def test_rows_without_objects_are_no_detection_data_set(load, tmp_path):
+def test_rows_without_objects_are_not_a_detection_dataset(load, tmp_path):
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"has the columns .*a detection data set has image and objects"):
-        load(tmp_path / "saved", validation_share=0)
+    with pytest.raises(ValueError, match=r"has the columns .*a detection dataset must have image and objects"):
+        load(tmp_path / "saved", validation_fraction=0)
 
 
 def test_yolo_polygons_become_boxes_and_images_may_be_listed(load, tmp_path):
@@ -294,7 +298,7 @@ def test_yolo_polygons_become_boxes_and_images_may_be_listed(load, tmp_path):
     (tmp_path / "d" / "labels" / "a.txt").write_text("1 0.1 0.2 0.5 0.2 0.3 0.8\n")
     (tmp_path / "d" / "list.txt").write_text("images/a.png\nimages/b.png\n")
     (tmp_path / "d" / "data.yaml").write_text("train: list.txt\nnames: [x, y]\n")
-    rows = load(tmp_path / "d", validation_share=0)
+    rows = load(tmp_path / "d", validation_fraction=0)
     assert rows[0]["objects"]["bbox"][0] == pytest.approx([10, 10, 40, 30])
     assert rows[0]["objects"]["category"] == [1]
     assert rows[1]["objects"]["bbox"] == [], "no label file means no objects"
@@ -307,11 +311,11 @@ def test_yolo_as_roboflow_writes_it(load, tmp_path):
     (tmp_path / "d" / "train" / "labels" / "a.txt").write_text("0 0.5 0.5 0.2 0.4")
     (tmp_path / "d" / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\nnc: 1\nnames: ['x']\n")
     Image.new("RGB", (100, 50), "red").save(tmp_path / "d" / "train" / "images" / "b.jpg")
-    assert len(load(tmp_path / "d", "val")) == 1, "a split that is named but not there is cut from train"
+    assert len(load(tmp_path / "d", "val")) == 1, "a split that is named but does not exist is split off train"
     (tmp_path / "d" / "data.yaml").write_text("train: ../train/images\nnc: 1\nnames: ['x']\n")
-    assert load(tmp_path / "d", validation_share=0)[0]["objects"]["bbox"][0] == pytest.approx([40, 15, 20, 20])
+    assert load(tmp_path / "d", validation_fraction=0)[0]["objects"]["bbox"][0] == pytest.approx([40, 15, 20, 20])
     (tmp_path / "d" / "data.yaml").write_text("train: nowhere\nnames: ['x']\n")
-    with pytest.raises(ValueError, match="the train images are said to be in nowhere"):
+    with pytest.raises(ValueError, match="names nowhere for the train images, which does not exist"):
         load(tmp_path / "d")
 
 
@@ -324,25 +328,25 @@ def yolo(folder: Path, yaml: str, label: str) -> Path:
     return folder
 
 
-def test_yolo_classes_are_numbered_by_their_keys_and_key_points_are_left_out(load, tmp_path):
-    rows = load(yolo(tmp_path / "d", "names: {1: cat, 2: dog}\n", "1 .5 .5 .2 .2\n"), validation_share=0)
+def test_yolo_classes_are_numbered_by_their_keys_and_keypoints_are_ignored(load, tmp_path):
+    rows = load(yolo(tmp_path / "d", "names: {1: cat, 2: dog}\n", "1 .5 .5 .2 .2\n"), validation_fraction=0)
     assert id2label(rows)[rows[0]["objects"]["category"][0]] == "cat"
     assert category_ids(rows) == {0: 1, 1: 2}
     rows = load(
         yolo(tmp_path / "p", "kpt_shape: [2, 2]\nnames: [tiger]\n", "0 .5 .5 .2 .2 .45 .45 .55 .55\n"),
-        validation_share=0,
+        validation_fraction=0,
     )
     assert rows[0]["objects"]["bbox"][0] == pytest.approx([25.6, 19.2, 12.8, 9.6])
 
 
-def test_labels_that_are_nowhere_to_be_found_are_an_error(load, tmp_path):
+def test_yolo_images_without_any_label_are_an_error(load, tmp_path):
     folder = yolo(tmp_path / "d", "names: [x]\n", "0 .5 .5 .2 .2\n")
     (folder / "labels").rename(folder / "label")
-    with pytest.raises(ValueError, match="1 images without a single box"):
-        load(folder, validation_share=0)
+    with pytest.raises(ValueError, match="none of the 1 images has a box"):
+        load(folder, validation_fraction=0)
 
 
-def test_changes_outside_the_folder_and_behind_links_are_seen(load, tmp_path):
+def test_changes_outside_the_folder_and_behind_links_are_noticed(load, tmp_path):
     real = yolo(tmp_path / "real", "names: [x]\n", "0 .5 .5 .2 .2\n")
     (tmp_path / "named").mkdir()
     (tmp_path / "named" / "data.yaml").write_text("path: ../real\ntrain: images\nnames: [x]\n")
@@ -351,9 +355,9 @@ def test_changes_outside_the_folder_and_behind_links_are_seen(load, tmp_path):
         (tmp_path / "linked" / name).symlink_to(real / name)
     shutil.copy(real / "data.yaml", tmp_path / "linked")
     folders = [tmp_path / "named", tmp_path / "linked"]
-    before = [load(folder, validation_share=0)[0]["objects"]["bbox"][0] for folder in folders]
+    before = [load(folder, validation_fraction=0)[0]["objects"]["bbox"][0] for folder in folders]
     (real / "labels" / "a.txt").write_text("0 .5 .5 .4 .4\n")
-    after = [load(folder, validation_share=0)[0]["objects"]["bbox"][0] for folder in folders]
+    after = [load(folder, validation_fraction=0)[0]["objects"]["bbox"][0] for folder in folders]
     for one, other in zip(before, after, strict=True):
         assert other[2] == pytest.approx(2 * one[2])
     (tmp_path / "linked" / "images").unlink()
@@ -362,12 +366,13 @@ def test_changes_outside_the_folder_and_behind_links_are_seen(load, tmp_path):
     (tmp_path / "linked" / "labels").unlink()
     (tmp_path / "linked" / "labels" / "deeper").mkdir(parents=True)
     shutil.copy(real / "labels" / "a.txt", tmp_path / "linked" / "labels" / "deeper")
-    assert len(load(tmp_path / "linked", validation_share=0)) == 1
+    assert len(load(tmp_path / "linked", validation_fraction=0)) == 1
 
 
 @pytest.mark.parametrize("name", ["voc", "imagefolder", "coco"])
-def test_a_split_with_fewer_classes_has_the_classes_of_train(name, load, tmp_path):
-    contents = shapes(tmp_path / "coco", 12, 6)
+def test_a_split_with_fewer_classes_has_the_classes_of_train(name, drawn, load, tmp_path):
+    contents = copy.deepcopy(drawn[1])
+    shutil.copytree(drawn[0], tmp_path / "coco")
     contents["val"]["annotations"] = [r for r in contents["val"]["annotations"] if r["category_id"] == 3]
     contents["val"]["categories"] = contents["val"]["categories"][2:]
     (tmp_path / "coco" / "annotations" / "instances_val.json").write_text(json.dumps(contents["val"]))
@@ -384,7 +389,7 @@ def test_a_category_that_is_its_own_parent_is_a_class(coco, load):
     assert "person" in id2label(load(folder)).values()
 
 
-def test_few_senseless_boxes_among_many_are_left_out_and_said(coco, load, warnings):
+def test_few_invalid_boxes_among_many_are_dropped_with_a_warning(coco, load, warnings):
     def many(content, _):
         image = content["images"][0]
         content["annotations"] += [
@@ -395,11 +400,11 @@ def test_few_senseless_boxes_among_many_are_left_out_and_said(coco, load, warnin
 
     rows = load(coco(many))
     assert 1 not in [i for row in rows for i in row["objects"]["id"]]
-    assert "1 boxes are left out" in warnings.text
-    assert "annotation 1: bbox [9, 18, 15, 0] has no area" in warnings.text
+    assert "1 invalid boxes are dropped" in warnings.text
+    assert "annotation 1: bbox [9, 18, 15, 0]: the box has no area" in warnings.text
 
 
-def test_ids_that_are_no_numbers_or_not_unique(coco, load, tmp_path):
+def test_ids_that_are_not_numbers_or_not_unique(coco, drawn_few, load, tmp_path):
     def text_ids(content, _):
         for image in content["images"]:
             image["id"] = f"i{image['id']}"
@@ -409,15 +414,14 @@ def test_ids_that_are_no_numbers_or_not_unique(coco, load, tmp_path):
     rows = load(coco(text_ids))
     assert sorted(rows["image_id"]) == list(range(8))
     assert sum(len(row["objects"]["bbox"]) for row in rows) > 0
-    contents = shapes(tmp_path / "s", 4, 2)
-    WRITERS["imagefolder"](tmp_path / "s", contents, tmp_path / "i")
+    WRITERS["imagefolder"](*drawn_few, tmp_path / "i")
     file = tmp_path / "i" / "train" / "metadata.jsonl"
     file.write_text(file.read_text().replace('"image_id": 2', '"image_id": 1'))
-    with pytest.raises(ValueError, match="has the id of line 1"):
+    with pytest.raises(ValueError, match="has the same id as line 1"):
         load(tmp_path / "i")
 
 
-def test_a_rare_class_of_a_data_set_without_class_labels_survives_the_cut(load, tmp_path):
+def test_a_rare_class_without_class_labels_is_in_both_parts_of_a_split(load, tmp_path):
     rows = [
         {"image": Image.new("RGB", (40, 30), (i, 0, 0)), "objects": [{"bbox": [1, 2, 3, 4], "category_id": name}]}
         for i, name in enumerate(["rare"] + ["common"] * 19)
@@ -436,9 +440,8 @@ def test_a_rare_class_of_a_data_set_without_class_labels_survives_the_cut(load, 
         ("annotations/instances_train2017.json", "train2017", "train2017/"),
     ],
 )
-def test_layouts_of_other_tools_are_found(json_place, image_place, prefix, load, tmp_path):
-    source = tmp_path / "s"
-    content = shapes(source, 4, 2)["train"]
+def test_layouts_of_other_tools_are_found(json_place, image_place, prefix, drawn_few, load, tmp_path):
+    source, content = drawn_few[0], copy.deepcopy(drawn_few[1]["train"])
     folder = tmp_path / "d"
     for path in (folder / json_place, folder / image_place / "x"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -446,8 +449,8 @@ def test_layouts_of_other_tools_are_found(json_place, image_place, prefix, load,
         shutil.copy(source / "train" / image["file_name"], folder / image_place / image["file_name"])
         image["file_name"] = prefix + image["file_name"]
     (folder / json_place).write_text(json.dumps(content))
-    assert len(load(folder, validation_share=0)) == 4
-    assert len(load(folder / json_place, validation_share=0)) == 4
+    assert len(load(folder, validation_fraction=0)) == 8
+    assert len(load(folder / json_place, validation_fraction=0)) == 8
 
 
 def test_pixels_of_the_voc_challenge_count_from_one(load, tmp_path):
@@ -461,10 +464,10 @@ def test_pixels_of_the_voc_challenge_count_from_one(load, tmp_path):
     )
     for database, expected in (("The VOC2007 Database", [0, 0, 100, 50]), ("Unknown", [1, 1, 99, 49])):
         (tmp_path / "d" / "Annotations" / "a.xml").write_text(xml.format(database))
-        assert load(tmp_path / "d", validation_share=0)[0]["objects"]["bbox"] == [expected]
+        assert load(tmp_path / "d", validation_fraction=0)[0]["objects"]["bbox"] == [expected]
 
 
-def test_images_turned_by_exif_are_as_they_are_shown(load, tmp_path):
+def test_images_with_an_exif_orientation_are_loaded_as_shown(load, tmp_path):
     (tmp_path / "d" / "train").mkdir(parents=True)
     rotated_jpeg(tmp_path / "d" / "train" / "a.jpg", 80, 60)
     content = {
@@ -473,22 +476,22 @@ def test_images_turned_by_exif_are_as_they_are_shown(load, tmp_path):
         "categories": [{"id": 5, "name": "x"}],
     }
     (tmp_path / "d" / "train.json").write_text(json.dumps(content))
-    row = load(tmp_path / "d", validation_share=0)[0]
+    row = load(tmp_path / "d", validation_fraction=0)[0]
     assert row["image"].size == (60, 80) == (row["width"], row["height"])
     content["images"][0] |= {"width": 80, "height": 60}
     (tmp_path / "d" / "train.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="recorded as 80 x 60, the file has 60 x 80 as it is shown"):
-        load(tmp_path / "d", validation_share=0)
+    with pytest.raises(ValueError, match="recorded as 80 x 60, but the file has 60 x 80 as shown"):
+        load(tmp_path / "d", validation_fraction=0)
 
 
-# -- what would break training is refused ------------------------------------------------------------------------------
+# -- data that would break training -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def coco(tmp_path):
-    """A COCO folder to spoil, and a function that writes it."""
-    folder = tmp_path / "coco"
-    content = shapes(folder, 8, 2)["train"]
+def coco(drawn_few, tmp_path):
+    """A function that changes the annotations of a COCO folder, and returns it."""
+    folder = Path(shutil.copytree(drawn_few[0], tmp_path / "coco"))
+    content = copy.deepcopy(drawn_few[1]["train"])
 
     def write(change) -> Path:
         change(content, folder)
@@ -502,14 +505,14 @@ def coco(tmp_path):
     ("change", "message"),
     [
         (lambda c, f: c["annotations"][0].update(bbox=[1, 2, 0, 4]), "annotation 1: .*has no area"),
-        (lambda c, f: c["annotations"][0].update(bbox=[1, 2, float("nan"), 4]), "is not four finite numbers"),
-        (lambda c, f: c["annotations"][0].update(bbox=[1000, 2, 3, 4]), "lies outside its image of"),
+        (lambda c, f: c["annotations"][0].update(bbox=[1, 2, float("nan"), 4]), "the box is not finite"),
+        (lambda c, f: c["annotations"][0].update(bbox=[1000, 2, 3, 4]), "the box is outside the image of"),
         (lambda c, f: c["annotations"][0].update(category_id=77), "there is no category 77"),
         (lambda c, f: c["annotations"][0].update(image_id=999), "there is no image 999"),
         (lambda c, f: (f / "train" / c["images"][0]["file_name"]).unlink(), "there is no such file"),
         (lambda c, f: (f / "train" / c["images"][0]["file_name"]).write_text("x"), "cannot be opened as an image"),
         (lambda c, f: c["images"][0].update(width=1), "recorded as 1 x"),
-        (lambda c, f: c["images"].append(c["images"][0]), "has the id of"),
+        (lambda c, f: c["images"].append(c["images"][0]), "has the same id as"),
         (lambda c, f: [a.update(bbox=_corners(a["bbox"])) for a in c["annotations"]], 'bbox_format="xyxy"'),
         (
             lambda c, f: (
@@ -519,10 +522,10 @@ def coco(tmp_path):
             ),
             'bbox_format="xyxy"',
         ),
-        (lambda c, f: [a.update(bbox=[0.1, 0.2, 0.3, 0.3]) for a in c["annotations"]], "multiply by width and height"),
+        (lambda c, f: [a.update(bbox=[0.1, 0.2, 0.3, 0.3]) for a in c["annotations"]], "multiply by the width and "),
     ],
 )
-def test_data_that_would_break_training_are_refused_with_record_and_fix(change, message, coco, load):
+def test_data_that_would_break_training_are_an_error_with_record_and_fix(change, message, coco, load):
     with pytest.raises(ValueError, match=rf"(?s)instances_train\.json: \d+ problems.*{message}.*check_dataset"):
         load(coco(change))
 
@@ -531,7 +534,7 @@ def _corners(box: list[float]) -> list[float]:
     return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
 
 
-def test_corners_are_read_when_said_so(coco, load):
+def test_corners_are_loaded_on_request(coco, load):
     expected = json.loads((coco(lambda c, f: None) / "annotations" / "instances_train.json").read_text())["annotations"]
     folder = coco(lambda c, f: [a.update(bbox=_corners(a["bbox"])) for a in c["annotations"]])
     found = [box for row in load(folder, bbox_format="xyxy") for box in row["objects"]["bbox"]]
@@ -543,11 +546,11 @@ def test_broken_annotation_files_are_named(load, tmp_path):
     with pytest.raises(ValueError, match=r"train\.json is not valid JSON"):
         load(tmp_path)
     (tmp_path / "train.json").write_text('{"images": []}')
-    with pytest.raises(ValueError, match=r"train\.json is not COCO: it lacks \['annotations', 'categories'\]"):
+    with pytest.raises(ValueError, match=r"train\.json is not COCO: \['annotations', 'categories'\] are missing"):
         load(tmp_path)
 
 
-def test_batches_are_what_the_model_takes(drawn, load):
+def test_batches_fit_the_model(drawn, load):
     rows = load(drawn[0], "val")
     batch = DetectionCollator(DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}))(
         [rows[index] for index in range(4)]

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_detr import DetrForDetection
-from hf_detr.data import DistributedBatches
+from hf_detr.data.batching import DistributedBatches
 from hf_detr.model.loss import LossNormalizers, count_for_loss
 from hf_detr.training import (
     SCHEDULES,

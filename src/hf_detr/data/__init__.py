@@ -1,43 +1,29 @@
-"""Data sets in, batches out."""
+"""Datasets in any format, augmentation, and batches for training."""
 
-from ..model.image_io import open_image
-from .augmentation import Augmentation, AugmentedDataset, RandomSizeCrop, paper_augmentation, turns_augmentation
-from .batching import (
-    AspectRatioBatches,
-    DistributedBatches,
-    build_loader,
-    image_sizes,
-    padding_share,
-    resized_sizes,
-)
+from .augmentation import Augmentation, AugmentedDataset, flip_rotate_augmentation, paper_augmentation
+from .batching import build_loader, image_sizes, padding_fraction
 from .coco_export import export_coco
 from .collate import DetectionCollator
-from .find import find_source
 from .load import load_detection_dataset
-from .schema import category_ids, detection_features, detection_info, id2label, source_of
+from .processor_size import resized_sizes
+from .schema import category_ids, detection_features, id2label, source_of
 from .shapes import draw_shapes_dataset
 
 __all__ = [
-    "AspectRatioBatches",
     "Augmentation",
     "AugmentedDataset",
     "DetectionCollator",
-    "DistributedBatches",
-    "RandomSizeCrop",
     "build_loader",
     "category_ids",
     "detection_features",
-    "detection_info",
     "draw_shapes_dataset",
     "export_coco",
-    "find_source",
+    "flip_rotate_augmentation",
     "id2label",
     "image_sizes",
     "load_detection_dataset",
-    "open_image",
-    "padding_share",
+    "padding_fraction",
     "paper_augmentation",
     "resized_sizes",
     "source_of",
-    "turns_augmentation",
 ]

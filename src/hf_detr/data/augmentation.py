@@ -1,5 +1,4 @@
-"""Augmentation of rows: the paper's recipe, any transform of torchvision v2 or Albumentations, and seeds that make an
-epoch repeatable."""
+"""Augmentation of rows: the paper's recipe or any torchvision v2 or Albumentations transform, reproducible by seed."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,29 +11,33 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ..model.boxes import xywh_to_xyxy, xyxy_to_xywh
+from ..model.annotations import box_problem
 from ..model.image_io import to_rgb_tensor
+from .processor_size import size_fields
 
 Row = dict[str, Any]
 
 PAPER_SHORTEST_EDGE = 800
 PAPER_SCALES = tuple(range(480, 801, 32))
+# names of Albumentations' box formats in `box_convert`
+ALBUMENTATIONS_FORMATS = {"coco": "xywh", "pascal_voc": "xyxy", "yolo": "cxcywh", "albumentations": "xyxy"}
 
 
 class RandomSizeCrop(v2.Transform):
-    """A random part of the image, as in the paper's recipe.
+    """The random crop of the paper's recipe.
 
-    There, the image is first resized to a shortest edge of 400, 500 or 600, and a rectangle with sides of 384 to 600 is
-    cut out of that, each no longer than the image. Here the same rectangle is cut out of the image as it is, rounded to
-    its pixels, so that it is resampled once, by the resize that follows, not twice. For the same reason no number
-    depends on the resolution that is trained at.
+    The paper resizes the image to a shortest edge of 400, 500 or 600 and crops a rectangle with sides of 384 to 600
+    pixels, at most those of the image. Here the same rectangle, rounded to pixels, is cropped from the original image,
+    so that it is resampled only once, by the resize that follows. The numbers therefore do not depend on the training
+    resolution.
 
     Args:
-        shortest_edges: in pixels; one of them is drawn, and gives the sides below their scale.
-        min_side, max_side: range of both sides in pixels at that scale.
+        shortest_edges: in pixels; a random one defines the scale of the sides below.
+        min_side, max_side: range of height and width of the crop, in pixels at that scale.
     """
 
     def __init__(
@@ -54,7 +57,7 @@ class RandomSizeCrop(v2.Transform):
         return {"top": top, "left": left, "height": bottom - top, "width": right - left}
 
     def _interval(self, length: int, scale: float) -> tuple[int, int]:
-        """First pixel and the one behind the last, of a side of `length` pixels."""
+        """First and last (exclusive) pixel of the crop along a side of `length` pixels."""
         scaled = round(length * scale)
         side = _randint(min(self.min_side, scaled), min(scaled, self.max_side))
         start = _randint(0, scaled - side)
@@ -66,45 +69,46 @@ class RandomSizeCrop(v2.Transform):
 
 
 def _randint(low: int, high: int) -> int:
-    """From `low` to `high`, both included, by PyTorch's generator as all of torchvision v2."""
+    """From `low` to `high` inclusive, from PyTorch's generator like all random numbers of torchvision v2."""
     return int(torch.randint(low, high + 1, ()))
 
 
-class QuarterTurn(v2.Transform):
-    """The image turned by 90 degrees counterclockwise."""
+class Rotate90(v2.Transform):
+    """Rotation by 90 degrees counterclockwise, without resampling."""
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if isinstance(inpt, tv_tensors.BoundingBoxes):
             height, width = inpt.canvas_size
             x, y, w, h = F.convert_bounding_box_format(inpt, new_format="XYWH").unbind(-1)  # type: ignore[attr-defined]
-            turned = torch.stack((y, width - x - w, h, w), dim=-1)
-            return tv_tensors.BoundingBoxes(turned, format="XYWH", canvas_size=(width, height))  # type: ignore[call-overload]
+            rotated = torch.stack((y, width - x - w, h, w), dim=-1)
+            return tv_tensors.BoundingBoxes(rotated, format="XYWH", canvas_size=(width, height))  # type: ignore[call-overload]
         if isinstance(inpt, tv_tensors.Image):
             return tv_tensors.wrap(inpt.rot90(1, (-2, -1)), like=inpt)
         return inpt
 
 
-def turns_augmentation() -> "Augmentation":
-    """Mirror images and quarter turns, all eight alike, for images without an up and a down: seen from above, through a
-    microscope, or drawn. Nothing is resampled."""
-    turn = v2.RandomApply([QuarterTurn()], p=0.5)
-    return Augmentation(v2.Compose([v2.RandomHorizontalFlip(p=0.5), v2.RandomVerticalFlip(p=0.5), turn]))
+def flip_rotate_augmentation() -> "Augmentation":
+    """Flips and rotations by 90 degrees, all eight combinations equally likely, for images without a natural
+    orientation, such as aerial or microscope images and drawings. Nothing is resampled."""
+    rotate = v2.RandomApply([Rotate90()], p=0.5)
+    return Augmentation(v2.Compose([v2.RandomHorizontalFlip(p=0.5), v2.RandomVerticalFlip(p=0.5), rotate]))
 
 
 def paper_augmentation(size: Mapping[str, int | None] | None = None) -> "Augmentation":
     """The paper's augmentation (section A.4 and `datasets/coco.py` of its code) for a processor's `size`.
 
-    With probability 1/2 a random-size crop, with probability 1/2 mirrored, then resized so that the shortest edge is
-    one of 480, 512, ..., 800 and the longest at most 1333.
+    A random-size crop with probability 1/2, a horizontal flip with probability 1/2, then a resize so that the shortest
+    edge is one of 480, 512, ..., 800 and the longest at most 1333.
 
     Args:
-        size: of the processor; default: the paper's. With a `shortest_edge`, the scales are those above times
+        size: of the processor; default: the paper's. With a `shortest_edge`, the scales above are multiplied by
             `shortest_edge / 800`, the limit is its `longest_edge`, and the processor does not resize again. With any
-            other form, such as `{"height": 96, "width": 96}`, the processor resizes, and what remains is crop and flip.
+            other form, such as `{"height": 96, "width": 96}`, only crop and flip are applied, and the processor
+            resizes.
 
-    The crop comes before the flip because there is less to mirror then; the distribution is the same.
+    The crop precedes the flip to flip fewer pixels; the distribution is the same.
     """
-    given = {key: value for key, value in dict(size or {"shortest_edge": 800, "longest_edge": 1333}).items() if value}
+    given = size_fields(size or {"shortest_edge": 800, "longest_edge": 1333})
     steps: list[v2.Transform] = [v2.RandomApply([RandomSizeCrop()], p=0.5), v2.RandomHorizontalFlip(p=0.5)]
     shortest = given.get("shortest_edge")
     if shortest:
@@ -115,34 +119,33 @@ def paper_augmentation(size: Mapping[str, int | None] | None = None) -> "Augment
 
 
 def _resize(shortest: int, longest: int | None) -> v2.Transform:
-    # torchvision takes a limit only if it is above the shortest edge; otherwise the limit decides alone
+    # torchvision rejects a limit that is not above the shortest edge; then the limit alone defines the size
     return v2.Resize(None if longest and shortest >= longest else shortest, max_size=longest)
 
 
 class Augmentation:
     """A torchvision v2 or Albumentations transform, applied to rows of the schema.
 
-    Ids, categories, areas and crowd flags of the new row are of exactly the boxes that are left, whatever the transform
-    drops or reorders: each box carries its place in the row through the transform.
+    Ids, categories, areas and crowd flags of the new row match the remaining boxes, whatever the transform drops or
+    reorders: the transform receives the index of each box in the row as its label.
 
-    - Boxes are clipped to the new image. One that is left with less than `min_side` pixels in height or width is
-      dropped; a row may end with no objects.
-    - `area` shrinks and grows with its box: by the share of the box that is left and by the resize. The true area of a
-      cut segmentation cannot be known without the segmentation.
-    - The image becomes RGB, `uint8` (3, H, W); `width` and `height` are the new ones. Other columns stay.
+    - Boxes are clipped to the new image. Boxes with less than `min_side` pixels in height or width are dropped; a row
+      may end up without objects.
+    - `area` is scaled like the area of its box, by the crop and the resize. (The exact area of a cropped segmentation
+      would need the segmentation.)
+    - The image becomes RGB, `uint8` (3, H, W); `width` and `height` are updated. Other columns are unchanged.
 
     Args:
         transform: of torchvision v2, called with `{"image": tv_tensors.Image, "boxes": tv_tensors.BoundingBoxes,
-            "labels": places in the row}`, so `v2.SanitizeBoundingBoxes()` works as it is; or an Albumentations
-            `Compose` with `bbox_params` in any format, whose label fields, if it has some, are filled with the
-            places in the row.
-        resizes: the transform brings images to the resolution to train at. The processor then leaves their size alone
-            (`DetectionCollator` sees it in the row's `resized`).
+            "labels": indices (N,)}`, so that `v2.SanitizeBoundingBoxes()` works without changes; or an Albumentations
+            `Compose` with `bbox_params` in any format, whose label fields, if any, receive the indices.
+        resizes: the transform resizes images to the training resolution. The row then has `resized`, and
+            `DetectionCollator` does not resize it again.
         min_side: in pixels of the new image.
 
     Raises:
-        ValueError: an Albumentations transform without `bbox_params`; a box of the row that lies outside its image or
-            has no area; a transform that returns boxes without their places.
+        ValueError: an Albumentations transform has no `bbox_params`; a box of the row is invalid or outside its image;
+            a transform returns boxes without their labels.
     """
 
     def __init__(self, transform: Callable[..., Any], *, resizes: bool = False, min_side: float = 1.0) -> None:
@@ -152,38 +155,37 @@ class Augmentation:
         self._albumentations = any(c.__module__.split(".")[0] == "albumentations" for c in type(transform).__mro__)
         if self._albumentations and "bboxes" not in getattr(transform, "processors", {}):
             raise ValueError(
-                "Boxes do not follow this Albumentations transform. Make it "
+                "This Albumentations transform does not transform boxes. Use "
                 'A.Compose([...], bbox_params=A.BboxParams(format="coco")).'
             )
 
     def set_random_seed(self, seed: int) -> None:
-        """Albumentations draws from generators of its own; torchvision from PyTorch's, which are the caller's."""
+        """Seed the generators of Albumentations; torchvision uses the global one of PyTorch."""
         if self._albumentations:
             self.transform.set_random_seed(seed)  # type: ignore[attr-defined]
 
     def __call__(self, row: Row) -> Row:
         image = to_rgb_tensor(row["image"])
         objects = row["objects"]
-        before = _clip(torch.tensor(objects["bbox"], dtype=torch.float64).reshape(-1, 4), *image.shape[-2:])
-        for place, (_, _, *sides) in enumerate(before.tolist()):
-            if not all(side > 0 for side in sides):  # NaN is not
-                raise ValueError(
-                    f"Image {row.get('image_id')}, object {place}: bbox {objects['bbox'][place]} has no area in the "
-                    f"image of {image.shape[-1]} x {image.shape[-2]}. Correct or remove it in the data set."
-                )
+        height, width = image.shape[-2:]
+        for number, bbox in enumerate(objects["bbox"]):
+            problem = box_problem(bbox, (height, width))
+            if problem:
+                raise ValueError(f"Image {row.get('image_id')}, object {number}, bbox {bbox}: {problem[1]}.")
+        before = _clip(torch.tensor(objects["bbox"], dtype=torch.float64).reshape(-1, 4), height, width)
         apply = self._apply_albumentations if self._albumentations else self._apply_torchvision
-        image, after, places = apply(image, before)
-        if len(places) != len(after):
+        image, after, indices = apply(image, before)
+        if len(indices) != len(after):
             raise ValueError(
-                f"Image {row.get('image_id')}: the transform returned {len(after)} boxes but labels for {len(places)}. "
-                "Drop and reorder both alike, as v2.SanitizeBoundingBoxes does."
+                f"Image {row.get('image_id')}: the transform returned {len(after)} boxes but {len(indices)} labels. It "
+                "must drop and reorder both in the same way, as v2.SanitizeBoundingBoxes does."
             )
         height, width = F.get_size(image)
         after = _clip(after, height, width)
-        growth = after[:, 2:].prod(1) / before[places, 2:].prod(1)
+        growth = after[:, 2:].prod(1) / before[indices, 2:].prod(1)
         kept = [i for i, (*_, w, h) in enumerate(after.tolist()) if w > 0 and h > 0 and min(w, h) >= self.min_side]
-        sources = [places[i] for i in kept]
-        changed = {key: [values[place] for place in sources] for key, values in objects.items()}
+        sources = [indices[i] for i in kept]
+        changed = {key: [values[index] for index in sources] for key, values in objects.items()}
         changed["bbox"] = after[kept].tolist()
         if "area" in changed:
             changed["area"] = [a * g for a, g in zip(changed["area"], growth[kept].tolist(), strict=True)]
@@ -202,8 +204,8 @@ class Augmentation:
         new, out = sample["image"], sample["boxes"]
         if not isinstance(out, tv_tensors.BoundingBoxes):
             raise ValueError(
-                "The transform returned boxes as a plain tensor, as indexing makes of them. Return "
-                "tv_tensors.wrap(new_boxes, like=boxes), so that their format is known."
+                "The transform returned boxes as a plain tensor, for example because it indexed them. It must return "
+                "tv_tensors.wrap(new_boxes, like=boxes)."
             )
         out = F.convert_bounding_box_format(out, new_format=tv_tensors.BoundingBoxFormat.XYWH)
         new = new.as_subclass(Tensor) if isinstance(new, Tensor) else new
@@ -211,58 +213,45 @@ class Augmentation:
 
     def _apply_albumentations(self, image: Tensor, boxes: Tensor) -> tuple[Any, Tensor, list[int]]:
         params = self.transform.processors["bboxes"].params  # type: ignore[attr-defined]
-        height, width = image.shape[-2:]
-        places = np.arange(len(boxes))
-        given = np.column_stack((_to_format(boxes.numpy(), params.format, height, width), places))
+        box_format = ALBUMENTATIONS_FORMATS[params.format]
+        given = box_convert(boxes, "xywh", box_format) / _albumentations_scale(params.format, image)
+        indices = np.arange(len(boxes))
         result = self.transform(
             image=np.ascontiguousarray(image.permute(1, 2, 0).numpy()),
-            bboxes=given,
-            **{field: places.tolist() for field in params.label_fields or ()},
+            bboxes=np.column_stack((given.numpy(), indices)),
+            **{field: indices.tolist() for field in params.label_fields or ()},
         )
         new, found = result["image"], np.asarray(result["bboxes"], dtype=np.float64).reshape(-1, 5)
         if isinstance(new, np.ndarray):
             new = torch.from_numpy(new).permute(2, 0, 1)
-        height, width = F.get_size(new)
-        out = torch.from_numpy(_from_format(found[:, :4], params.format, height, width))
-        return new, out, found[:, 4].astype(int).tolist()
+        out = torch.from_numpy(found[:, :4]) * _albumentations_scale(params.format, new)
+        return new, box_convert(out, box_format, "xywh"), found[:, 4].astype(int).tolist()
 
 
 def _clip(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Boxes (N, 4) xywh to their part in the image; those inside stay as they are, to the last digit."""
-    size = boxes.new_tensor([width, height])
-    corners = xywh_to_xyxy(boxes)
-    clipped = xyxy_to_xywh(torch.minimum(corners.clamp(min=0), size.repeat(2)))
-    inside = (boxes[:, :2] >= 0).all(1) & (corners[:, 2:] <= size).all(1)
-    return torch.where(inside[:, None], boxes, clipped)
+    """Boxes (N, 4) xywh clipped to the image; boxes inside are returned without rounding errors."""
+    corners = box_convert(boxes, "xywh", "xyxy")
+    clipped = clip_boxes_to_image(corners, (height, width))
+    inside = (clipped == corners).all(1)
+    return torch.where(inside[:, None], boxes, box_convert(clipped, "xyxy", "xywh"))
 
 
-def _to_format(boxes: np.ndarray, name: str, height: int, width: int) -> np.ndarray:
-    """xywh in pixels to one of the four formats of Albumentations."""
-    corner, side = boxes[:, :2], boxes[:, 2:]
-    first = corner + side / 2 if name == "yolo" else corner
-    second = corner + side if name in ("pascal_voc", "albumentations") else side
-    unit = (width, height) if name in ("yolo", "albumentations") else (1, 1)
-    return np.concatenate((first / unit, second / unit), axis=1)
-
-
-def _from_format(boxes: np.ndarray, name: str, height: int, width: int) -> np.ndarray:
-    """The reverse of `_to_format`."""
-    unit = (width, height) if name in ("yolo", "albumentations") else (1, 1)
-    first, second = boxes[:, :2] * unit, boxes[:, 2:] * unit
-    side = second - first if name in ("pascal_voc", "albumentations") else second
-    return np.concatenate((first - side / 2 if name == "yolo" else first, side), axis=1)
+def _albumentations_scale(name: str, image: Any) -> Tensor:
+    """What to divide boxes in pixels by, (4,): the image size for the formats that are relative to the image."""
+    height, width = F.get_size(image)
+    return torch.tensor([width, height] * 2 if name in ("yolo", "albumentations") else [1, 1, 1, 1])
 
 
 class AugmentedDataset(Dataset[Row]):
-    """Rows of a data set, augmented anew each epoch; the row is a function of `(seed, epoch, index)` and nothing else.
+    """Rows of a dataset with a new augmentation each epoch, a function of `(seed, epoch, index)` only.
 
-    So the same seed gives the same epoch whatever the number of workers and processes and the order of the batches. The
-    global generators of PyTorch (CPU), NumPy and `random` are seeded for each row and afterwards are as they were.
+    The same seed thus gives the same epoch, whatever the number of workers and processes and the order of the batches.
+    The global generators of PyTorch (CPU), NumPy and `random` are seeded for each row and restored afterwards.
 
     Args:
         dataset: a `datasets.Dataset` in the schema, or any sequence of such rows.
-        augmentation: from row to row; an `Augmentation`, or any callable that draws from the generators named above. If
-            it has a `set_random_seed`, that is called with a seed for each row.
+        augmentation: from row to row; an `Augmentation`, or any callable that uses the generators above. If it has a
+            method `set_random_seed`, that is called with a seed for each row.
         seed: not negative.
     """
 
@@ -272,11 +261,11 @@ class AugmentedDataset(Dataset[Row]):
         self.dataset = dataset
         self.augmentation = augmentation
         self.seed = seed
-        # in shared memory: workers that outlive an epoch hold a copy of this object, and see the same number
+        # in shared memory, so that persistent workers, which have a copy of this object, see changes
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, in this process and in the workers it has already started."""
+        """Set the epoch, in this process and in the workers that are already running."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -295,7 +284,7 @@ class AugmentedDataset(Dataset[Row]):
 @contextmanager
 def _seeded(for_torch: int, for_numpy: int, for_random: int) -> Iterator[None]:
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    torch.default_generator.manual_seed(for_torch)  # not torch.manual_seed, which would also seed the accelerators
+    torch.default_generator.manual_seed(for_torch)  # torch.manual_seed would also seed the accelerators
     np.random.seed(for_numpy)
     random.seed(for_random)
     try:

@@ -1,15 +1,13 @@
-"""Which images go into which batch, on which process; and the loader that is made of it."""
+"""The batches of each process, and the training and validation loaders."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Sampler, Subset
-from transformers.image_transforms import get_size_with_aspect_ratio
-from transformers.image_utils import get_image_size_for_max_height_width
 
 from ..runtime.cores import keep_freed_memory
 
@@ -18,36 +16,36 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]
 
-# Chosen on 20,000 images with a mix of shapes like COCO's, 4 a batch, where 27.6 % are padding without groups: 8 leave
-# 5.1 %, 32 leave 1.5 %, 64 leave 0.9 %. Of small data sets, more would bring the same images together again and again.
+# More batches per block save little more padding, and batches of small datasets would repeat the same combinations
 BATCHES_PER_BLOCK = 32
 
 
 class DistributedBatches(Sampler[list[int]]):
-    """Batches of one of several processes: together they hold each image once an epoch, none twice, none left out.
+    """The batches of one of several processes. Over all processes, each image occurs exactly once per epoch.
 
-    All processes get the same number of batches. To that end images are spread over as few batches as that takes, whose
-    sizes differ by one at most: 100 images on 2 processes with a batch size of 32 become 4 batches of 25. Only where
-    that cannot be (5 images on 2 processes with a batch size of 1), some batches hold 2 images instead of 1.
+    All processes get the same number of batches. Images are therefore distributed over the smallest such number of
+    batches, whose sizes differ by at most one: 100 images on 2 processes with a batch size of 32 become 4 batches of
+    25. Only if that is impossible (5 images on 2 processes with a batch size of 1), some batches have one image more
+    than `batch_size`.
 
-    An epoch is a function of `(seed, epoch)`, the same on all processes; nothing is drawn from global generators.
+    An epoch is a function of `(seed, epoch)`, the same on all processes; no global random generator is used.
 
     Args:
-        num_images: in the data set.
-        batch_size: images a process and step, at most.
-        shuffle: draw the batches anew each epoch; otherwise images stay in their order, and batch `i` goes to process
+        num_images: size of the dataset.
+        batch_size: maximum number of images per process and step.
+        shuffle: new random batches each epoch; otherwise images keep their order, and batch `i` goes to process
             `i % num_processes`.
         seed: not negative, the same on all processes.
-        num_processes, process_index: how many there are, and which this is.
-        drop_last: leave out the images, others each epoch, that do not fill a batch of `batch_size` on every process.
-        allow_empty: with fewer images than processes, give the last processes no batch, instead of an error.
+        num_processes, process_index: number of processes, and index of this one.
+        drop_last: drop the images, different ones each epoch, that do not fill a batch of `batch_size` on each process.
+        allow_empty: with fewer images than processes, give the last processes no batch, instead of raising an error.
 
     Raises:
-        ValueError: fewer images than processes, or with `drop_last` than a full batch on each.
+        ValueError: there are fewer images than processes, or with `drop_last` fewer than a full batch per process.
     """
 
-    # No attribute is called `batch_size`: with one, Accelerate's `gather_for_metrics` would assume that all batches but
-    # the last have that size and that the end is filled up with images seen before, and cut off results of real ones.
+    # There is no attribute `batch_size`: with one, Accelerate's `gather_for_metrics` assumes that all batches but the
+    # last have that size and that the last is filled up with repeated images, and cuts off results of real ones.
 
     def __init__(
         self,
@@ -66,12 +64,12 @@ class DistributedBatches(Sampler[list[int]]):
                 "batch_size must be at least 1, seed at least 0 and process_index in [0, num_processes), got "
                 f"{batch_size=}, {seed=}, {process_index=}, {num_processes=}."
             )
-        least = num_processes * (batch_size if drop_last else 1)
-        if num_images < least and not (allow_empty and not drop_last):
+        minimum = num_processes * (batch_size if drop_last else 1)
+        if num_images < minimum and not (allow_empty and not drop_last):
             raise ValueError(
                 f"{num_images} images are too few for {num_processes} processes"
-                f"{f' with full batches of {batch_size} each' if drop_last else ''}: it takes at least {least}. "
-                "Use fewer processes, a smaller batch or more images."
+                f"{f' with full batches of {batch_size} each' if drop_last else ''}: at least {minimum} are needed. "
+                "Use fewer processes, a smaller batch size or more images."
             )
         self.shuffle = shuffle
         self.seed = seed
@@ -83,23 +81,23 @@ class DistributedBatches(Sampler[list[int]]):
         self._sizes = _batch_sizes(num_images, batch_size, num_processes, drop_last)
 
     def set_epoch(self, epoch: int) -> None:
-        if epoch != self.epoch:  # Accelerate's loader sets the same one again when it starts
+        if epoch != self.epoch:  # Accelerate's loader sets the same epoch again when it starts
             self.epoch, self._start = epoch, 0
 
     def skip(self, count: int) -> None:
-        """Begin this epoch after so many batches of this process, to go on in the middle of it."""
+        """Skip the first `count` batches of this process in this epoch, to resume in the middle of it."""
         self._start = count
 
     def batches(self) -> list[list[int]]:
-        """All batches of this epoch, of all processes; batch `i` is that of process `i % num_processes`."""
+        """All batches of this epoch, of all processes; batch `i` belongs to process `i % num_processes`."""
         rng = np.random.default_rng([self.seed, self.epoch])
         indices = rng.permutation(self.num_images) if self.shuffle else np.arange(self.num_images)
         batches = np.split(self._arrange(indices), np.cumsum(self._sizes))[:-1]
         order = rng.permutation(len(batches)) if self.shuffle else range(len(batches))
-        return [batches[place].tolist() for place in order]
+        return [batches[index].tolist() for index in order]
 
     def _arrange(self, indices: np.ndarray) -> np.ndarray:
-        """The order in which images fill the batches, one after the other."""
+        """The order in which images are cut into batches."""
         return indices
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -110,15 +108,15 @@ class DistributedBatches(Sampler[list[int]]):
 
 
 class AspectRatioBatches(DistributedBatches):
-    """`DistributedBatches` of images that are similarly wide for their height, so that less is padded.
+    """`DistributedBatches` of images with similar aspect ratios, which need less padding.
 
-    The shuffled images are cut into blocks of 32 batches, at least two blocks; each block is sorted by aspect ratio and
-    cut into batches, and the batches are shuffled. Blocks are others each epoch, so an image meets others each time.
-    Without `shuffle`, all images are sorted by aspect ratio.
+    The shuffled images are divided into blocks of 32 batches, at least two blocks; each block is sorted by aspect ratio
+    and cut into batches, and the batches are shuffled. The blocks change each epoch, so an image shares its batch with
+    different images each time. Without `shuffle`, all images are sorted by aspect ratio.
 
     Args:
         sizes: (height, width) of each image.
-        batch_size and all others: see `DistributedBatches`.
+        batch_size, options: see `DistributedBatches`.
     """
 
     def __init__(self, sizes: Sequence[Size], batch_size: int, **options: Any) -> None:
@@ -135,26 +133,26 @@ class AspectRatioBatches(DistributedBatches):
 
 
 def _batch_sizes(num_images: int, batch_size: int, num_processes: int, drop_last: bool) -> list[int]:
-    """Sizes of all batches, which differ by one at most; their number is a multiple of the processes if it can be."""
+    """Sizes of all batches, which differ by at most one; their number is a multiple of the processes if possible."""
     if drop_last:
         return [batch_size] * (num_images // (batch_size * num_processes) * num_processes)
     if num_images <= num_processes:
         return [1] * num_images
     steps = -(-num_images // (batch_size * num_processes))
     number = min(steps, num_images // num_processes) * num_processes
-    each, more = divmod(num_images, number)
-    return [each + 1] * more + [each] * (number - more)
+    size, remainder = divmod(num_images, number)
+    return [size + 1] * remainder + [size] * (number - remainder)
 
 
-# -- how much is padding ---------------------------------------------------------------------------------------------
+# -- padding ---------------------------------------------------------------------------------------------------------
 
 
 def image_sizes(dataset: Any) -> list[Size]:
-    """(height, width) of each image as recorded, without opening it.
+    """(height, width) in pixels of each image as recorded, without opening it.
 
     Args:
-        dataset: in the schema: a `datasets.Dataset`, a list of rows, an `AugmentedDataset` or `Subset` of one of them
-            (whose images have these sizes before augmentation).
+        dataset: in the schema: a `datasets.Dataset`, a list of rows, or an `AugmentedDataset` or `Subset` of one of
+            them; sizes are before augmentation.
     """
     if isinstance(dataset, Subset):
         sizes = image_sizes(dataset.dataset)
@@ -167,26 +165,12 @@ def image_sizes(dataset: Any) -> list[Size]:
     return [(row["height"], row["width"]) for row in dataset]
 
 
-def resized_sizes(sizes: Iterable[Size], size: Mapping[str, int | None]) -> list[Size]:
-    """(height, width) after a processor's resize.
-
-    Args:
-        size: of the processor, any of its forms.
-    """
-    given = {key: value for key, value in dict(size).items() if value}
-    if "shortest_edge" in given:
-        return [get_size_with_aspect_ratio(s, given["shortest_edge"], given.get("longest_edge")) for s in sizes]
-    if "max_height" in given:
-        return [get_image_size_for_max_height_width(s, given["max_height"], given["max_width"]) for s in sizes]
-    return [(given["height"], given["width"]) for _ in sizes]
-
-
-def padding_share(batches: Iterable[Sequence[int]], sizes: Sequence[Size]) -> float:
-    """Share of the pixels of all batches, each padded to its tallest and its widest image, that is padding, in [0, 1).
+def padding_fraction(batches: Iterable[Sequence[int]], sizes: Sequence[Size]) -> float:
+    """The fraction of all pixels that is padding, in [0, 1), if each batch is padded to its maximum height and width.
 
     Args:
         batches: indices of images.
-        sizes: (height, width) of each image as it goes into its batch.
+        sizes: (height, width) of each image after the resize.
     """
     pixels = padded = 0
     for batch in batches:
@@ -211,34 +195,34 @@ def build_loader(
     group_by_aspect_ratio: bool | None = None,
     drop_last: bool = False,
 ) -> DataLoader[Any]:
-    """A loader that gives each process its share of the data set, ready to iterate over.
+    """The loader of this process: each process loads its own part of the dataset.
 
-    Batches are `AspectRatioBatches` or `DistributedBatches`, which share the images out themselves. With an
-    accelerator, Accelerate's own loader is put around them as if there were one process: it moves batches to the device
-    and tells gradient accumulation when the epoch ends, and does not share out a second time. `accelerator.prepare`
-    returns such a loader as it is. `loader.set_epoch(epoch)` reaches the batches and the augmentation; without an
-    accelerator, call `set_epoch` of `loader.batch_sampler` and of `dataset`.
+    The batch sampler is `AspectRatioBatches` or `DistributedBatches`, which distributes the images over the processes.
+    With an accelerator, Accelerate's loader wraps it as if there were a single process, so that images are not
+    distributed twice: it moves batches to the device and signals the end of the epoch to gradient accumulation.
+    `accelerator.prepare` returns such a loader unchanged. `loader.set_epoch(epoch)` sets the epoch of the batches and
+    of the augmentation; without an accelerator, call `set_epoch` of `loader.batch_sampler` and of `dataset`.
 
     Args:
         dataset: with a length, in the schema; for training usually an `AugmentedDataset`.
         collate_fn: usually a `DetectionCollator`.
-        batch_size: images a process and step, at most.
-        training: shuffled. Otherwise images come in order, each exactly once over all processes; all processes have the
-            same number of batches, but where there are fewer images than processes, some have none.
-        seed: of the batches and of the workers' generators.
-        num_workers: processes that load. Each computes with one thread and stays for the next epoch.
-        group_by_aspect_ratio: batches of similarly shaped images; default: when training. Without shuffling it makes
-            batches run from tall to wide images.
+        batch_size: maximum number of images per process and step.
+        training: shuffle. Otherwise images keep their order, each exactly once over all processes; all processes have
+            the same number of batches, but with fewer images than processes, some have none.
+        seed: of the batches and of the workers' random generators.
+        num_workers: worker processes. Each uses one thread and is kept for the next epoch.
+        group_by_aspect_ratio: `AspectRatioBatches`; default: for training only. Without shuffling, batches are sorted
+            from tall to wide images.
         drop_last: see `DistributedBatches`.
 
     Raises:
-        TypeError: the data set has no length, as one that is streamed.
+        TypeError: the dataset has no length, for example because it is streamed.
         ValueError: too few images, see `DistributedBatches`.
     """
     if not hasattr(dataset, "__len__"):
         raise TypeError(
-            f"{type(dataset).__name__} has no length, so its images cannot be shared out exactly. Load the data set "
-            "without streaming."
+            f"{type(dataset).__name__} has no length, so its images cannot be distributed over processes. Load the "
+            "dataset without streaming."
         )
     num_processes, process_index = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     options: dict[str, Any] = {
@@ -265,7 +249,7 @@ def build_loader(
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
-        generator=torch.Generator().manual_seed(worker_seed),  # the global one is left alone
+        generator=torch.Generator().manual_seed(worker_seed),  # leaves the global generator unchanged
     )
     if accelerator is None:
         return loader
@@ -278,13 +262,13 @@ def build_loader(
         rng_types=None,
         non_blocking=pin_memory,
     )
-    loader._is_accelerate_prepared = True  # Accelerate's own mark, by which `prepare` knows what it has seen
+    loader._is_accelerate_prepared = True  # Accelerate's own flag: `prepare` skips such loaders
     return loader
 
 
 def _start_worker(worker_id: int) -> None:
-    """One thread a worker; PyTorch seeds its own generator, NumPy's and `random`'s from the loader's generator."""
+    """One thread per worker. PyTorch seeds torch, NumPy and `random` in each worker from the loader's generator."""
     torch.set_num_threads(1)
-    keep_freed_memory()  # batch after batch of the same size
-    if "cv2" in sys.modules:  # what Albumentations computes with
+    keep_freed_memory()  # batches of the same size follow each other
+    if "cv2" in sys.modules:  # used by Albumentations
         sys.modules["cv2"].setNumThreads(0)

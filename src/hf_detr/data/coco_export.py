@@ -14,15 +14,15 @@ from .schema import category_ids, id2label
 
 
 def export_coco(dataset: Dataset, folder: str | Path, split: str, *, progress: bool = True) -> Path:
-    """Write `folder/annotations/instances_SPLIT.json` and the images, byte for byte as they are, into `folder/SPLIT`.
+    """Write `folder/annotations/instances_SPLIT.json`, and the unchanged image files into `folder/SPLIT`.
 
-    Categories have the ids of the source. Read again, the rows are the same.
+    Categories have the ids of the source. Loading the result gives the same rows.
 
     Returns:
         the annotation file.
 
     Raises:
-        FileExistsError: the annotation file is there already.
+        FileExistsError: the annotation file already exists.
     """
     ids = category_ids(dataset)
     names = {ids[index]: name for index, name in id2label(dataset).items()}
@@ -51,16 +51,24 @@ def _writer(image: dict[str, Any]) -> Callable[[Path], Any]:
 def write_coco(
     folder: Path, split: str, categories: dict[int, str], rows: Iterable[tuple[dict[str, Any], Callable[[Path], Any]]]
 ) -> Path:
-    """Write a split: category ids to names, and for each image its record and what writes its file. The annotation file
-    comes last, when all the images are there."""
+    """Write a split. The annotation file is written last, when all images are complete.
+
+    Args:
+        categories: names by category id.
+        rows: per image its record, with `image_id`, `file_name`, `width`, `height` and COCO records as `objects`, and a
+            function that writes the image file to a path.
+
+    Raises:
+        FileExistsError: the annotation file already exists.
+    """
     target = folder / "annotations" / f"instances_{split}.json"
     if target.exists():
-        raise FileExistsError(f"{target} exists. Name another folder.")
+        raise FileExistsError(f"{target} already exists. Choose another folder.")
     images, annotations = [], []
     used: set[str] = set()
     for record, write in rows:
         name = record["file_name"]
-        if name in used or Path(name).is_absolute() or ".." in Path(name).parts:  # stay within the folder
+        if name in used or Path(name).is_absolute() or ".." in Path(name).parts:  # keep files within the folder
             name = f"{record['image_id']}-{Path(name).name}"
         used.add(name)
         path = folder / split / name

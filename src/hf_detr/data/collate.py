@@ -1,4 +1,4 @@
-"""Rows of a data set to batches the model takes."""
+"""Rows of a dataset to batches for the model."""
 
 from collections.abc import Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
@@ -12,8 +12,8 @@ from ..model.image_processing_hf_detr import DetrImageProcessor
 
 
 class Label(dict[str, Tensor]):
-    """The labels of one image. From a loader's worker they come by value: PyTorch would open a shared memory file for
-    each of the eight small tensors, which takes longer than all else that is done for the image."""
+    """The labels of one image. Workers of a loader send them by value: by default PyTorch opens a shared memory file
+    for each of the eight small tensors, which takes longer than the rest of the work on the image."""
 
 
 def _by_value(label: Label) -> tuple[Any, tuple[dict[str, np.ndarray]]]:
@@ -24,21 +24,21 @@ def _to_label(arrays: dict[str, np.ndarray]) -> Label:
     return Label({name: torch.from_numpy(values) for name, values in arrays.items()})
 
 
-ForkingPickler.register(Label, _by_value)  # used between processes only; copies and files are pickled as ever
+ForkingPickler.register(Label, _by_value)  # between processes only; `copy` and `pickle` are not affected
 
 
 class DetectionCollator:
     """`collate_fn` of a DataLoader: rows of the schema to `pixel_values`, `pixel_mask` and `labels`.
 
-    Rows that an augmentation has brought to the resolution to train at (`resized`, see `Augmentation`) keep their size;
-    all others are resized by the processor. Crowd objects are left out of the labels. The mask is bool, an eighth of
-    what workers would have to hand over otherwise.
+    Rows that an augmentation has already resized to the training resolution (`resized`, see `Augmentation`) keep their
+    size; all others are resized by the processor. Crowd objects are excluded from the labels. The mask is bool, an
+    eighth of the data to transfer from workers.
 
     Args:
-        processor: resizes, normalises, pads and converts the annotations.
+        processor: resizes, normalises and pads the images, and converts the annotations.
 
     Raises:
-        ValueError: some rows of a batch are resized and others are not.
+        ValueError: some rows of a batch are already resized and others are not.
     """
 
     def __init__(self, processor: DetrImageProcessor) -> None:
@@ -47,7 +47,9 @@ class DetectionCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         resized = {bool(row.get("resized", False)) for row in rows}
         if len(resized) > 1:
-            raise ValueError("Some rows of this batch are resized and others are not. Use one augmentation for all.")
+            raise ValueError(
+                "Some rows of this batch are resized and others are not. Use the same augmentation for all."
+            )
         options = {"do_resize": False} if resized == {True} else {}
         images = [row["image"] for row in rows]
         annotations = [to_coco(row) for row in rows]
@@ -59,7 +61,7 @@ class DetectionCollator:
 
 
 def to_coco(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row's objects as the processor takes them: `{"image_id": int, "annotations": [COCO records]}`."""
+    """A row's objects in the format of the processor: `{"image_id": int, "annotations": [COCO records]}`."""
     objects = row["objects"]
     columns = {"category_id" if name == "category" else name: values for name, values in objects.items()}
     records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -1,6 +1,6 @@
-"""The `size` of an image processor, in any of its forms, and what it makes of an image."""
+"""The `size` of an image processor, in any of its forms, and the sizes of the resized images."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers.image_transforms import get_size_with_aspect_ratio
@@ -24,12 +24,19 @@ def resized_size(image_size: tuple[int, int], size: Mapping[str, int | None] | A
     return int(resized[0]), int(resized[1])
 
 
+def resized_sizes(
+    image_sizes: Iterable[tuple[int, int]], size: Mapping[str, int | None] | Any
+) -> list[tuple[int, int]]:
+    """[`resized_size`] of each image: (height, width) pairs to (height, width) pairs, in pixels."""
+    return [resized_size(image_size, size) for image_size in image_sizes]
+
+
 def size_range(size: Mapping[str, int | None] | Any) -> tuple[int, int]:
-    """Shortest and longest side, in pixels, that the size names."""
+    """The smallest and the largest number of the size, in pixels."""
     given = sorted(size_fields(size).values())
     return given[0], given[-1]
 
 
 def keeps_aspect_ratio(size: Mapping[str, int | None] | Any) -> bool:
-    """Whether images of different shapes come out in different shapes."""
+    """Whether images of different shapes still have different shapes after the resize."""
     return "height" not in size_fields(size)

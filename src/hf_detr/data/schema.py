@@ -1,17 +1,17 @@
-"""The one form all data sets take, whatever format they come from: a `datasets.Dataset` with these columns.
+"""The schema of all datasets, whatever their format: a `datasets.Dataset` with these columns.
 
 | column | |
 |---|---|
-| `image` | the image, opened when it is read, turned as its EXIF orientation says |
+| `image` | the image, opened when it is read, EXIF orientation applied |
 | `image_id` | int, unique in its split |
-| `file_name` | as the annotations call it |
+| `file_name` | as in the annotations |
 | `width`, `height` | in pixels, of the image as shown (EXIF orientation applied) |
-| `objects` | lists of equal length, an entry an object, see below |
+| `objects` | lists of equal length, one entry per object, see below |
 
-`objects`: `id` int, `bbox` [x_min, y_min, width, height] in pixels, `category` class id 0 ... N-1, `area` in pixels,
+`objects`: `id` int, `bbox` [x_min, y_min, width, height] in pixels, `category` class id in [0, N), `area` in pixels,
 `iscrowd` 0 or 1.
 
-Names of the classes are in the features; the category ids of the source, where it has some, in the data set's info.
+The class names are in the features; the category ids of the source, if it has any, are in the dataset's info.
 """
 
 import json
@@ -26,7 +26,7 @@ DetectionDataset: TypeAlias = Dataset | IterableDataset
 
 
 def detection_features(names: list[str]) -> Features:
-    """The features of a data set with these classes."""
+    """The features of a dataset with these classes."""
     return Features(
         {
             "image": Image(),
@@ -46,7 +46,7 @@ def detection_features(names: list[str]) -> Features:
 
 
 def detection_info(names: list[str], category_ids: list[int], source: str) -> DatasetInfo:
-    """Features, and in the description, which travels with every copy and subset, where the data came from."""
+    """The features, and in the description, which every copy and subset inherits, the source and its category ids."""
     return DatasetInfo(
         features=detection_features(names),
         description=json.dumps({"source": source, "category_ids": category_ids}),
@@ -54,41 +54,45 @@ def detection_info(names: list[str], category_ids: list[int], source: str) -> Da
 
 
 def id2label(dataset: DetectionDataset) -> dict[int, str]:
-    """Class id to name."""
+    """Class names by class id."""
     names: list[str] = dataset.features["objects"]["category"].feature.names
     return dict(enumerate(names))
 
 
 def category_ids(dataset: DetectionDataset) -> dict[int, int]:
-    """Class id to the category id of the source; 0 ... N-1 again where the source has names only."""
-    return dict(enumerate(_about(dataset).get("category_ids") or range(len(id2label(dataset)))))
+    """Category ids of the source by class id; 0 ... N-1 if the source has only names."""
+    return dict(enumerate(_description(dataset).get("category_ids") or range(len(id2label(dataset)))))
 
 
 def source_of(dataset: DetectionDataset) -> str:
-    """The annotation file or folder the data set was read from."""
-    return str(_about(dataset).get("source", "a data set"))
+    """The annotation file or folder the dataset was read from."""
+    return str(_description(dataset).get("source", "a dataset"))
 
 
-def _about(dataset: DetectionDataset) -> dict[str, Any]:
+def _description(dataset: DetectionDataset) -> dict[str, Any]:
     try:
-        about = json.loads(dataset.info.description)
+        content = json.loads(dataset.info.description)
     except ValueError:
         return {}
-    return about if isinstance(about, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-def set_apart(dataset: Dataset, share: float, seed: int) -> DatasetDict:
-    """Set a validation split apart: "train" and "test" of `train_test_split`."""
+def split_off_validation(dataset: Dataset, fraction: float, seed: int) -> DatasetDict:
+    """Split off a random validation split: "train" and "test" of `train_test_split`.
+
+    Raises:
+        ValueError: there are less than two images.
+    """
     if len(dataset) < 2:
-        raise ValueError(f"{source_of(dataset)} has {len(dataset)} images; too few to set some apart for validation.")
+        raise ValueError(f"{source_of(dataset)} has {len(dataset)} images, too few to split off a validation split.")
     logger.warning_once(
-        f"{source_of(dataset)} has no validation split: {share:.0%} of its images are set apart by seed {seed}."
+        f"{source_of(dataset)} has no validation split: {fraction:.0%} of its images are split off with seed {seed}."
     )
-    return dataset.train_test_split(test_size=share, seed=seed)
+    return dataset.train_test_split(test_size=fraction, seed=seed)
 
 
 def unique_names(names: list[str]) -> list[str]:
-    """Names that occur before get their number: the published COCO checkpoints have eleven classes "N/A"."""
+    """Append the class id to repeated names: the published COCO checkpoints have eleven classes "N/A"."""
     seen: Counter[str] = Counter()
     result = []
     for index, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""A data set drawn on the spot: coloured shapes on textured backgrounds, as ordinary COCO files."""
+"""A synthetic dataset: coloured shapes on textured backgrounds, as ordinary COCO files."""
 
 import json
 import math
@@ -15,8 +15,8 @@ from ..runtime.files import replacing
 CLASSES = ("rectangle", "ellipse", "triangle")
 MIN_SIDE, MAX_SIDE = 96, 160
 MAX_OBJECTS = 4
-MIN_VISIBLE = 0.7  # of each shape, where others lie over it
-OVERSAMPLING = 3  # shapes are drawn larger and scaled down, which smooths their edges
+MIN_VISIBLE = 0.7  # fraction of each shape that later shapes must not cover
+OVERSAMPLING = 3  # shapes are drawn this much larger and scaled down, for smooth edges
 
 
 def draw_shapes_dataset(
@@ -24,16 +24,15 @@ def draw_shapes_dataset(
 ) -> Path:
     """Draw `train/` and `val/` images with `annotations/instances_train.json` and `instances_val.json` into `folder`.
 
-    Images are 96 to 160 pixels a side, each side drawn on its own, with 0 to 4 rectangles, ellipses and triangles of
-    any colour, size and tilt over noise, stripes, checks, blobs or a gradient. Shapes may overlap, but most of each
-    stays visible; a box surrounds the whole shape, covered parts included. Image `i` depends on `seed`, the
-    split and `i` only, so a larger set starts with the smaller one. About 5 ms an image.
+    Height and width are 96 to 160 pixels, independent of each other. Images have 0 to 4 rectangles, ellipses and
+    triangles of random colour, size and rotation over noise, stripes, a checkerboard, blobs or a gradient. Shapes may
+    overlap, but most of each stays visible; a box includes the covered parts of its shape. Image `i` depends only on
+    `seed`, the split and `i`, so a larger dataset starts with the images of a smaller one. About 5 ms per image.
 
-    An annotation file is written when all its images are there; a split that has one of the same size and seed is
-    left as it is.
+    Annotation files are written last. A split that already exists with the same size and seed is not drawn again.
 
     Raises:
-        FileExistsError: `folder` holds annotations that were not drawn with these arguments.
+        FileExistsError: `folder` has annotations that were not drawn with these arguments.
     """
     return write_drawn_dataset(
         folder, draw_shapes_image, CLASSES, "hf_detr shapes", num_train=num_train, num_val=num_val, seed=seed,
@@ -56,8 +55,14 @@ def write_drawn_dataset(
     progress: bool,
     file_type: str = "jpg",
 ) -> Path:
-    """What [`draw_shapes_dataset`] does, with any function that draws an image and gives its objects as (class, (x_min,
-    y_min, width, height) in pixels)."""
+    """[`draw_shapes_dataset`] for any function that draws an image.
+
+    Args:
+        draw: draws an image with this generator; returns it and its objects as (class id, (x_min, y_min, width, height)
+            in pixels).
+        description: identifies the dataset in its annotation files.
+        file_type: suffix of the image files.
+    """
     folder = Path(folder)
     for split, count in (("train", num_train), ("val", num_val)):
         target = folder / "annotations" / f"instances_{split}.json"
@@ -65,7 +70,7 @@ def write_drawn_dataset(
         if target.exists():
             if json.loads(target.read_text()).get("info") != info:
                 raise FileExistsError(
-                    f"{target} was not drawn with seed={seed} and {count} images. Name another folder."
+                    f"{target} was not drawn with seed={seed} and {count} images. Choose another folder."
                 )
             continue
         (folder / split).mkdir(parents=True, exist_ok=True)
@@ -79,7 +84,7 @@ def write_drawn_dataset(
         for index in tqdm(range(count), desc=f"Drawing {split}", disable=not progress, leave=False):
             image, objects = draw(np.random.default_rng([seed, split == "val", index]))
             name = f"{index:06d}.{file_type}"
-            image.save(folder / split / name, quality=92)  # which PNG does not have
+            image.save(folder / split / name, quality=92)  # ignored for PNG
             coco["images"].append({"id": index + 1, "file_name": name, "width": image.width, "height": image.height})
             for class_id, (x, y, width, height) in objects:
                 coco["annotations"].append(
@@ -98,13 +103,13 @@ def write_drawn_dataset(
 
 
 def draw_shapes_image(rng: np.random.Generator) -> Drawing:
-    """One image, and its objects as (class, (x_min, y_min, width, height) in pixels)."""
+    """One image, and its objects as (class id, (x_min, y_min, width, height) in pixels)."""
     width, height = (int(side) for side in rng.integers(MIN_SIDE, MAX_SIDE + 1, size=2))
     canvas = Image.fromarray(_background(rng, width, height)).resize((width * OVERSAMPLING, height * OVERSAMPLING))
     draw = ImageDraw.Draw(canvas)
     background = np.asarray(canvas.resize((1, 1), Image.Resampling.BOX))[0, 0].astype(float)
-    owner = np.zeros((height, width), dtype=np.uint8)  # which shape shows at each pixel, 0 = background
-    visible_from: list[float] = []
+    owner = np.zeros((height, width), dtype=np.uint8)  # number of the visible shape at each pixel, 0 = background
+    full_areas: list[float] = []
     objects: list[tuple[int, tuple[float, ...]]] = []
     for _ in range(int(rng.integers(0, MAX_OBJECTS + 1))):
         for _attempt in range(20):
@@ -113,13 +118,15 @@ def draw_shapes_image(rng: np.random.Generator) -> Drawing:
             ImageDraw.Draw(mask).polygon(outline, fill=1)
             covered = np.asarray(mask, dtype=bool)
             after = np.where(covered, len(objects) + 1, owner)
-            shown = [np.count_nonzero(after == i + 1) for i in range(len(objects))]
-            if covered.any() and all(now >= MIN_VISIBLE * full for now, full in zip(shown, visible_from, strict=True)):
+            visible_areas = [np.count_nonzero(after == i + 1) for i in range(len(objects))]
+            if covered.any() and all(
+                visible >= MIN_VISIBLE * full for visible, full in zip(visible_areas, full_areas, strict=True)
+            ):
                 break
         else:
             continue
         owner = after.astype(np.uint8)
-        visible_from.append(float(np.count_nonzero(covered)))
+        full_areas.append(float(np.count_nonzero(covered)))
         draw.polygon([(x * OVERSAMPLING, y * OVERSAMPLING) for x, y in outline], fill=_colour(rng, background))
         xs, ys = zip(*outline, strict=True)
         objects.append((class_id, (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))))
@@ -129,30 +136,30 @@ def draw_shapes_image(rng: np.random.Generator) -> Drawing:
 
 
 def _outline(rng: np.random.Generator, width: int, height: int) -> tuple[int, list[tuple[float, float]]]:
-    """A class and the corners of a shape of it that lies within the image."""
+    """A random class id, and the corners of a random shape of that class inside the image."""
     class_id = int(rng.integers(len(CLASSES)))
     size = math.exp(rng.uniform(math.log(0.2), math.log(0.65))) * min(width, height)
     stretch = math.exp(rng.uniform(-0.5, 0.5))
     half = np.array([size * stretch**0.5, size * stretch**-0.5]) / 2
     if CLASSES[class_id] == "rectangle":
         corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * half
-        tilt = rng.uniform(-0.35, 0.35)
+        rotation = rng.uniform(-0.35, 0.35)
     elif CLASSES[class_id] == "ellipse":
         angle = np.linspace(0, 2 * math.pi, 48, endpoint=False)
         corners = np.stack((np.cos(angle), np.sin(angle)), axis=1) * half
-        tilt = rng.uniform(0, math.pi)
+        rotation = rng.uniform(0, math.pi)
     else:
         corners = np.array([[-1, 0.8], [1, 0.8], [rng.uniform(-0.6, 0.6), -1]]) * half
-        tilt = rng.uniform(0, 2 * math.pi)
-    turn = np.array([[math.cos(tilt), -math.sin(tilt)], [math.sin(tilt), math.cos(tilt)]])
-    corners = corners @ turn.T
+        rotation = rng.uniform(0, 2 * math.pi)
+    matrix = np.array([[math.cos(rotation), -math.sin(rotation)], [math.sin(rotation), math.cos(rotation)]])
+    corners = corners @ matrix.T
     low, high = corners.min(0), corners.max(0)
     center = rng.uniform(-low + 1, np.maximum(np.array([width, height]) - high - 1, -low + 1.01))
     return class_id, [(float(x), float(y)) for x, y in corners + center]
 
 
 def _colour(rng: np.random.Generator, background: np.ndarray) -> tuple[int, ...]:
-    """A colour that differs visibly from the background's mean."""
+    """A random colour that differs visibly from the mean colour of the background."""
     colour = rng.integers(0, 256, size=3)
     while np.abs(colour - background).max() < 70:
         colour = rng.integers(0, 256, size=3)
@@ -160,7 +167,7 @@ def _colour(rng: np.random.Generator, background: np.ndarray) -> tuple[int, ...]
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """(height, width, 3) uint8 of two related colours, mixed by a random texture."""
+    """(height, width, 3) uint8: two similar colours blended by a random texture."""
     first = rng.uniform(0, 255, size=3)
     second = np.clip(first + rng.uniform(-50, 50, size=3), 0, 255)
     y, x = np.mgrid[:height, :width].astype(np.float32)

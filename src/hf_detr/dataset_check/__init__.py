@@ -1,8 +1,8 @@
-"""The doctor: what is wrong with an annotated folder, a page about it, and a cleaned copy."""
+"""The dataset check: problems of an annotated folder, an HTML page about them, and a cleaned copy."""
 
-from ..data.checks import KINDS, Finding
+from ..data.findings import KINDS
 from .clean import write_clean_copy
-from .examine import Examination, examine
-from .findings_page import write_report
+from .findings_page import write_page
+from .full_check import check_dataset
 
-__all__ = ["KINDS", "Examination", "Finding", "examine", "write_clean_copy", "write_report"]
+__all__ = ["KINDS", "check_dataset", "write_clean_copy", "write_page"]

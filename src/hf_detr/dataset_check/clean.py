@@ -1,4 +1,4 @@
-"""A cleaned copy of an annotated folder: without what cannot be used, and with what can be put right."""
+"""A cleaned copy of an annotated folder: correctable records are corrected, unusable ones removed."""
 
 import shutil
 from collections import Counter
@@ -8,178 +8,190 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torchvision.ops import box_convert, clip_boxes_to_image
 from tqdm.auto import tqdm
 
+from ..data.checks import numeric_boxes
 from ..data.coco_export import write_coco
-from ..data.source import Box, Photo, Source
-from .examine import Examination, good_boxes
+from ..data.findings import Finding
+from ..data.records import AnnotatedSplit, BoxRecord, ImageRecord
+from .full_check import CheckResult
 
-_DROP_PHOTO = {"image-missing", "image-unreadable", "image-truncated", "image-size", "image-turned", "image-id-twice"}
-_DROP_BOX = {"box-not-numbers", "box-empty", "box-outside", "category-unknown", "box-twice"}
-
-
-def clean(examination: Examination) -> tuple[dict[str, Source], dict[str, int]]:
-    """The sources without what cannot be used, and how often each kind of finding was dealt with.
-
-    Left out: images that cannot be read, or whose recorded size or id is not theirs alone (their boxes cannot be
-    trusted), second copies of an image with the same boxes, training images that are in validation too, and boxes that
-    make no sense. Put right: boxes over the edge (clipped), corners and relative values (converted), wrong areas, ids
-    and equal category names.
-    """
-    done: Counter[str] = Counter()
-    by_photo: dict[int, set[str]] = {}
-    by_box: dict[int, set[str]] = {}
-    whole: dict[str, set[str]] = {}
-    for finding in examination.findings:
-        if finding.box is not None:
-            by_box.setdefault(id(finding.box), set()).add(finding.code)
-        elif finding.photo is not None:
-            by_photo.setdefault(id(finding.photo), set()).add(finding.code)
-        else:
-            whole.setdefault(finding.split, set()).add(finding.code)
-    copies = {
-        id(finding.photo)
-        for finding in examination.findings
-        if finding.code == "image-twice" and finding.photo and finding.twin and _same_boxes(finding.photo, finding.twin)
-    }
-    twins = {id(finding.twin) for finding in examination.findings if finding.code == "image-in-both"}
-    sources = {}
-    for split, source in examination.sources.items():
-        frame = whole.get(split, set()) & {"box-xyxy", "box-relative"}
-        done.update(frame)
-        photos = []
-        for photo in source.photos:
-            bad = by_photo.get(id(photo), set()) & _DROP_PHOTO
-            if id(photo) in copies:
-                bad = bad | {"image-twice"}
-            if photo.id in source.ambiguous:
-                bad = bad | {"image-id-twice"}
-            if split == "train" and id(photo) in twins:
-                bad = bad | {"image-in-both"}
-            done.update(bad)
-            if not bad:
-                boxes = [_clean_box(box, photo, by_box.get(id(box), set()), frame, done) for box in photo.boxes]
-                photos.append(replace(photo, boxes=[box for box in boxes if box is not None]))
-        done.update(code for code, _, _ in source.stray)
-        sources[split] = _with_own_ids(_with_unique_names(replace(source, photos=photos, stray=[])))
-    return _with_one_table(sources), dict(done)
+REMOVED_IMAGES = {
+    "image-missing",
+    "image-unreadable",
+    "image-truncated",
+    "image-size-mismatch",
+    "image-size-before-exif",
+    "image-id-duplicate",
+}
+REMOVED_BOXES = {"box-not-numbers", "box-empty", "box-outside", "category-unknown", "box-duplicate"}
 
 
-def _same_boxes(photo: Photo, twin: Photo) -> bool:
-    """Whether two copies of an image, perhaps of different sizes, are annotated alike, to 2 % of the image."""
-
-    def relative(one: Photo) -> np.ndarray:
-        width, height = one.header.size if one.header else (1, 1)
-        boxes = sorted((box.category or 0, *box.bbox) for box in good_boxes(one))
-        return np.array(boxes, dtype=float).reshape(-1, 5) / (1, width, height, width, height)
-
-    a, b = relative(photo), relative(twin)
-    return a.shape == b.shape and bool(np.allclose(a, b, atol=0.02))
-
-
-def _with_one_table(sources: dict[str, Source]) -> dict[str, Source]:
-    """The same category ids in all splits, where the source has none of its own and the reader numbered each split."""
-    if all(source.category_ids == list(range(len(source.names))) for source in sources.values()):
-        names = list(dict.fromkeys(name for source in sources.values() for name in source.names))
-        return {
-            split: replace(source, category_ids=[names.index(name) for name in source.names])
-            for split, source in sources.items()
-        }
-    return sources
-
-
-def _clean_box(box: Box, photo: Photo, codes: set[str], frame: set[str], done: Counter[str]) -> Box | None:
-    dropped = codes & _DROP_BOX
-    if dropped:
-        done.update(dropped)
-        return None
-    width, height = photo.header.size if photo.header is not None else (0, 0)
-    x, y, w, h = (float(value) for value in box.bbox)
-    if "box-xyxy" in frame:
-        w, h = w - x, h - y
-    if "box-relative" in frame:
-        x, y, w, h = x * width, y * height, w * width, h * height
-    left, top = min(max(x, 0.0), float(width)), min(max(y, 0.0), float(height))
-    right, bottom = min(max(x + w, 0.0), float(width)), min(max(y + h, 0.0), float(height))
-    over = (
-        [left, top, right - left, bottom - top] if (x < 0 or y < 0 or x + w > width or y + h > height) else [x, y, w, h]
-    )
-    if over[2] <= 0 or over[3] <= 0:
-        done["box-empty"] += 1
-        return None
-    done.update(codes & {"box-over-edge", "area-wrong"})
-    own = over[2] * over[3]
-    area = own if box.area is None or frame or "area-wrong" in codes else min(box.area, own)
-    return replace(box, bbox=over, area=area)
-
-
-def _with_unique_names(source: Source) -> Source:
-    names = list(dict.fromkeys(source.names))
-    if len(names) == len(source.names):
-        return source
-    ids = [source.category_ids[source.names.index(name)] for name in names]
-    new = {index: names.index(name) for index, name in enumerate(source.names)}
-    photos = [
-        replace(p, boxes=[replace(b, category=new[b.category]) for b in p.boxes if b.category is not None])
-        for p in source.photos
-    ]
-    return replace(source, names=names, category_ids=ids, photos=photos)
-
-
-def _with_own_ids(source: Source) -> Source:
-    ids = [box.id for photo in source.photos for box in photo.boxes]
-    if len(set(ids)) == len(ids):
-        return source
-    fresh = iter(range(1, len(ids) + 1))
-    photos = [replace(p, boxes=[replace(box, id=next(fresh)) for box in p.boxes]) for p in source.photos]
-    return replace(source, photos=photos)
-
-
-def write_clean_copy(examination: Examination, folder: str | Path, *, progress: bool = True) -> dict[str, int]:
-    """Write what [`clean`] leaves as a COCO folder. The source is only read.
+def write_clean_copy(result: CheckResult, folder: str | Path, *, progress: bool = True) -> dict[str, int]:
+    """Write what [`clean`] returns as a COCO folder. The source is not modified.
 
     Returns:
-        how often each kind of finding was dealt with.
+        how many findings of each kind were corrected or removed, by code.
 
     Raises:
-        FileExistsError: `folder` is there and not empty, or is part of the source.
+        FileExistsError: `folder` is not empty, or is inside the source.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty. Name another folder.")
-    if folder.resolve().is_relative_to(examination.folder.resolve()):
-        raise FileExistsError(f"{folder} lies in {examination.folder}, which is never written to. Name another folder.")
-    sources, done = clean(examination)
-    for split, source in sources.items():
-        photos = tqdm(source.photos, desc=f"Writing {split}", disable=not progress, leave=False)
+        raise FileExistsError(f"{folder} is not empty. Choose another folder.")
+    if folder.resolve().is_relative_to(result.folder.resolve()):
+        raise FileExistsError(f"{folder} is inside {result.folder}, which is never written to. Choose another folder.")
+    splits, handled = clean(result)
+    for name, split in splits.items():
+        images = tqdm(split.images, desc=f"Writing {name}", disable=not progress, leave=False)
         write_coco(
             folder,
-            split,
-            dict(zip(source.category_ids, source.names, strict=True)),
-            ((_record(photo, source), _copy_of(photo.path)) for photo in photos),
+            name,
+            dict(zip(split.category_ids, split.names, strict=True)),
+            ((_to_record(image, split), _copy_of(image.path)) for image in images),
         )
-    return done
+    return handled
+
+
+def clean(result: CheckResult) -> tuple[dict[str, AnnotatedSplit], dict[str, int]]:
+    """The splits without unusable records, and how many findings of each kind were corrected or removed.
+
+    Removed: images that cannot be read, or whose recorded size or id is wrong or ambiguous (their boxes cannot be
+    trusted); duplicates of an image with the same boxes; training images that are also in validation; invalid boxes.
+    Corrected: boxes beyond the image (clipped), boxes stored as corners or relative values, areas, duplicate ids and
+    category names.
+    """
+    handled: Counter[str] = Counter()
+    codes_of: dict[int, set[str]] = {}  # by the `id()` of an image or box record
+    split_codes: dict[str, set[str]] = {}
+    for finding in result.findings:
+        about = finding.box if finding.box is not None else finding.image
+        if about is not None:
+            codes_of.setdefault(id(about), set()).add(finding.code)
+        else:
+            split_codes.setdefault(finding.split, set()).add(finding.code)
+    duplicates = {id(finding.image) for finding in result.findings if _is_redundant(finding)}
+    leaked = {id(finding.other_image) for finding in result.findings if finding.code == "image-leaked"}
+    splits = {}
+    for name, split in result.splits.items():
+        stored_as = split_codes.get(name, set()) & {"box-xyxy", "box-relative"}
+        handled.update(stored_as)
+        images = []
+        for image in split.images:
+            reasons = codes_of.get(id(image), set()) & REMOVED_IMAGES
+            if id(image) in duplicates:
+                reasons = reasons | {"image-duplicate"}
+            if image.id in split.ambiguous_ids:
+                reasons = reasons | {"image-id-duplicate"}
+            if name == "train" and id(image) in leaked:
+                reasons = reasons | {"image-leaked"}
+            handled.update(reasons)
+            if not reasons:
+                boxes = [
+                    _clean_box(box, image.size, codes_of.get(id(box), set()), stored_as, handled) for box in image.boxes
+                ]
+                images.append(replace(image, boxes=[box for box in boxes if box is not None]))
+        handled.update(code for code, _, _ in split.orphans)
+        splits[name] = _with_unique_ids(_with_unique_names(replace(split, images=images, orphans=[])))
+    return _with_common_categories(splits), dict(handled)
+
+
+def _is_redundant(finding: Finding) -> bool:
+    """Whether it is about a duplicate with the same annotations as the other image, to 2 % of the image."""
+    if finding.code != "image-duplicate" or finding.image is None or finding.other_image is None:
+        return False
+    a, b = (_relative_boxes(image) for image in (finding.image, finding.other_image))
+    return a.shape == b.shape and bool(np.allclose(a, b, atol=0.02))
+
+
+def _relative_boxes(image: ImageRecord) -> np.ndarray:
+    """Class ids and boxes in [0, 1], (N, 5), sorted."""
+    boxes = sorted((box.category or 0, *map(float, box.bbox)) for box in numeric_boxes(image))
+    return np.array(boxes, dtype=float).reshape(-1, 5) / (1, *image.size, *image.size)
+
+
+def _clean_box(
+    box: BoxRecord, image_size: tuple[int, int], codes: set[str], stored_as: set[str], handled: Counter[str]
+) -> BoxRecord | None:
+    """The corrected box, or None if it is removed. `image_size` is (width, height) in pixels."""
+    if codes & REMOVED_BOXES:
+        handled.update(codes & REMOVED_BOXES)
+        return None
+    width, height = image_size
+    given = torch.tensor([float(value) for value in box.bbox], dtype=torch.float64)
+    if "box-xyxy" in stored_as:
+        given = box_convert(given, "xyxy", "xywh")
+    if "box-relative" in stored_as:
+        given = given * torch.tensor([width, height, width, height])
+    corners = box_convert(given, "xywh", "xyxy")
+    clipped = clip_boxes_to_image(corners, (height, width))
+    x, y, w, h = (given if clipped.equal(corners) else box_convert(clipped, "xyxy", "xywh")).tolist()
+    if w <= 0 or h <= 0:
+        handled["box-empty"] += 1
+        return None
+    handled.update(codes & {"box-partly-outside", "area-wrong"})
+    unreliable = box.area is None or stored_as or "area-wrong" in codes
+    return replace(box, bbox=[x, y, w, h], area=w * h if unreliable else min(box.area or 0.0, w * h))
+
+
+def _with_unique_names(split: AnnotatedSplit) -> AnnotatedSplit:
+    """Categories of the same name merged into the first one."""
+    names = list(dict.fromkeys(split.names))
+    if len(names) == len(split.names):
+        return split
+    category_ids = [split.category_ids[split.names.index(name)] for name in names]
+    merged = {index: names.index(name) for index, name in enumerate(split.names)}
+    images = [
+        replace(
+            image,
+            boxes=[replace(box, category=merged[box.category]) for box in image.boxes if box.category is not None],
+        )
+        for image in split.images
+    ]
+    return replace(split, names=names, category_ids=category_ids, images=images)
+
+
+def _with_unique_ids(split: AnnotatedSplit) -> AnnotatedSplit:
+    """Annotation ids renumbered if they are not unique."""
+    ids = [box.id for image in split.images for box in image.boxes]
+    if len(set(ids)) == len(ids):
+        return split
+    new_ids = iter(range(1, len(ids) + 1))
+    images = [replace(image, boxes=[replace(box, id=next(new_ids)) for box in image.boxes]) for image in split.images]
+    return replace(split, images=images)
+
+
+def _with_common_categories(splits: dict[str, AnnotatedSplit]) -> dict[str, AnnotatedSplit]:
+    """The same category ids in all splits, if the source has none and the reader numbered the classes of each split."""
+    if any(split.category_ids != list(range(len(split.names))) for split in splits.values()):
+        return splits
+    names = list(dict.fromkeys(name for split in splits.values() for name in split.names))
+    return {
+        key: replace(split, category_ids=[names.index(name) for name in split.names]) for key, split in splits.items()
+    }
 
 
 def _copy_of(path: Path) -> Callable[[Path], Any]:
     return lambda target: shutil.copyfile(path, target)
 
 
-def _record(photo: Photo, source: Source) -> dict[str, Any]:
-    width, height = photo.header.size if photo.header is not None else (0, 0)
+def _to_record(image: ImageRecord, split: AnnotatedSplit) -> dict[str, Any]:
+    width, height = image.size
     return {
-        "image_id": photo.id,
-        "file_name": photo.file_name,
+        "image_id": image.id,
+        "file_name": image.file_name,
         "width": width,
         "height": height,
         "objects": [
             {
                 "id": box.id,
-                "category_id": source.category_ids[box.category or 0],
+                "category_id": split.category_ids[box.category or 0],
                 "bbox": list(box.bbox),
                 "area": box.area,
                 "iscrowd": box.iscrowd,
             }
-            for box in photo.boxes
+            for box in image.boxes
         ],
     }

@@ -1,20 +1,21 @@
-"""The doctor's findings as a page to look at: one HTML file without links to anything."""
+"""The findings as a self-contained HTML page."""
 
 import base64
 import html
+import itertools
 import math
 from collections import Counter
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import PIL.Image
-import PIL.ImageOps
 
-from ..data.checks import KINDS, Finding
-from ..data.source import Source
+from ..data.findings import KINDS, Finding
+from ..data.records import AnnotatedSplit, BoxRecord
+from ..model.annotations import box_problem
+from ..model.image_io import open_image
 from ..visualization import contact_sheet, draw_boxes
-from .examine import Examination
+from .full_check import CheckResult
 
 RED, GREY = (230, 30, 30), (200, 200, 200)
 STYLE = """
@@ -28,47 +29,43 @@ tr:nth-child(even) { background: #f6f6f6 } .error { color: #b00020; font-weight:
 """
 
 
-def write_report(examination: Examination, file: str | Path, *, worst: int = 16) -> Path:
-    """Write the findings, the statistics of boxes and classes, and pictures of the worst findings.
-
-    Args:
-        worst: how many pictures.
+def write_page(result: CheckResult, file: str | Path, *, max_images: int = 16) -> Path:
+    """Write the findings, statistics of boxes and classes, and images with findings drawn on them.
 
     Returns:
         the file.
     """
     file = Path(file)
-    verdict = (
-        f'<span class="error">{len(examination.errors)} errors</span> that would break training'
-        if examination.errors
-        else '<span class="ok">nothing that would break training</span>'
+    errors = (
+        f'<span class="error">{len(result.errors)} errors</span> that would break training'
+        if result.errors
+        else '<span class="ok">No errors</span>'
     )
     parts = [
-        f"<h1>{html.escape(examination.folder.name)}</h1>",
-        f"<p>{verdict}; {len(examination.findings) - len(examination.errors)} warnings. "
-        f"Read in {examination.seconds:.1f} s.</p>",
-        _splits(examination),
+        f"<h1>{html.escape(result.folder.name)}</h1>",
+        f"<p>{errors}; {len(result.findings) - len(result.errors)} warnings. Checked in {result.seconds:.1f} s.</p>",
+        _splits(result),
         "<h2>Findings</h2>",
-        _findings(examination.findings),
-        "<h2>The worst of them</h2>" + _pictures(examination.findings, worst) if examination.findings else "",
-        *(_statistics(split, source) for split, source in examination.sources.items()),
+        _findings(result),
+        "<h2>Examples</h2>" + _examples(result.findings, max_images) if result.findings else "",
+        *(_statistics(name, split) for name, split in result.splits.items()),
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(examination.folder.name)}</title>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(result.folder.name)}</title>'
         f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>",
         encoding="utf-8",
     )
     return file
 
 
-def _splits(examination: Examination) -> str:
+def _splits(result: CheckResult) -> str:
     rows = "".join(
-        f"<tr><td>{split}</td><td>{source.kind}</td><td class=n>{len(source.photos)}</td>"
-        f"<td class=n>{sum(len(photo.boxes) for photo in source.photos)}</td>"
-        f"<td class=n>{sum(not photo.boxes for photo in source.photos)}</td>"
-        f"<td><code>{html.escape(str(source.file))}</code></td></tr>"
-        for split, source in examination.sources.items()
+        f"<tr><td>{name}</td><td>{split.format}</td><td class=n>{len(split.images)}</td>"
+        f"<td class=n>{sum(len(image.boxes) for image in split.images)}</td>"
+        f"<td class=n>{sum(not image.boxes for image in split.images)}</td>"
+        f"<td><code>{html.escape(str(split.file))}</code></td></tr>"
+        for name, split in result.splits.items()
     )
     return (
         "<table><tr><th>split<th>format<th class=n>images<th class=n>boxes<th class=n>images without boxes"
@@ -76,94 +73,86 @@ def _splits(examination: Examination) -> str:
     )
 
 
-def _findings(findings: list[Finding]) -> str:
-    if not findings:
+def _findings(result: CheckResult) -> str:
+    if not result.findings:
         return '<p class="ok">None.</p>'
-    rows = []
-    for code, count in Counter(finding.code for finding in findings).most_common():
-        severity, what, fix = KINDS[code]
-        examples = [f"{f.split}: {f.record}: {f.message}" for f in findings if f.code == code][:5]
+    rows = ""
+    for code, count in result.counts().items():
+        severity, description, fix = KINDS[code]
+        examples = [f"{f.split}: {f.record}: {f.message}" for f in result.findings if f.code == code][:5]
         listed = "<br>".join(f"<small>{html.escape(example)}</small>" for example in examples)
-        rows.append(
-            (
-                severity != "error",
-                f'<tr><td class="{severity}">{severity}</td><td class=n>{count}</td>'
-                f"<td><b>{html.escape(what)}</b>. {html.escape(fix)}<br>{listed}</td></tr>",
-            )
+        rows += (
+            f'<tr><td class="{severity}">{severity}</td><td class=n>{count}</td>'
+            f"<td><b>{html.escape(description)}</b>. {html.escape(fix)}<br>{listed}</td></tr>"
         )
-    return "<table>" + "".join(row for _, row in sorted(rows, key=lambda pair: pair[0])) + "</table>"
+    return f"<table>{rows}</table>"
 
 
-def _pictures(findings: list[Finding], worst: int) -> str:
-    """One picture a kind in turn, so that many findings of one kind do not hide the others."""
+def _examples(findings: list[Finding], max_images: int) -> str:
+    """A contact sheet of images, alternating between the kinds so that a frequent kind does not hide the others."""
     by_kind: dict[str, list[Finding]] = {}
     for finding in findings:
-        if finding.photo is not None:
+        if finding.image is not None:
             by_kind.setdefault(finding.code, []).append(finding)
-    queue = [group[i] for i in range(worst) for group in by_kind.values() if i < len(group)]
-    images = []
-    for finding in queue:
-        picture = _picture(finding)
-        if picture is not None:
-            images.append(picture)
-        if len(images) == worst:
-            break
+    queue = [group[i] for i in range(max_images) for group in by_kind.values() if i < len(group)]
+    drawn = (image for image in map(_draw, queue) if image is not None)
+    images = list(itertools.islice(drawn, max_images))
     if not images:
-        return "<p>None of them can be shown.</p>"
+        return "<p>No image with a finding can be shown.</p>"
     buffer = BytesIO()
     contact_sheet(images).save(buffer, "PNG", optimize=True)
-    return f'<img alt="worst findings" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="images with findings" src="data:image/png;base64,{encoded}">'
 
 
-def _picture(finding: Finding) -> PIL.Image.Image | None:
-    photo = finding.photo
-    if photo is None:
+def _draw(finding: Finding) -> PIL.Image.Image | None:
+    """The image of a finding with its boxes, the one concerned in red; None if the file cannot be read."""
+    if finding.image is None:
         return None
     try:
-        image = PIL.ImageOps.exif_transpose(PIL.Image.open(photo.path)).convert("RGB")
-    except (OSError, SyntaxError, ValueError):
+        image = open_image(finding.image.path).convert("RGB")
+    except (OSError, ValueError):
         return None
     scale = 480 / max(image.size)
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    shown = [box for box in photo.boxes if box is not finding.box and _drawable(box.bbox)]
-    boxes = [_corners(box.bbox, scale) for box in shown]
+    boxes = [_corners(box, scale) for box in finding.image.boxes if box is not finding.box and _is_drawable(box)]
     captions, colours = [""] * len(boxes), [GREY] * len(boxes)
-    if finding.box is not None and _drawable(finding.box.bbox):
-        boxes.append(_corners(finding.box.bbox, scale))
-        captions.append(finding.code)
-        colours.append(RED)
+    if finding.box is not None and _is_drawable(finding.box):
+        boxes.append(_corners(finding.box, scale))
     elif not boxes or finding.box is None:
         boxes.append([1, 1, image.width - 2, image.height - 2])
+    if len(boxes) > len(captions):
         captions.append(finding.code)
         colours.append(RED)
     return draw_boxes(image, boxes, captions, colours, 2)
 
 
-def _drawable(bbox: Any) -> bool:
-    numbers = isinstance(bbox, (list, tuple)) and len(bbox) == 4
-    return numbers and all(isinstance(v, (int, float)) and math.isfinite(v) and abs(v) < 1e6 for v in bbox)
+def _is_drawable(box: BoxRecord) -> bool:
+    problem = box_problem(box.bbox, None)
+    numeric = problem is None or problem[0] != "box-not-numbers"
+    return numeric and all(abs(float(value)) < 1e6 for value in box.bbox)
 
 
-def _corners(bbox: list[float], scale: float) -> list[float]:
-    x, y, width, height = bbox
-    return [x * scale, y * scale, (x + width) * scale, (y + height) * scale]
+def _corners(box: BoxRecord, scale: float) -> list[float]:
+    x, y, width, height = (float(value) * scale for value in box.bbox)
+    return [x, y, x + width, y + height]
 
 
-def _statistics(split: str, source: Source) -> str:
-    boxes = [box for photo in source.photos for box in photo.boxes if _drawable(box.bbox) and min(box.bbox[2:]) > 0]
-    classes = Counter(source.names[box.category] for box in boxes if box.category is not None)
-    sizes = Counter(2 ** math.floor(math.log2(max(1.0, (box.bbox[2] * box.bbox[3]) ** 0.5))) for box in boxes)
-    ratios = Counter(round(math.log2(box.bbox[2] / box.bbox[3])) for box in boxes)
+def _statistics(name: str, split: AnnotatedSplit) -> str:
+    boxes = [box for image in split.images for box in image.boxes if box_problem(box.bbox, None) is None]
+    classes = Counter(split.names[box.category] for box in boxes if box.category is not None)
+    sides = [(float(box.bbox[2]), float(box.bbox[3])) for box in boxes]
+    sizes = Counter(2 ** math.floor(math.log2(max(1.0, (width * height) ** 0.5))) for width, height in sides)
+    ratios = Counter(round(math.log2(width / height)) for width, height in sides)
+    objects = Counter(len(image.boxes) for image in split.images)
+    labels = sorted(split.names, key=lambda label: -classes[label])[:40]
     charts = [
-        _bars("Boxes by class", {name: classes[name] for name in sorted(source.names, key=lambda n: -classes[n])[:40]}),
-        _bars("Size of boxes: root of the area, pixels", {f"{k} to {2 * k}": sizes[k] for k in sorted(sizes)}),
-        _bars("Width over height", {f"about {_ratio(k)}": ratios[k] for k in sorted(ratios)}),
-        _bars(
-            "Objects in an image",
-            {str(k): v for k, v in sorted(Counter(len(photo.boxes) for photo in source.photos).items())[:40]},
-        ),
+        _bars("Boxes per class", {label: classes[label] for label in labels}),
+        _bars("Box size: square root of the area, pixels", {f"{k} to {2 * k}": sizes[k] for k in sorted(sizes)}),
+        _bars("Width : height", {f"about {_ratio(k)}": ratios[k] for k in sorted(ratios)}),
+        _bars("Objects per image", {str(k): objects[k] for k in sorted(objects)[:40]}),
     ]
-    return f"<h2>{split}</h2><div class=charts>{''.join(charts)}</div>"
+    return f"<h2>{name}</h2><div class=charts>{''.join(charts)}</div>"
 
 
 def _ratio(power: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.source import image_files
+from ..data.image_files import image_files
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..prediction.size_batches import run_ahead
 from .graph import quiet

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..data.find import SPLIT_NAMES
 from ..data.formats.coco import find_coco
-from ..data.source import IMAGE_SUFFIXES, Source, walk_files
+from ..data.image_files import IMAGE_SUFFIXES, walk_files
+from ..data.records import AnnotatedSplit
 
 logger = logging.get_logger(__name__)
 SPLITS = ("val", "test", "train")  # of which one is what the name of a folder begins with
@@ -43,11 +43,11 @@ def find_images(source: str | Path) -> tuple[Path, list[bytes]]:
     return folder, files
 
 
-def annotation_ids(folder: Path, files: Sequence[bytes]) -> tuple[list[int], Source] | None:
+def annotation_ids(folder: Path, files: Sequence[bytes]) -> tuple[list[int], AnnotatedSplit] | None:
     """Image ids from COCO annotations that belong to a folder, so that results can be measured against them.
 
-    Looked for where [`~hf_detr.data.find_source`] does: for a folder named like a split (`val`, `val2017`, `test`,
-    `train`), beside it and one level higher; then in it. All annotations of that split are read.
+    Looked for where [`~hf_detr.data.formats.find_annotations`] does: for a folder named like a split (`val`, `val2017`,
+    `test`, `train`), beside it and one level higher; then in it. All annotations of that split are read.
 
     Args:
         folder: absolute; `files` are relative to it.
@@ -59,14 +59,14 @@ def annotation_ids(folder: Path, files: Sequence[bytes]) -> tuple[list[int], Sou
     places = [(folder.parent, split), (folder.parent.parent, split)] if split else []
     for place, name in [*places, (folder, "train")]:
         try:
-            source = find_coco(place, name, SPLIT_NAMES.get(name, (name,)))
+            source = find_coco(place, name)
         except Exception as error:
             # whatever is wrong with annotations, the images can be looked at
             logger.warning(f"Annotations in {place} cannot be used for image ids: {error}")
             continue
         if source is None:
             continue
-        known = {os.fsencode(os.path.normpath(photo.path)): photo.id for photo in source.photos}
+        known = {os.fsencode(os.path.normpath(image.path)): image.id for image in source.images}
         ids = [known.get(os.path.join(os.fsencode(folder), file)) for file in files]
         complete = [number for number in ids if number is not None]
         if len(set(complete)) == len(files):
@@ -74,7 +74,7 @@ def annotation_ids(folder: Path, files: Sequence[bytes]) -> tuple[list[int], Sou
     return None
 
 
-def category_records(id2label: Mapping[int, str], source: Source | None) -> list[dict[str, Any]]:
+def category_records(id2label: Mapping[int, str], source: AnnotatedSplit | None) -> list[dict[str, Any]]:
     """COCO's `categories`, in the order of the model's class ids: with the ids that the annotations have, if the model
     knows all their classes by name; else with class ids."""
     names = [name for _, name in sorted(id2label.items())]

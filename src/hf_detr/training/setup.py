@@ -15,13 +15,13 @@ from ..data import (
     DetectionCollator,
     build_loader,
     draw_shapes_dataset,
+    flip_rotate_augmentation,
     id2label,
     image_sizes,
     load_detection_dataset,
-    padding_share,
+    padding_fraction,
     paper_augmentation,
     resized_sizes,
-    turns_augmentation,
 )
 from ..model.configuration_hf_detr import DetrConfig
 from ..model.image_processing_hf_detr import DetrImageProcessor
@@ -189,7 +189,7 @@ def augmentation(kind: str, processor: DetrImageProcessor) -> Augmentation:
     if kind == "paper":
         return paper_augmentation(processor.size)
     if kind == "turns":
-        return turns_augmentation()
+        return flip_rotate_augmentation()
     return Augmentation(v2.RandomHorizontalFlip(0.5 if kind == "flip" else 0.0))
 
 
@@ -222,8 +222,8 @@ def build_loaders(
 def describe_padding(train_set: Any, loader: Any, processor: DetrImageProcessor) -> str:
     """What grouping by aspect ratio saves, at the sizes before augmentation; nothing if there is no padding."""
     sizes = resized_sizes(image_sizes(train_set), processor.size)
-    grouped = padding_share(loader.batch_sampler.batches(), sizes)
+    grouped = padding_fraction(loader.batch_sampler.batches(), sizes)
     order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(0)).tolist()
     count = max(len(batch) for batch in loader.batch_sampler.batches())
-    plain = padding_share([order[i : i + count] for i in range(0, len(order), count)], sizes)
+    plain = padding_fraction([order[i : i + count] for i in range(0, len(order), count)], sizes)
     return f"Padding before augmentation: {grouped:.1%} of the pixels (ungrouped {plain:.1%}). " if plain > 0 else ""

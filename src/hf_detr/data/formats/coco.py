@@ -4,120 +4,153 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..source import Box, Photo, Source, read_text
+from ..records import AnnotatedSplit, AnnotationFormat, BoxRecord, ImageRecord, split_names
+from .parsing import integer_id, read_text, recorded_size
+
+KEYS = {"images", "annotations", "categories"}
 
 
-def find_coco(path: Path, split: str, names: tuple[str, ...]) -> Source | None:
+def find_coco(path: Path, split: str) -> AnnotatedSplit | None:
+    """COCO JSON of one split, see `COCO.layout`. A single `.json` file, or a folder with only one COCO file, whatever
+    its name, is the split "train"."""
     if path.is_file():
         return read_coco(path, path.parent, split) if path.suffix == ".json" and split == "train" else None
-    for name in names:
-        for file in sorted((path / "annotations").glob(f"instances_{name}*.json")):
-            return read_coco(file, path, split)
-        for file in (path / name / "_annotations.coco.json", path / f"{name}.json"):
+    for name in split_names(split):
+        candidates = sorted((path / "annotations").glob(f"instances_{name}*.json"))
+        for file in (*candidates, path / name / "_annotations.coco.json", path / f"{name}.json"):
             if file.is_file():
                 return read_coco(file, path, split)
-    if split == "train":  # a folder with one COCO file, whatever its name
+    if split == "train":
         files = sorted((*path.glob("*.json"), *(path / "annotations").glob("*.json")))
-        if len(files) == 1 and _looks_like_coco(files[0]):
+        if len(files) == 1 and _is_coco(files[0]):
             return read_coco(files[0], path, split)
     return None
 
 
-def _looks_like_coco(file: Path) -> bool:
+def _is_coco(file: Path) -> bool:
     try:
         content = json.loads(read_text(file))
     except (ValueError, OSError):
         return False
-    return isinstance(content, dict) and {"images", "annotations", "categories"} <= set(content)
+    return isinstance(content, dict) and set(content) >= KEYS
 
 
-def _image_folder(file: Path, folder: Path, split: str, content: dict[str, Any]) -> Path:
-    """Where the images lie: the first place that has the first image whose file is somewhere."""
-    stem = file.stem.removeprefix("instances_")
-    near = [
-        base / place
-        for base in (folder, folder.parent)
-        for place in (stem, split, f"images/{stem}", f"images/{split}", "images", "")
-    ]
-    places = [place for place in (file.parent, *near) if place.is_dir()]
-    for record in content["images"][:20]:
-        for place in places:
-            if record.get("file_name") and (place / str(record["file_name"])).is_file():
-                return place
-    return next((place for place in near[:5] if place.is_dir()), folder)
+def read_coco(file: Path, folder: Path, split: str) -> AnnotatedSplit:
+    """One COCO JSON file. Its category ids become class ids 0 ... N-1 in ascending order. A category without boxes that
+    others name as their supercategory, as in Roboflow's exports, is not a class.
+
+    Raises:
+        ValueError: the file is not COCO; names it, and the record.
+    """
+    content = _parse(file)
+    image_folder = _image_folder(file, folder, split, content)
+    categories = _classes(file, content)
+    images, orphans, ambiguous_ids = _images(content["images"], image_folder)
+    class_ids = {category["id"]: class_id for class_id, category in enumerate(categories)}
+    orphans += _add_boxes(images, content["annotations"], class_ids)
+    return AnnotatedSplit(
+        "COCO",
+        split,
+        file,
+        [str(category["name"]) for category in categories],
+        [category["id"] for category in categories],
+        list(images.values()),
+        image_folder,
+        orphans,
+        ambiguous_ids,
+    )
 
 
-def read_coco(file: Path, folder: Path, split: str) -> Source:
-    """COCO JSON. Category ids, whatever they are, become 0 ... N-1 in their order. A category without boxes that others
-    name as their parent, as Roboflow writes one, is no class."""
+def _parse(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_text(file))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
-    missing = {"images", "annotations", "categories"} - set(content if isinstance(content, dict) else ())
+    missing = KEYS - set(content if isinstance(content, dict) else ())
     if missing:
-        raise ValueError(f"{file} is not COCO: it lacks {sorted(missing)}.")
-    image_folder = _image_folder(file, folder, split, content)
-    stray: list[tuple[str, str, str]] = []
-    lacking = [c for c in content["categories"] if not isinstance(c.get("id"), int) or not c.get("name")]
-    if lacking:
-        raise ValueError(f"{file}: each category needs an integer id and a name, unlike {lacking[0]}.")
+        raise ValueError(f"{file} is not COCO: {sorted(missing)} are missing.")
+    for category in content["categories"]:
+        if not isinstance(category.get("id"), int) or not category.get("name"):
+            raise ValueError(f"{file}: each category needs an integer id and a name, got {category}.")
+    return dict(content)
+
+
+def _image_folder(file: Path, folder: Path, split: str, content: dict[str, Any]) -> Path:
+    """The first of the usual folders that holds one of the first images."""
+    stem = file.stem.removeprefix("instances_")
+    usual = [
+        base / name
+        for base in (folder, folder.parent)
+        for name in (stem, split, f"images/{stem}", f"images/{split}", "images", "")
+    ]
+    folders = [place for place in (file.parent, *usual) if place.is_dir()]
+    for record in content["images"][:20]:
+        for place in folders:
+            if record.get("file_name") and (place / str(record["file_name"])).is_file():
+                return place
+    return next((place for place in usual[:5] if place.is_dir()), folder)
+
+
+def _classes(file: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The categories that are classes, by id."""
     used = {record.get("category_id") for record in content["annotations"]}
     parents = {c.get("supercategory") for c in content["categories"] if c.get("supercategory") != c["name"]} - {"none"}
-    categories = [c for c in content["categories"] if c.get("id") in used or c.get("name") not in parents]
-    categories.sort(key=lambda category: category["id"])
-    class_of = {category["id"]: index for index, category in enumerate(categories)}
-    photos: dict[Any, Photo] = {}
-    ambiguous: set[int] = set()
-    for number, record in enumerate(content["images"]):
-        name = str(record.get("file_name", ""))
-        where = f"image {record.get('id')} ({name})"
-        if not name or record.get("id") is None:
-            stray.append(("image-record", f"image number {number}", "needs an id and a file_name"))
-        elif record["id"] in photos:
-            stray.append(("image-id-twice", where, f"has the id of {photos[record['id']].file_name}"))
-            ambiguous.add(photos[record["id"]].id)
+    classes = [c for c in content["categories"] if c["id"] in used or c["name"] not in parents]
+    return sorted(classes, key=lambda category: category["id"])
+
+
+def _images(
+    records: list[dict[str, Any]], image_folder: Path
+) -> tuple[dict[Any, ImageRecord], list[tuple[str, str, str]], set[int]]:
+    """Image records by their original id, orphans, and ambiguous ids."""
+    images: dict[Any, ImageRecord] = {}
+    orphans, ambiguous_ids = [], set()
+    for number, record in enumerate(records):
+        name, given_id = str(record.get("file_name", "")), record.get("id")
+        described = f"image {given_id} ({name})"
+        if not name or given_id is None:
+            orphans.append(("image-record-incomplete", f"image number {number}", "needs an id and a file_name"))
+        elif given_id in images:
+            other = images[given_id]
+            orphans.append(("image-id-duplicate", described, f"has the same id as {other.file_name}"))
+            ambiguous_ids.add(other.id)
         else:
-            width, height = record.get("width"), record.get("height")
-            known = isinstance(width, (int, float)) and isinstance(height, (int, float))
-            size = (int(width), int(height)) if known else None
-            photos[record["id"]] = Photo(image_folder / name, name, own_id(record["id"], number), where, size)
+            size = recorded_size(record.get("width"), record.get("height"))
+            path = image_folder / name
+            images[given_id] = ImageRecord(path, name, integer_id(given_id, number), described, size)
+    return images, orphans, ambiguous_ids
+
+
+def _add_boxes(
+    images: dict[Any, ImageRecord], records: list[dict[str, Any]], class_ids: dict[Any, int]
+) -> list[tuple[str, str, str]]:
+    """Attach the annotations to their images; returns those without an image, and duplicate ids."""
+    orphans: list[tuple[str, str, str]] = []
     ids: set[Any] = set()
-    for number, record in enumerate(content["annotations"]):
-        where = f"annotation {record.get('id', f'number {number}')}"
-        photo = photos.get(record.get("image_id"))
+    for number, record in enumerate(records):
+        described = f"annotation {record.get('id', f'number {number}')}"
         if record.get("id") in ids:
-            stray.append(("annotation-id-twice", where, "another annotation has this id"))
+            orphans.append(("annotation-id-duplicate", described, "another annotation has the same id"))
         ids.add(record.get("id"))
-        if photo is None:
-            stray.append(("annotation-without-image", where, f"there is no image {record.get('image_id')}"))
+        image = images.get(record.get("image_id"))
+        if image is None:
+            orphans.append(("annotation-orphan", described, f"there is no image {record.get('image_id')}"))
             continue
-        category = class_of.get(record.get("category_id"))
         area = record.get("area")
-        photo.boxes.append(
-            Box(
-                where,
+        image.boxes.append(
+            BoxRecord(
+                described,
                 record.get("bbox"),
-                category,
-                own_id(record.get("id"), number),
+                class_ids.get(record.get("category_id")),
+                integer_id(record.get("id"), number),
                 float(area) if isinstance(area, (int, float)) else None,
                 int(bool(record.get("iscrowd", 0))),
                 category_name=record.get("category_id"),
             )
         )
-    return Source(
-        "COCO",
-        split,
-        file,
-        [str(category["name"]) for category in categories],
-        [int(category["id"]) for category in categories],
-        list(photos.values()),
-        image_folder,
-        stray,
-        ambiguous,
-    )
+    return orphans
 
 
-def own_id(given: Any, number: int) -> int:
-    """An id that is a number, as COCO's tools need; the running number for any other."""
-    return given if isinstance(given, int) and not isinstance(given, bool) else number
+COCO = AnnotationFormat(
+    "COCO", "annotations/instances_{split}*.json, {split}/_annotations.coco.json, {split}.json", find_coco
+)

@@ -1,4 +1,4 @@
-"""Reading YOLO data sets."""
+"""Reading YOLO datasets."""
 
 import math
 import os
@@ -9,109 +9,133 @@ from typing import Any
 import yaml
 from transformers.utils import logging
 
-from ..source import Box, Photo, Source, image_files, read_headers, read_text
+from ..image_files import image_files
+from ..records import SPLIT_NAMES, AnnotatedSplit, AnnotationFormat, BoxRecord, ImageRecord, read_headers, split_names
+from .parsing import read_text
 
 logger = logging.get_logger(__name__)
 
 
-def find_yolo(path: Path, split: str, names: tuple[str, ...]) -> Source | None:
-    candidates = [path] if path.is_file() else sorted((*path.glob("*.yaml"), *path.glob("*.yml")))
-    for file in candidates:
-        if file.suffix not in (".yaml", ".yml"):
-            continue
+def find_yolo(path: Path, split: str) -> AnnotatedSplit | None:
+    """The split that a `.yaml` file names, with labels in `labels/` beside `images/`."""
+    for file in _yaml_files(path):
         try:
             content = yaml.safe_load(read_text(file))
         except yaml.YAMLError as error:
             raise ValueError(f"{file} is not valid YAML: {error}") from error
         if isinstance(content, dict) and "names" in content:
-            key = next((name for name in names if content.get(name)), None)
-            entries = [] if key is None else content[key] if isinstance(content[key], list) else [content[key]]
+            entries = next((_entries(content, name) for name in split_names(split) if content.get(name)), [])
             if not entries:
                 return None
-            if split != "train" and not any(_place_of(file, content, entry) for entry in entries):
-                # Roboflow names splits that it does not write
-                logger.warning_once(f"{file} says that {split} images are in {entries[0]}, which is not there.")
+            if split != "train" and not any(_resolve(file, content, entry) for entry in entries):
+                # Roboflow's yaml files name splits that were not exported
+                logger.warning_once(f"{file} names {entries[0]} for the {split} images, which does not exist.")
                 return None
             return read_yolo(file, content, entries, split)
     return None
 
 
-def _place_of(file: Path, content: dict[str, Any], entry: str) -> Path | None:
-    root = Path(content.get("path") or "")
-    root = root if root.is_absolute() else file.parent / root
-    # Roboflow writes ../train/images relative to a folder that does not exist; what it means is beside the yaml
-    places = [root / entry, file.parent / entry, file.parent / entry.removeprefix("../")]
-    return next((place for place in places if place.exists()), None)
-
-
-def _images_of(place: Path) -> list[Path]:
-    if place.is_dir():
-        return image_files(place)
-    lines = [line.strip() for line in read_text(place).splitlines() if line.strip()]  # a list of images
-    return [path if path.is_absolute() else place.parent / path for path in map(Path, lines)]
-
-
-def yolo_places(folder: Path) -> Iterator[Path]:
-    """Folders and lists outside `folder` that its yaml files name, with the files in them: what must not have changed
-    for the rows in the cache to be right."""
-    for file in [folder] if folder.is_file() else sorted((*folder.glob("*.yaml"), *folder.glob("*.yml"))):
+def yolo_files_elsewhere(path: Path) -> Iterator[Path]:
+    """The images and label files that the yaml files of a folder name, in that folder or outside."""
+    for file in _yaml_files(path):
         try:
             content = yaml.safe_load(read_text(file))
         except (yaml.YAMLError, ValueError):
             continue
         if not isinstance(content, dict) or "names" not in content:
             continue
-        for key in ("train", "val", "valid", "validation", "test"):
-            for entry in [content[key]] if isinstance(content.get(key), str) else content.get(key) or []:
-                place = _place_of(file, content, entry)
-                if place is not None:
-                    yield from (path for image in _images_of(place) for path in (image, _label_file(image)))
+        for name in (*SPLIT_NAMES["train"], *SPLIT_NAMES["val"], "test"):
+            for entry in _entries(content, name):
+                place = _resolve(file, content, entry)
+                for image in _images_in(place) if place is not None else ():
+                    yield from (image, _label_file(image))
 
 
-def read_yolo(file: Path, content: dict[str, Any], entries: list[str], split: str) -> Source:
-    """A split of a YOLO data set: a label file an image, each line `class cx cy w h` in [0, 1], or a polygon
-    `class x1 y1 x2 y2 ...`, of which the surrounding box is taken. Key points after a box are left out."""
+def _yaml_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path] if path.suffix in (".yaml", ".yml") else []
+    return sorted((*path.glob("*.yaml"), *path.glob("*.yml")))
+
+
+def _entries(content: dict[str, Any], name: str) -> list[str]:
+    """The folders and image lists of a split."""
+    value = content.get(name) or []
+    return value if isinstance(value, list) else [value]
+
+
+def _resolve(file: Path, content: dict[str, Any], entry: str) -> Path | None:
+    root = Path(content.get("path") or "")
+    root = root if root.is_absolute() else file.parent / root
+    # Roboflow writes ../train/images for a folder that is beside the yaml file
+    candidates = [root / entry, file.parent / entry, file.parent / entry.removeprefix("../")]
+    return next((candidate for candidate in candidates if candidate.exists()), None)
+
+
+def _images_in(place: Path) -> list[Path]:
+    """The images in a folder, or those that a text file lists."""
+    if place.is_dir():
+        return image_files(place)
+    lines = [line.strip() for line in read_text(place).splitlines() if line.strip()]
+    return [path if path.is_absolute() else place.parent / path for path in map(Path, lines)]
+
+
+def read_yolo(file: Path, content: dict[str, Any], entries: list[str], split: str) -> AnnotatedSplit:
+    """A split of a YOLO dataset: one label file per image, each line `class cx cy w h` in [0, 1], or a polygon `class
+    x1 y1 x2 y2 ...`, of which the bounding box is taken. Keypoints after a box are ignored.
+
+    Raises:
+        ValueError: the images of the split do not exist.
+    """
     names = content["names"]
-    ids = sorted(names) if isinstance(names, dict) else list(range(len(names)))
-    class_of = {int(key): index for index, key in enumerate(ids)}
-    labels_of = [str(names[key]) for key in ids]
+    keys = sorted(names) if isinstance(names, dict) else list(range(len(names)))
+    class_ids = {int(key): class_id for class_id, key in enumerate(keys)}
     paths: list[Path] = []
     for entry in entries:
-        place = _place_of(file, content, entry)
+        place = _resolve(file, content, entry)
         if place is None:
-            raise ValueError(f"{file}: the {split} images are said to be in {entry}, which is not there.")
-        paths += _images_of(place)
-    paths = [path.absolute() for path in paths]
-    common = _common_folder(paths, file.parent)
-    photos = [
-        Photo(path, _relative(path, common), number, f"image {_relative(path, common)}")
-        for number, path in enumerate(paths)
-    ]
-    read_headers(photos)
-    labels = {photo.file_name: _label_file(photo.path) for photo in photos}
-    for photo in photos:
-        photo.boxes = list(_yolo_boxes(labels[photo.file_name], photo, class_of, "kpt_shape" in content))
+            raise ValueError(f"{file} names {entry} for the {split} images, which does not exist.")
+        paths += [path.absolute() for path in _images_in(place)]
+    folder = Path(os.path.commonpath([path.parent for path in paths])) if paths else file.parent
+    images = []
+    for number, path in enumerate(paths):
+        name = path.relative_to(folder).as_posix()
+        images.append(ImageRecord(path, name, number, f"image {name}"))
+    read_headers(images)
     number = 0
-    for photo in photos:
-        for box in photo.boxes:
+    for image in images:
+        image.boxes = list(_boxes(_label_file(image.path), image.size, class_ids, "kpt_shape" in content))
+        for box in image.boxes:
             box.id = number = number + 1
-    with_image = set(labels.values())
-    folders = {label.parent for label in with_image}
-    stray = [
-        ("annotation-without-image", f"{label.name}", "there is no image for this label file")
-        for folder in sorted(folders)
+    return AnnotatedSplit(
+        "YOLO",
+        split,
+        file,
+        [str(names[key]) for key in keys],
+        [int(key) for key in keys],
+        images,
+        folder,
+        _orphans(images),
+    )
+
+
+def _orphans(images: list[ImageRecord]) -> list[tuple[str, str, str]]:
+    labels = [_label_file(image.path) for image in images]
+    known = set(labels)
+    orphans = [
+        ("annotation-orphan", label.name, "there is no image for this label file")
+        for folder in sorted({label.parent for label in labels})
         for label in sorted(folder.glob("*.txt"))
-        if label not in with_image and label.name != "classes.txt"
+        if label not in known and label.name != "classes.txt"
     ]
-    stray += [
-        ("image-without-record", photo.where, f"there is no label file {labels[photo.file_name]}")
-        for photo in photos
-        if not labels[photo.file_name].is_file()
+    return orphans + [
+        ("image-unannotated", image.record, f"there is no label file {label}")
+        for image, label in zip(images, labels, strict=True)
+        if not label.is_file()
     ]
-    return Source("YOLO", split, file, labels_of, [int(key) for key in ids], photos, common, stray)
 
 
 def _label_file(image: Path) -> Path:
+    """The last folder `images` in the path replaced by `labels`, the suffix by `.txt`."""
     parts = list(image.parts)
     for index in range(len(parts) - 2, -1, -1):
         if parts[index] == "images":
@@ -120,38 +144,40 @@ def _label_file(image: Path) -> Path:
     return image.with_suffix(".txt")
 
 
-def _yolo_boxes(label: Path, photo: Photo, class_of: dict[int, int], with_points: bool) -> Iterator[Box]:
+def _boxes(
+    label: Path, image_size: tuple[int, int], class_ids: dict[int, int], with_keypoints: bool
+) -> Iterator[BoxRecord]:
+    """The objects of a label file; `image_size` is (width, height) in pixels."""
     if not label.is_file():
         return
-    width, height = photo.header.size if photo.header else (0, 0)
+    scale = (*image_size, *image_size)
     for number, line in enumerate(read_text(label).splitlines(), start=1):
         if not line.strip():
             continue
-        where = f"{label.name} line {number}"
+        record = f"{label.name} line {number}"
         try:
-            kind, *values = (float(value) for value in line.split())
+            class_number, *values = (float(value) for value in line.split())
         except ValueError:
-            yield Box(where, line.strip(), None, 0, problem=f"is not numbers: {line.strip()[:60]!r}")
+            yield BoxRecord(record, line.strip(), None, 0, problem=f"must be numbers, got {line.strip()[:60]!r}")
             continue
-        category = class_of.get(int(kind)) if math.isfinite(kind) and kind == int(kind) else None
-        values = values[:4] if with_points else values
-        problem = None
+        values = values[:4] if with_keypoints else values
+        valid_class = math.isfinite(class_number) and class_number == int(class_number)
+        category = class_ids.get(int(class_number)) if valid_class else None
+        problem, relative = None, values
         if len(values) == 4:
             cx, cy, w, h = values
-            bbox = [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]
+            relative = [cx - w / 2, cy - h / 2, w, h]
         elif len(values) >= 6 and len(values) % 2 == 0:
             xs, ys = values[::2], values[1::2]
-            bbox = [min(xs) * width, min(ys) * height, (max(xs) - min(xs)) * width, (max(ys) - min(ys)) * height]
+            relative = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
         else:
-            problem, bbox = f"has {len(values)} numbers; a box has 4, a polygon an even number from 6", values
+            problem = f"must have 4 numbers after the class, or an even number from 6 for a polygon, got {len(values)}"
         if problem is None and all(map(math.isfinite, values)) and max(map(abs, values)) > 2:
-            problem = f"is not relative to the image: {values[:4]}; YOLO has values in [0, 1]"
-        yield Box(where, bbox, category, 0, problem=problem, category_name=line.split()[0])
+            problem = f"must be relative to the image, in [0, 1], got {values[:4]}"
+        bbox = [value * side for value, side in zip(relative, scale, strict=False)]
+        yield BoxRecord(record, bbox, category, 0, problem=problem, category_name=line.split()[0])
 
 
-def _common_folder(paths: list[Path], default: Path) -> Path:
-    return Path(os.path.commonpath([path.parent for path in paths])) if paths else default
-
-
-def _relative(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix()
+YOLO = AnnotationFormat(
+    "YOLO", "a .yaml file that names {split} and the classes, such as data.yaml", find_yolo, yolo_files_elsewhere
+)

@@ -1,6 +1,6 @@
-"""Seconds and peak memory of the doctor and of loading, on a data set of 640 x 480 photos drawn for the purpose.
+"""Seconds and peak memory of loading and of the dataset check, on synthetic images of 640 x 480.
 
-python benchmarks/doctor.py [--images 5000]
+python benchmarks/dataset_check.py [--images 5000]
 """
 
 import argparse
@@ -18,11 +18,11 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from hf_detr.data import load_detection_dataset
-from hf_detr.dataset_check import examine
+from hf_detr.dataset_check import check_dataset
 
 
 def draw(folder: Path, count: int) -> None:
-    """Photos with gradients and noise, which compress about as photos do, and 1 to 15 boxes each."""
+    """Images with gradients and noise, which compress about as well as photographs, and 1 to 15 boxes each."""
     rng = np.random.default_rng(0)
     (folder / "train").mkdir(parents=True)
     images, annotations = [], []
@@ -49,20 +49,20 @@ def load(folder: Path) -> None:
     load_detection_dataset(folder / "data", cache_dir=folder / "cache", progress=False)
 
 
-def doctor(folder: Path) -> None:
-    examine(folder / "data", num_workers=2, progress=False)
+def check(folder: Path) -> None:
+    check_dataset(folder / "data", num_workers=2, progress=False)
 
 
 STEPS = {
-    "nothing but the imports": lambda folder: None,
-    "load, first time (headers checked, Arrow written)": load,
+    "imports only": lambda folder: None,
+    "load for the first time (check headers, write Arrow)": load,
     "load, from the cache": load,
-    "the doctor (all pixels, 2 workers)": doctor,
+    "dataset check (all pixels, 2 workers)": check,
 }
 
 
 def run_step(name: str, folder: Path) -> None:
-    """One step in this process; prints seconds and the most memory that this process and its largest worker held."""
+    """Run one step in this process; print its seconds and the peak memory of this process and of its largest worker."""
     started = time.perf_counter()
     STEPS[name](folder)
     seconds = time.perf_counter() - started
@@ -83,7 +83,10 @@ def main() -> None:
         draw(folder / "data", args.images)
         size = sum(path.stat().st_size for path in (folder / "data").rglob("*")) / 1e6
         print(f"{args.images} images of 640 x 480, {size:.0f} MB\n", flush=True)
-        print("| step | seconds | peak memory, MB | of the largest worker, MB |\n|---|---|---|---|", flush=True)
+        print(
+            "| step | seconds | peak memory, MB | peak memory of the largest worker, MB |\n|---|---|---|---|",
+            flush=True,
+        )
         for name in STEPS:
             subprocess.run([sys.executable, __file__, "--step", name, str(folder)], check=True)
     finally:
