@@ -124,12 +124,12 @@ def test_planted_errors_of_all_kinds_at_once_are_found_exactly():
 
 
 def test_the_bounds_of_the_bins_are_the_papers():
-    truth = [{"image_id": 1, "category_id": 0, "bbox": [0.0, 0.0, 100.0, 100.0], "iscrowd": 0}]
+    objects = [{"image_id": 1, "category_id": 0, "bbox": [0.0, 0.0, 100.0, 100.0], "iscrowd": 0}]
 
     def kind(width, label):
         """Of a box that covers this much of the object: IoU = width / 100."""
         box = {"image_id": 1, "category_id": label, "bbox": [0.0, 0.0, float(width), 100.0], "score": 0.9}
-        return [error.kind for error in find_errors(truth, [box])]
+        return [error.kind for error in find_errors(objects, [box])]
 
     assert [kind(width, 0) for width in (51, 50)] == [[], []]
     assert [kind(width, 0) for width in (49, 10)] == [["localisation"]] * 2

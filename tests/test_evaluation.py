@@ -105,7 +105,7 @@ def with_pycocotools(images, annotations, detections, id2label):
 
 
 def as_dataset(images, annotations, id2label, ids=None, pictures=None):
-    """The same truth as a data set of the schema."""
+    """The same ground truth as a data set of the schema."""
     names = list(id2label.values())
     rows = []
     for image in images:

@@ -109,8 +109,8 @@ def confusion_matrix(
     matching = match_detections(annotations, above(detections, threshold), iou_threshold=iou_threshold, any_class=True)
     hit = matching.matched >= 0
     np.add.at(matrix, (matching.object_labels[matching.matched[hit]], matching.labels[hit]), 1)
-    np.add.at(matrix, (background, matching.labels[~hit & ~matching.ignored]), 1)
-    np.add.at(matrix, (matching.object_labels[matching.missed], background), 1)
+    matrix[-1] += np.bincount(matching.labels[~hit & ~matching.ignored], minlength=background + 1)
+    matrix[:, -1] += np.bincount(matching.object_labels[matching.missed], minlength=background + 1)
     counts: list[list[int]] = matrix.tolist()
     return counts
 
