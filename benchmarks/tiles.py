@@ -19,7 +19,7 @@ from transformers import pipeline
 
 import hf_detr
 from hf_detr.data import shapes
-from hf_detr.evaluation.detection_matching import match_images
+from hf_detr.evaluation.detection_matching import match_detections
 from hf_detr.prediction import Tiling, load_image, predict_batch
 from hf_detr.speed import prepare_for_inference
 
@@ -69,14 +69,12 @@ def records(image_id: int, objects: list[tuple[int, Box]], **scores: list[float]
 
 def count(truth: list[dict[str, Any]], found: list[dict[str, Any]], edge: float) -> dict[str, int]:
     """Small and large objects, how many of each were found, and detections that are none of them."""
-    total = {"small": 0, "small_found": 0, "large": 0, "large_found": 0, "wrong": 0}
-    for image in match_images(truth, found):
-        hit = np.isin(np.arange(len(image.truth_labels)), image.matched)
-        small = image.truth_boxes[:, 2:].max(1, initial=0) <= edge
-        for name, members in (("small", small), ("large", ~small)):
-            total[name] += int(members.sum())
-            total[f"{name}_found"] += int((members & hit).sum())
-        total["wrong"] += int((image.matched < 0).sum())
+    matching = match_detections(truth, found)
+    hit = np.isin(np.arange(len(matching.objects)), matching.matched)
+    small = np.array([max(record["bbox"][2:]) <= edge for record in matching.objects], dtype=bool)
+    total = {"wrong": int((matching.matched < 0).sum())}
+    for name, members in (("small", small), ("large", ~small)):
+        total |= {name: int(members.sum()), f"{name}_found": int((members & hit).sum())}
     return total
 
 

@@ -1,4 +1,4 @@
-"""Print the COCO table of a checkpoint on a data set; with --report, write a page about where it goes wrong.
+"""Print the COCO table of a checkpoint on a data set; with --report, also write a page that analyses its errors.
 
 accelerate launch examples/evaluate.py --model CHECKPOINT --dataset FOLDER --report report
 """
@@ -29,18 +29,24 @@ from hf_detr.training import use_all_cores
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", required=True, help="checkpoint, a folder or a Hub id; or a folder that export.py wrote"
+        "--model", required=True, help="checkpoint (a folder or a Hub id), or a folder written by export.py"
     )
-    parser.add_argument("--dataset", required=True, help="annotated folder, or a data set on the Hub")
+    parser.add_argument("--dataset", required=True, help="annotated folder, or data set on the Hub")
     parser.add_argument("--split", default="val")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--num_workers", type=int, default=1)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="predict in this precision, with a checkpoint or an OpenVINO export; default: its own",
+        help="precision of prediction, for a checkpoint or an OpenVINO export; default: that of the weights",
     )
-    parser.add_argument("--output", type=Path, help="write the numbers to this JSON file as well")
+    parser.add_argument(
+        "--max_detections",
+        type=int,
+        default=100,
+        help="detections that count per image and class in the COCO table, by score; default: 100, as in COCO",
+    )
+    parser.add_argument("--output", type=Path, help="also write the numbers to this JSON file")
     parser.add_argument("--report", type=Path, help="write report.html and report.json into this folder")
     parser.add_argument(
         "--save_thresholds",
@@ -49,9 +55,11 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.save_thresholds and not (Path(args.model) / "preprocessor_config.json").is_file():
-        parser.error(f"--save_thresholds writes into a local folder with a preprocessor, and {args.model} is none.")
+        parser.error(
+            f"--save_thresholds writes into the checkpoint, and {args.model} is not a local folder with a preprocessor."
+        )
 
-    import_extra("faster_coco_eval", "evaluation")
+    import_extra("hotcoco", "evaluation")
     accelerator = Accelerator()
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)
@@ -61,30 +69,31 @@ def main() -> None:
         model = DetrForDetection.from_pretrained(args.model)
         model = prepare_for_inference(model, args.dtype)
     processor = DetrImageProcessor.from_pretrained(args.model)
-    with accelerator.main_process_first():  # the others find it in the cache
+    with accelerator.main_process_first():  # the other processes read its cache
         dataset = load_detection_dataset(
             args.dataset, args.split, id2label=model.config.id2label, progress=accelerator.is_main_process
         )
     loader = DataLoader(
         dataset, batch_size=args.batch_size, collate_fn=DetectionCollator(processor), num_workers=args.num_workers
     )
-    model, loader = model.to(accelerator.device), accelerator.prepare(loader)  # nothing trains: no wrapper around it
+    model, loader = model.to(accelerator.device), accelerator.prepare(loader)  # unwrapped: nothing trains
     evaluator = evaluate_detection(model, loader, dataset, processor, progress=accelerator.is_main_process)
     if accelerator.is_main_process:
-        metrics = evaluator.compute()
+        metrics = evaluator.compute(args.max_detections)
         print(f"{args.model} on {len(dataset)} images of {source_of(dataset)}\n{format_metrics(metrics)}")
         if args.output:
             args.output.write_text(json.dumps(metrics, indent=2))
         if args.report:
-            write_report(args.report, evaluator, dataset, f"{Path(args.model).name} on {Path(args.dataset).name}")
-            print(f"\n{args.report / 'report.html'} shows where it goes wrong.")
+            title = f"{Path(args.model).name} on {Path(args.dataset).name}"
+            write_report(args.report, evaluator, dataset, title, max_detections=args.max_detections)
+            print(f"\n{args.report / 'report.html'} shows the errors.")
         if args.save_thresholds:
             f1 = f1_by_threshold(evaluator.annotations, evaluator.predictions(), evaluator.id2label)
             path = save_class_thresholds(args.model, best_thresholds(f1))
             print(f'\n{path} has a threshold for each class now; threshold="per_class" uses them:')
             for name, row in f1["best"].items():
                 found = row["threshold"] is not None
-                print(f"  {name}: {row['threshold']:.3f}" if found else f"  {name}: 0.500, no true detection to go by")
+                print(f"  {name}: {row['threshold']:.3f}" if found else f"  {name}: 0.500 (no true positive)")
     accelerator.end_training()
 
 

@@ -37,7 +37,7 @@ def main() -> None:
     args = parse_args()
     use_all_cores()
     if args.dataset:
-        import_extra("faster_coco_eval", "evaluation")
+        import_extra("hotcoco", "evaluation")
     model = DetrForDetection.from_pretrained(args.model, dtype=torch.float32)
     processor = DetrImageProcessor.from_pretrained(args.model)
     evaluate = None

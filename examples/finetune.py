@@ -75,7 +75,7 @@ from hf_detr.training import (
     use_all_cores,
     use_plain_weights,
 )
-from hf_detr.visualization import compare_with_truth
+from hf_detr.visualization import compare_with_ground_truth
 
 OVERFIT_AP50 = 0.9
 
@@ -341,7 +341,7 @@ def evaluate_and_keep(run: Run, line: dict[str, float]) -> dict[str, float]:
         about = {"epoch": line["epoch"], "dataset": dataset_name(run.folder), "num_images": len(run.val_set)}
         keep(run, run.output_dir, metrics | about | {"split": "train" if args.overfit else "val"})
     if accelerator.is_main_process and accelerator.trackers:
-        picture = compare_with_truth(run.val_set, evaluator.detections())
+        picture = compare_with_ground_truth(run.val_set, evaluator.detections())
         log_picture(accelerator, "validation", picture, run.history.step)
     return found
 
@@ -378,7 +378,7 @@ def conclude(run: Run) -> None:
     if accelerator.is_main_process:
         with replacing(output_dir / "metrics.json") as file:
             json.dump(metrics, file, indent=2)
-        compare_with_truth(run.val_set, evaluator.detections()).save(output_dir / "validation.png")
+        compare_with_ground_truth(run.val_set, evaluator.detections()).save(output_dir / "validation.png")
     accelerator.print(
         f"\nBest checkpoint, epoch {metrics['epoch']}\n{format_metrics(metrics)}\n\nSaved in {output_dir}"
     )

@@ -1,4 +1,4 @@
-"""COCO numbers against pycocotools on random detections and edge cases, and the same numbers by every way to them."""
+"""COCO numbers against pycocotools on random worlds and edge cases, and the same numbers by every way to get them."""
 
 import contextlib
 import io
@@ -23,8 +23,8 @@ from hf_detr.evaluation import (
     coco_metrics,
     evaluate_detection,
     format_metrics,
-    metrics_by_size,
 )
+from hf_detr.evaluation.coco_metrics import canonical_id, coco_details
 
 CASES = {
     "plain": {},
@@ -37,15 +37,18 @@ CASES = {
     "no detections": {"extra": 0, "found": 0.0},
     "all scores equal": {"tied": True},
     "tiny and huge": {"sizes": (0.3, 600)},
-    "whole pixels, IoU on the threshold": {"whole": True},
+    "integer boxes, IoU on the threshold": {"whole": True},
+    "empty images": {"images": 9, "most": 1, "extra": 1},
+    "ids beyond 2^53, unsorted": {"first_id": 20210312103000120, "unsorted": True, "tied": True},
 }
+SEEDS = {"one image, more than 100": 2}
 
 
 def random_case(
     seed, images=5, classes=3, used=None, crowd=False, most=9, extra=12, found=0.7, tied=False, sizes=(8, 200),
-    whole=False,
+    whole=False, first_id=10, unsorted=False,
 ):  # fmt: skip
-    """Images, annotations, detections and names; areas are of masks, so not width x height, and not whole."""
+    """Images, annotations, detections and names; areas are those of masks, smaller than width x height."""
     rng = np.random.default_rng(seed)
     used = used or classes
 
@@ -59,7 +62,7 @@ def random_case(
         for _ in range(int(rng.integers(0, most + 1)) if most < 100 else most):
             values = box()
             annotations.append({
-                "image_id": 10 + 3 * image, "category_id": int(rng.integers(used)), "bbox": values.tolist(),
+                "image_id": first_id + 3 * image, "category_id": int(rng.integers(used)), "bbox": values.tolist(),
                 "area": float(values[2] * values[3] * rng.uniform(0.5, 1)),
                 "iscrowd": int(crowd and rng.random() < 0.2),
             })  # fmt: skip
@@ -68,13 +71,16 @@ def random_case(
                 moved[2:] = np.maximum(moved[2:], 0.5)
                 label = annotations[-1]["category_id"] if rng.random() < 0.8 else int(rng.integers(classes))
                 detections.append([annotations[-1]["image_id"], label, moved.tolist()])
-        detections += [[10 + 3 * image, int(rng.integers(classes)), box().tolist()] for _ in range(extra)]
+        detections += [[first_id + 3 * image, int(rng.integers(classes)), box().tolist()] for _ in range(extra)]
     scores = np.full(len(detections), 0.5) if tied else rng.random(len(detections)).round(2)  # rounded: ties
     detections = [
         {"image_id": image, "category_id": label, "bbox": values, "score": float(score)}
         for (image, label, values), score in zip(detections, scores, strict=True)
     ]
-    records = [{"id": 10 + 3 * image, "width": 600, "height": 600} for image in range(images)]
+    records = [{"id": first_id + 3 * image, "width": 600, "height": 600} for image in range(images)]
+    if unsorted:
+        for values in (records, annotations, detections):
+            rng.shuffle(values)
     return records, annotations, detections, {i: f"class {i}" for i in range(classes)}
 
 
@@ -99,7 +105,7 @@ def with_pycocotools(images, annotations, detections, id2label):
 
 
 def as_dataset(images, annotations, id2label, ids=None, pictures=None):
-    """The same truth as a data set of the schema."""
+    """The same ground truth as a data set of the schema."""
     names = list(id2label.values())
     rows = []
     for image in images:
@@ -135,21 +141,84 @@ def flat(metrics):
     return {name: metrics[name] for name in METRICS} | metrics["per_class"]
 
 
-@pytest.mark.parametrize("seed", range(20))
+def mean(values):
+    """As pycocotools averages: -1 marks what does not exist."""
+    return values[values > -1].mean() if (values > -1).any() else -1
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_the_twelve_numbers_and_each_class_equal_pycocotools(case, seed):
-    records = random_case(1000 * list(CASES).index(case) + seed, **CASES[case])
-    metrics = coco_metrics(*records)
-    engine = with_pycocotools(*records)
-    np.testing.assert_allclose([metrics[name] for name in METRICS], engine.stats, atol=1e-6)
-    precision = engine.eval["precision"]  # (IoU, recall, class, size, most detections)
-    for k, ap in enumerate(metrics["per_class"].values()):
-        values = precision[:, :, k, 0, -1]
-        assert ap == pytest.approx(values.mean() if (values > -1).any() else -1, abs=1e-6)
-    for number, row in enumerate(metrics_by_size(*records).values(), start=1):
-        expected = precision[0, :, :, number, -1]
-        assert row["AP50"] == pytest.approx(expected[expected > -1].mean() if (expected > -1).any() else -1, abs=1e-6)
-        assert row["AP"] == pytest.approx(metrics[("APs", "APm", "APl")[number - 1]], abs=1e-12)
+def test_metrics_equal_pycocotools_on_random_worlds(case):
+    for seed in range(SEEDS.get(case, 5)):
+        records = random_case(1000 * list(CASES).index(case) + seed, **CASES[case])
+        details = coco_details(*records)
+        engine = with_pycocotools(*records)
+        metrics, precision = details["metrics"], engine.eval["precision"]  # (IoU, recall, class, size, max detections)
+        assert metrics == coco_metrics(*records)
+        np.testing.assert_allclose([metrics[name] for name in METRICS], engine.stats, atol=1e-12)
+        expected = [mean(precision[:, :, k, 0, -1]) for k in range(len(records[3]))]
+        assert list(metrics["per_class"].values()) == pytest.approx(expected, abs=1e-12)
+        for number, row in enumerate(details["by_size"].values(), start=1):
+            assert row["AP"] == metrics[("APs", "APm", "APl")[number - 1]]
+            assert row["AP50"] == pytest.approx(mean(precision[0, :, :, number, -1]), abs=1e-12)
+            assert row["AP75"] == pytest.approx(mean(precision[5, :, :, number, -1]), abs=1e-12)
+            assert row["AR100"] == pytest.approx(mean(engine.eval["recall"][:, :, number, -1]), abs=1e-12)
+        for iou, index in (("0.5", 0), ("0.75", 5)):
+            found = details["precision_recall"][iou]["precision"]
+            for k, name in records[3].items():
+                if (precision[index, :, k, 0, -1] > -1).any():
+                    np.testing.assert_allclose(found[name], precision[index, :, k, 0, -1], atol=1e-12)
+                else:
+                    assert name not in found
+
+
+def shifted_pairs(image_ids):
+    """One object per image, and a detection of each in the next image, where it is wrong."""
+    annotations = [
+        {"image_id": image_id, "category_id": 0, "bbox": [10.0 * i, 0, 8, 8]} for i, image_id in enumerate(image_ids)
+    ]
+    detections = [
+        annotation | {"image_id": image_ids[i ^ 1], "score": 0.9 - 0.01 * i} for i, annotation in enumerate(annotations)
+    ]
+    return [{"id": image_id} for image_id in image_ids], annotations, detections
+
+
+@pytest.mark.parametrize(
+    "image_ids",
+    [[20210312103000120 + i for i in range(8)], [2**63 + i for i in range(8)], [f"cam{i}_1" for i in range(8)]],
+    ids=["beyond 2^53", "beyond 2^63", "text"],
+)
+def test_large_and_text_ids_are_never_confused(image_ids):
+    images, annotations, wrong = shifted_pairs(image_ids)
+    assert coco_metrics(images, annotations, wrong, {0: "a"})["AP"] == 0
+    right = [annotation | {"score": 0.5} for annotation in annotations]
+    assert coco_metrics(images, annotations, right, {0: "a"})["AP"] == pytest.approx(1)
+    with pytest.raises(ValueError, match=f"Detection 0 is of image {image_ids[0]}"):
+        coco_metrics(images[1:], annotations[1:], right, {0: "a"})
+
+
+def test_text_integer_and_float_of_one_number_are_one_id():
+    images, annotations, _ = shifted_pairs(list(range(8)))
+    forms = [str, float, int, np.int64, torch.tensor, str, float, int]
+    detections = [
+        annotation | {"image_id": form(annotation["image_id"]), "category_id": form(0), "score": 0.5}
+        for annotation, form in zip(annotations, forms, strict=True)
+    ]
+    assert coco_metrics(images, annotations, detections, {"0": "a"})["AP"] == pytest.approx(1)
+    with pytest.raises(ValueError, match="share one id, 1"):
+        coco_metrics([{"id": "1"}, {"id": 1.0}], [], [], {0: "a"})
+    assert [canonical_id(value) for value in ("007", "1.5", "-3", 1.5, "cam 1")] == ["007", "1.5", -3, 1.5, "cam 1"]
+
+
+def test_more_than_100_detections_count_on_request():
+    boxes = [[20.0 * (i % 15), 20.0 * (i // 15), 15.0, 15.0] for i in range(180)]
+    annotations = [{"image_id": 1, "category_id": 0, "bbox": box} for box in boxes]
+    detections = [annotation | {"score": 1 - i / 200} for i, annotation in enumerate(annotations)]
+    world = [{"id": 1}], annotations, detections, {0: "a"}
+    assert coco_metrics(*world)["AP"] == pytest.approx(56 / 101)  # recalls 0, 0.01, ..., 0.55 are reached
+    metrics = coco_metrics(*world, max_detections=500)
+    found = [metrics[name] for name in ("AP", "ARs", "AR1", "AR10", "AR100")]
+    assert found == pytest.approx([1, 1, 1 / 180, 10 / 180, 100 / 180])
+    assert coco_metrics(*world, max_detections=5)["AR100"] == pytest.approx(5 / 180)
 
 
 def test_objects_are_counted_by_size():
@@ -157,7 +226,7 @@ def test_objects_are_counted_by_size():
     annotations = [
         {"image_id": 1, "category_id": 0, "bbox": [0, 0, side, side], "iscrowd": crowd} for side, crowd in squares
     ]
-    table = metrics_by_size([{"id": 1}], annotations, [], {0: "a"})
+    table = coco_details([{"id": 1}], annotations, [], {0: "a"})["by_size"]
     # an object of exactly 32² or 96² is of both sizes, in COCO as well
     assert {size: row["objects"] for size, row in table.items()} == {"small": 2, "medium": 3, "large": 3}
 
@@ -198,11 +267,11 @@ def test_no_images_and_images_of_one_id_are_errors():
 
 
 def test_a_missing_engine_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
     with pytest.raises(ImportError, match=r"hf_detr\[evaluation\]"):
         coco_metrics(*random_case(0))
     with pytest.raises(ImportError, match=r"hf_detr\[evaluation\]"):
-        evaluate_detection(None, None, None, None)  # before anything is asked of model, batches and data set
+        evaluate_detection(None, None, None, None)  # before model, batches and data set are used
 
 
 def test_the_input_records_are_left_as_they_were():
@@ -251,26 +320,27 @@ def test_a_streamed_data_set_is_measured_alike():
     assert evaluators[0].compute() == evaluators[1].compute()
 
 
-def _share(rank, folder):
+def _half(rank, folder, evaluator, images, detections):
     """One of two processes: every other image, and the first image again to fill the last batch."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    images, annotations, detections, id2label = random_case(7)
-    evaluator = CocoEvaluator(as_dataset(images, annotations, id2label))
-    mine = (images + images[:1])[rank::2]
-    evaluator.update([image["id"] for image in mine], as_results(mine, detections))
+    own = (images + images[:1])[rank::2]
+    evaluator.update([image["id"] for image in own], as_results(own, detections))
     evaluator.gather()
-    torch.save((evaluator.compute(), len(evaluator.detections())), f"{folder}/{rank}.pt")
+    torch.save(evaluator.predictions(), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_give_the_same_numbers_as_one_with_no_image_lost_or_counted_twice(tmp_path):
     images, annotations, detections, id2label = random_case(7)
     assert len(images) % 2
-    torch.multiprocessing.spawn(_share, args=(str(tmp_path),), nprocs=2)
+    evaluator = CocoEvaluator(as_dataset(images, annotations, id2label))
+    arguments = (str(tmp_path), evaluator, images, detections)
+    torch.multiprocessing.start_processes(_half, args=arguments, nprocs=2, start_method="fork")  # imports nothing anew
+    expected = flat(coco_metrics(images, annotations, detections, id2label))
     for rank in range(2):
-        metrics, count = torch.load(tmp_path / f"{rank}.pt")
-        assert count == len(detections)
-        assert flat(metrics) == pytest.approx(flat(coco_metrics(images, annotations, detections, id2label)), abs=1e-9)
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert len(found) == len(detections)
+        assert flat(coco_metrics(images, annotations, found, id2label)) == pytest.approx(expected, abs=1e-9)
 
 
 # -- other ways to the same numbers --------------------------------------------------------------------------------
@@ -328,10 +398,11 @@ def test_predictions_that_do_not_fit_their_references_are_named(metric):
         metric.compute(predictions=[image | {"scores": [0.5]}] * 2, references=[image | {"image_id": 3}, image])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def found_in_part():
     """A tiny model with spread predictions, its processor, and images of different sizes whose objects lie near some
     of its predictions: (model, processor, images, annotations, items, collate)."""
+    torch.manual_seed(0)
     model = tiny_model(num_labels=3)
     with torch.no_grad():
         model.bbox_predictor.layers[-1].weight.mul_(20)

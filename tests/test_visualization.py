@@ -1,10 +1,10 @@
-"""Pictures: boxes where they belong."""
+"""Boxes and captions drawn on images."""
 
 import numpy as np
 from PIL import Image
 
 from hf_detr.data import category_ids, draw_shapes_dataset, load_detection_dataset
-from hf_detr.visualization import compare_with_truth, contact_sheet, draw_boxes, draw_detections
+from hf_detr.visualization import compare_with_ground_truth, contact_sheet, draw_boxes, draw_detections
 
 
 def test_boxes_are_drawn_at_their_edges_on_a_copy():
@@ -30,17 +30,18 @@ def test_sheets_hold_every_image():
     sheet = contact_sheet([Image.new("RGB", (50, 20), "red")] * 5, columns=2, cell=64)
     assert sheet.size == (128, 192)
     assert (np.asarray(sheet)[..., 1] == 0).sum() > 5 * 40 * 15
+    assert np.asarray(contact_sheet([], cell=64)).min() == 255
 
 
-def test_predictions_beside_the_truth(tmp_path):
+def test_predictions_are_drawn_beside_the_ground_truth(tmp_path):
     folder = draw_shapes_dataset(tmp_path / "data", num_train=1, num_val=12, progress=False)
     data = load_detection_dataset(folder, "val", cache_dir=tmp_path / "cache", progress=False)
-    truth = [
+    ground_truth = [
         {"image_id": row["image_id"], "category_id": category_ids(data)[category], "bbox": bbox, "score": 1.0}
         for row in data
         for category, bbox in zip(row["objects"]["category"], row["objects"]["bbox"], strict=True)
     ]
-    with_them = np.asarray(compare_with_truth(data, truth, num_images=4))
-    without = np.asarray(compare_with_truth(data, [], num_images=4))
+    with_them = np.asarray(compare_with_ground_truth(data, ground_truth, num_images=4))
+    without = np.asarray(compare_with_ground_truth(data, [], num_images=4))
     assert with_them.shape == without.shape == (320, 1280, 3)
     assert (with_them != without).any()

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: a few lines of markup instead of a plotting library."""
+"""Line charts as inline SVG, without a plotting library."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -9,8 +9,8 @@ WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 480, 320, 46, 40, 10, 12  # of the cha
 def line_chart(
     x: Sequence[float], lines: Mapping[str, Sequence[float]], *, x_title: str, y_title: str, mean: bool = True
 ) -> str:
-    """Lines over a common x, both axes from 0 to 1; with `mean` their mean as a thick black one. A line's name shows
-    when the mouse is over it; up to eight lines are also named in a legend below."""
+    """Lines over a common x, both axes from 0 to 1; with `mean`, their mean as a thick black line. A tooltip names each
+    line; up to eight lines are also named in a legend below the chart."""
     inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_title)} over {escape(x_title)}">']
     for step in range(6):
@@ -48,5 +48,5 @@ def line_chart(
 
 
 def colour(index: int) -> str:
-    """Of a line: hues a golden ratio apart, dark enough for a white ground."""
+    """Colour of a line: hues a golden angle apart, dark enough for a white background."""
     return f"hsl({(210 + index * 222.5) % 360:.0f} 65% 42%)"

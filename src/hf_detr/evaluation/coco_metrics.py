@@ -1,26 +1,16 @@
-"""COCO average precision, with faster-coco-eval as the engine: over records, and for a model over a data set."""
+"""COCO average precision and recall over records, computed by hotcoco, which equals pycocotools to the last bit."""
 
 import contextlib
 import gc
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from numpy.typing import NDArray
 
-from ..model.boxes import xyxy_to_xywh
-from ..model.post_processing import to_host
 from ..runtime.extras import import_extra
 
-if TYPE_CHECKING:
-    from ..data.schema import DetectionDataset
-    from ..model.image_processing_hf_detr import DetrImageProcessor
-
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 DESCRIPTIONS = {
     "AP": "average precision, IoU 0.50:0.95",
     "AP50": "average precision, IoU 0.50",
@@ -28,80 +18,135 @@ DESCRIPTIONS = {
     "APs": "average precision, small objects (area < 32²)",
     "APm": "average precision, medium objects",
     "APl": "average precision, large objects (area > 96²)",
-    "AR1": "average recall, 1 detection an image",
-    "AR10": "average recall, 10 detections an image",
-    "AR100": "average recall, 100 detections an image",
+    "AR1": "average recall, at most 1 detection per image and class",
+    "AR10": "average recall, at most 10 detections per image and class",
+    "AR100": "average recall, at most 100 detections per image and class",
     "ARs": "average recall, small objects",
     "ARm": "average recall, medium objects",
     "ARl": "average recall, large objects",
 }
-SIZES = ("small", "medium", "large")
+METRICS = tuple(DESCRIPTIONS)
+MAX_DETECTIONS = 100  # per image and class, by score; COCO's
+SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}  # areas, both ends included, as in COCO
 Record = Mapping[str, Any]
-
-
-# -- numbers over records ------------------------------------------------------------------------------------------
+Floats = NDArray[np.float64]
 
 
 def coco_metrics(
-    images: Iterable[Record], annotations: Sequence[Record], detections: Sequence[Record], id2label: Mapping[int, str]
+    images: Iterable[Record],
+    annotations: Sequence[Record],
+    detections: Sequence[Record],
+    id2label: Mapping[int, str],
+    *,
+    max_detections: int = MAX_DETECTIONS,
 ) -> dict[str, Any]:
     """COCO's twelve numbers.
 
     Args:
-        images: records with an `id`. Every image counts, also one without objects or detections.
+        images: records with an `id`. Every image counts, also one without objects or detections. Ids may be numbers of
+            any size or text; `"1"`, `1` and `1.0` are one id.
         annotations: records with `image_id`, `category_id` (a class id 0 ... N-1), `bbox` [x_min, y_min, width,
-            height] in pixels, and optionally `area` in square pixels (else width x height) and `iscrowd`.
+            height] in pixels, and optionally `area` in square pixels (default: width x height) and `iscrowd`.
         detections: records with `image_id`, `category_id`, `bbox` and `score`.
         id2label: class id to name.
+        max_detections: the detections with the highest scores that count per image and class. AR1, AR10 and AR100
+            count at most the number in their name.
 
     Returns:
         the numbers by the names in `METRICS`, in [0, 1] (-1 where there is nothing to measure), and `per_class`: class
-        name to AP. A name that two classes share is followed by the id.
+        name to AP. Names that several classes share are followed by the class id.
 
     Raises:
-        ImportError: faster-coco-eval is not installed; the extra that has it is named.
-        ValueError: a record cannot be used; the message names it and says why.
+        ImportError: hotcoco is not installed; the message names the extra that installs it.
+        ValueError: a record is invalid; the message names the record and the reason.
     """
-    engine = _run(images, annotations, detections, id2label)
-    metrics: dict[str, Any] = dict(zip(METRICS, (float(value) for value in engine.stats[:12]), strict=True))
-    precision = engine.eval["precision"][..., 0, -1]  # (IoU, recall, class); all sizes, 100 detections
-    metrics["per_class"] = {name: _mean(precision[:, :, k]) for k, name in enumerate(class_names(id2label))}
-    return metrics
+    return coco_details(images, annotations, detections, id2label, max_detections=max_detections)["metrics"]
 
 
-def metrics_by_size(
-    images: Iterable[Record], annotations: Sequence[Record], detections: Sequence[Record], id2label: Mapping[int, str]
-) -> dict[str, dict[str, Any]]:
-    """For small, medium and large objects (area up to 32², up to 96², above, in pixels): how many `objects` there are,
-    crowds apart, their `AP`, `AP50`, `AP75`, `AR100`, and `per_class` AP. Arguments and errors as `coco_metrics`."""
-    engine = _run(images, annotations, detections, id2label)
+def coco_details(
+    images: Iterable[Record],
+    annotations: Sequence[Record],
+    detections: Sequence[Record],
+    id2label: Mapping[int, str],
+    *,
+    max_detections: int = MAX_DETECTIONS,
+) -> dict[str, Any]:
+    """The twelve numbers with what is behind them. Arguments and errors as in `coco_metrics`.
+
+    Returns:
+        `metrics`: the result of `coco_metrics`.
+        `by_size`: for small, medium and large objects the number of `objects` (without crowds), `AP`, `AP50`, `AP75`,
+        `AR100` and `per_class` AP. An object of exactly 32² or 96² pixels counts for both sizes, as in COCO.
+        `precision_recall`: for IoU "0.5" and "0.75" the 101 values of `recall` and `precision`: class name to the 101
+        interpolated precisions, without classes that have no objects.
+    """
+    max_counts = sorted({min(limit, max_detections) for limit in (1, 10, 100)} | {max_detections})
+    engine = _run_engine(images, annotations, detections, id2label, max_counts)
+    names = class_names(id2label)
+    precision = engine.eval["precision"][..., -1]  # (10 IoUs, 101 recalls, classes, all and 3 sizes)
+    recalls = engine.eval["recall"]  # (10 IoUs, classes, all and 3 sizes, max_counts)
+    recall = recalls[..., -1]
+
+    def per_class(size: int) -> dict[str, float]:
+        return {name: _mean(precision[:, :, k, size]) for k, name in enumerate(names)}
+
+    at_most = {limit: recalls[:, :, :, max_counts.index(min(limit, max_detections))] for limit in (1, 10, 100)}
+    every = precision[..., 0]
+    values = [every, every[0], every[5], *(precision[..., size] for size in (1, 2, 3))]
+    values += [*(at_most[limit][..., 0] for limit in (1, 10, 100)), *(recall[..., size] for size in (1, 2, 3))]
+    metrics: dict[str, Any] = {name: _mean(value) for name, value in zip(METRICS, values, strict=True)}
     areas = np.array([_area(record) for record in annotations if not record.get("iscrowd")])
-    inside = ((0, 32**2), (32**2, 96**2), (96**2, 1e10))  # both ends belong, as in COCO
-    table: dict[str, dict[str, Any]] = {}
-    for number, size in enumerate(SIZES):
-        low, high = inside[number]
-        precision = engine.eval["precision"][:, :, :, number + 1, -1]
-        table[size] = {
-            "objects": int(((areas >= low) & (areas <= high)).sum()),
-            "AP": _mean(precision),
-            "AP50": _mean(precision[0]),
-            "AP75": _mean(precision[5]),
-            "AR100": _mean(engine.eval["recall"][:, :, number + 1, -1]),
-            "per_class": {name: _mean(precision[:, :, k]) for k, name in enumerate(class_names(id2label))},
-        }
-    return table
+    return {
+        "metrics": metrics | {"per_class": per_class(0)},
+        "by_size": {
+            size: {
+                "objects": int(((areas >= low) & (areas <= high)).sum()),
+                "AP": _mean(precision[..., number]),
+                "AP50": _mean(precision[0, ..., number]),
+                "AP75": _mean(precision[5, ..., number]),
+                "AR100": _mean(at_most[100][..., number]),
+                "per_class": per_class(number),
+            }
+            for number, (size, (low, high)) in enumerate(SIZES.items(), start=1)
+        },
+        "precision_recall": {
+            iou: {
+                "recall": np.linspace(0.0, 1.0, 101).tolist(),
+                "precision": {name: row.tolist() for name, row in zip(names, curves, strict=True) if row[0] > -1},
+            }
+            for iou, curves in (("0.5", every[0].T), ("0.75", every[5].T))
+        },
+    }
 
 
 def class_names(id2label: Mapping[int, str]) -> list[str]:
-    """The names in the order of their ids, told apart by the id where two classes share one."""
+    """The names in the order of their class ids; names that several classes share are followed by the id."""
     count = Counter(id2label.values())
-    return [name if count[name] == 1 else f"{name} ({i})" for i, name in sorted(id2label.items())]
+    return [id2label[i] if count[id2label[i]] == 1 else f"{id2label[i]} ({i})" for i in sorted(id2label, key=id_order)]
+
+
+def canonical_id(value: Any) -> Any:
+    """One form per id: `"1"`, `1`, `1.0`, and arrays and tensors of one of them, become the integer 1; other text
+    stays text."""
+    if type(value) is int:  # by far the most frequent
+        return value
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.removeprefix("-").isdecimal() and str(int(value)) == value:
+        return int(value)
+    return value
+
+
+def id_order(value: Any) -> tuple[bool, Any]:
+    """Sort key of ids: numbers ascending, then text. Where scores are equal, COCO's numbers depend on this order."""
+    value = canonical_id(value)
+    return isinstance(value, str), value
 
 
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """While hundreds of thousands of records are made, none of them in a cycle: searching them for cycles again and
-    again would take half of the time."""
+    """Suspends garbage collection, which takes half of the time while hundreds of thousands of records are made."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -111,79 +156,66 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-@no_garbage_collection()
-def _run(
-    images: Iterable[Record], annotations: Sequence[Record], detections: Sequence[Record], id2label: Mapping[int, str]
+def _run_engine(
+    images: Iterable[Record],
+    annotations: Sequence[Record],
+    detections: Sequence[Record],
+    id2label: Mapping[int, str],
+    max_counts: list[int],
 ) -> Any:
-    """The engine, after it ran."""
-    engine = import_extra("faster_coco_eval", "evaluation")
-    image_records = [{"id": int(image["id"])} for image in images]
-    image_ids = {image["id"] for image in image_records}
-    if len(image_ids) != len(image_records):
-        raise ValueError("Two images share one id.")
-    if not image_ids or not id2label:
+    """A `hotcoco.COCOeval` with its results. Images and classes are numbered from 1, since the engine stores ids as
+    float64, which represents integers exactly only up to 2^53."""
+    engine = import_extra("hotcoco", "evaluation")
+    count = Counter(canonical_id(image["id"]) for image in images)
+    if not count or not id2label:
         raise ValueError("There is nothing to measure: no images, or no classes.")
-    _check("Annotation", annotations, image_ids, id2label)
-    _check("Detection", detections, image_ids, id2label)
-    categories = [{"id": i, "name": name} for i, name in sorted(id2label.items())]
-    truth, found = (
-        _index(engine.COCO(), {"images": image_records, "categories": categories, "annotations": records})
-        for records in (
-            [
-                {
-                    "id": number,  # from 1: the engine takes 0 for "not matched"
-                    "image_id": record["image_id"],
-                    "category_id": record["category_id"],
-                    "bbox": record["bbox"],
-                    "area": _area(record),
-                    "iscrowd": int(record.get("iscrowd") or 0),
-                }
-                for number, record in enumerate(annotations, start=1)
-            ],
-            [
-                {
-                    "id": number,
-                    "image_id": record["image_id"],
-                    "category_id": record["category_id"],
-                    "bbox": record["bbox"],
-                    "area": record["bbox"][2] * record["bbox"][3],
-                    "iscrowd": 0,
-                    "score": record["score"],
-                }
-                for number, record in enumerate(detections, start=1)
-            ],
-        )
+    if (repeated := count.most_common(1)[0])[1] > 1:
+        raise ValueError(f"{repeated[1]} images share one id, {repeated[0]!r}. Give each image an id of its own.")
+    numbers = {image_id: number for number, image_id in enumerate(sorted(count, key=id_order), start=1)}
+    classes = {canonical_id(i): number for number, i in enumerate(sorted(id2label, key=id_order), start=1)}
+    objects = _columns("Annotation", annotations, numbers, classes)
+    found = _columns("Detection", detections, numbers, classes)
+
+    ground_truth = engine.COCO.from_arrays(
+        [{"id": number} for number in numbers.values()],
+        [{"id": number, "name": str(number)} for number in classes.values()],
+        objects[:, 0].astype(np.int64),
+        objects[:, 6].astype(np.int64),
+        objects[:, 1:5],
+        area=np.array([_area(record) for record in annotations], dtype=np.float64),
+        iscrowd=np.array([bool(record.get("iscrowd")) for record in annotations], dtype=bool),
     )
-    run = engine.COCOeval_faster(truth, found, iouType="bbox", print_function=lambda *_: None)
+    run = engine.COCOeval(ground_truth, ground_truth.load_res(found), "bbox")
+    run.params.max_dets = max_counts
     run.evaluate()
     run.accumulate()
-    run.summarize()
     return run
 
 
-def _index(coco: Any, content: dict[str, Any]) -> Any:
-    coco.dataset = content
-    coco.createIndex()
-    return coco
-
-
-def _check(kind: str, records: Sequence[Record], image_ids: set[int], id2label: Mapping[int, str]) -> None:
-    for number, record in enumerate(records):
-        if record["image_id"] not in image_ids:
-            raise ValueError(f"{kind} {number} is of image {record['image_id']}, which is not among the images.")
-        if record["category_id"] not in id2label:
+def _columns(kind: str, records: Sequence[Record], numbers: Mapping[Any, int], classes: Mapping[Any, int]) -> Floats:
+    """(N, 7): image number, bbox, score (0 for annotations), class number. Invalid records raise a ValueError."""
+    rows = []
+    for index, record in enumerate(records):
+        number = numbers.get(canonical_id(record["image_id"]))
+        class_number = classes.get(canonical_id(record["category_id"]))
+        if number is None:
+            raise ValueError(f"{kind} {index} is of image {record['image_id']}, which is not among the images.")
+        if class_number is None:
             raise ValueError(
-                f"{kind} {number} (image {record['image_id']}) has class {record['category_id']}, but the classes are "
-                f"{min(id2label)} to {max(id2label)}. Give the data set the classes of the model (id2label)."
+                f"{kind} {index} (image {record['image_id']}) has class {record['category_id']}, but the classes are "
+                f"{min(classes, key=id_order)} to {max(classes, key=id_order)}. Give the data set the classes of the "
+                "model (id2label)."
             )
-    numbers = np.array([[*record["bbox"], record.get("score", 0.0)] for record in records], dtype=np.float64)
-    bad = np.flatnonzero(~np.isfinite(numbers.reshape(-1, 5)).all(axis=1))
-    if len(bad):
-        record = records[bad[0]]
+        rows.append((number, *record["bbox"], record.get("score", 0.0), class_number))
+    columns = np.array(rows, dtype=np.float64).reshape(-1, 7)
+    invalid = np.flatnonzero(~np.isfinite(columns).all(axis=1))
+    if len(invalid):
+        record = records[invalid[0]]
         raise ValueError(
-            f"{kind} {bad[0]} (image {record['image_id']}) is not finite: bbox {record['bbox']}, score "
+            f"{kind} {invalid[0]} (image {record['image_id']}) is not finite: bbox {record['bbox']}, score "
             f"{record.get('score', 'none')}."
         )
+    return columns
 
 
 def _area(record: Record) -> float:
@@ -191,128 +223,15 @@ def _area(record: Record) -> float:
     return float(record["bbox"][2] * record["bbox"][3] if area is None else area)
 
 
-def _mean(values: Any) -> float:
-    """Of what there is; -1 marks what there is not."""
+def _mean(values: Floats) -> float:
+    """Mean of the values that exist; -1 marks those that do not."""
     values = values[values > -1]
     return float(values.mean()) if values.size else -1.0
 
 
-# -- a model over a data set ---------------------------------------------------------------------------------------
-
-
-class CocoEvaluator:
-    """Collects detections batch by batch and measures them as COCO does.
-
-    Of each image three small arrays are kept: no logits, and of the data set no images.
-
-    Args:
-        dataset: as `hf_detr.data.load_detection_dataset` gives it. Every image counts, also one `update` never saw.
-
-    Attributes:
-        id2label: class id to name; `category_ids`: class id to the source's category id.
-        images: records with `id`, `width`, `height`; `annotations`: records as `coco_metrics` takes them.
-    """
-
-    def __init__(self, dataset: "DetectionDataset") -> None:
-        from ..data.schema import category_ids, id2label
-
-        self.id2label = id2label(dataset)
-        self.category_ids = category_ids(dataset)
-        self.images: list[dict[str, Any]] = []
-        self.annotations: list[dict[str, Any]] = []
-        for row in dataset.select_columns(["image_id", "width", "height", "objects"]).with_format(None):
-            self.images.append({"id": row["image_id"], "width": row["width"], "height": row["height"]})
-            objects = row["objects"]
-            self.annotations += [
-                {"image_id": row["image_id"], "category_id": label, "bbox": box, "area": area, "iscrowd": crowd}
-                for label, box, area, crowd in zip(
-                    objects["category"], objects["bbox"], objects["area"], objects["iscrowd"], strict=True
-                )
-            ]
-        self._image_ids = {image["id"] for image in self.images}
-        self._found: dict[int, tuple[Any, Any, Any]] = {}  # image id -> boxes xywh (N, 4), labels (N,), scores (N,)
-
-    def update(self, image_ids: Iterable[int], results: Iterable[Mapping[str, Tensor]]) -> None:
-        """Add the results of `post_process_object_detection` (boxes xyxy in pixels of the original image, threshold 0)
-        for these images. An image seen twice, as the last batch's filling of several processes is, counts once.
-
-        Raises:
-            ValueError: an image is not of the data set.
-        """
-        for image_id, result in zip(image_ids, results, strict=True):
-            if int(image_id) not in self._image_ids:
-                raise ValueError(f"Image {int(image_id)} is not of the data set that is measured against.")
-            self._found[int(image_id)] = (
-                xyxy_to_xywh(result["boxes"].detach().cpu().double()).numpy(),
-                result["labels"].cpu().numpy(),
-                result["scores"].detach().float().cpu().numpy(),
-            )
-
-    def gather(self) -> None:
-        """Bring the detections of all processes together; every process then has them all."""
-        if dist.is_available() and dist.is_initialized():
-            parts: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, self._found)
-            self._found = {image_id: found for part in parts for image_id, found in part.items()}
-
-    @no_garbage_collection()
-    def predictions(self) -> list[dict[str, Any]]:
-        """Detections as `coco_metrics` and the functions of `analysis` take them: with class ids, in the order of
-        image ids."""
-        return [
-            {"image_id": image_id, "category_id": label, "bbox": box, "score": score}
-            for image_id, (boxes, labels, scores) in sorted(self._found.items())
-            for box, label, score in zip(boxes.tolist(), labels.tolist(), scores.tolist(), strict=True)
-        ]
-
-    def detections(self) -> list[dict[str, Any]]:
-        """COCO results: `image_id`, `category_id` of the data set's source, `bbox` [x, y, width, height], `score`."""
-        return [record | {"category_id": self.category_ids[record["category_id"]]} for record in self.predictions()]
-
-    def compute(self) -> dict[str, Any]:
-        """The numbers of `coco_metrics`, with its errors."""
-        return coco_metrics(self.images, self.annotations, self.predictions(), self.id2label)
-
-
-@torch.no_grad()
-def evaluate_detection(
-    model: nn.Module,
-    loader: Iterable[Mapping[str, Any]],
-    dataset: "DetectionDataset",
-    processor: "DetrImageProcessor",
-    *,
-    progress: bool = True,
-) -> CocoEvaluator:
-    """Run a model over batches of a data set; the detections of all processes come back together.
-
-    Args:
-        model: in any mode; it is left in the mode it came in.
-        loader: batches as `DetectionCollator` makes them, on the model's device.
-        progress: show a bar.
-
-    Raises:
-        ImportError: faster-coco-eval is not installed, told before the first batch.
-    """
-    import_extra("faster_coco_eval", "evaluation")
-    # without DistributedDataParallel around it, which would wait for processes that have no image left
-    model = getattr(model, "module", model)
-    was_training = model.training
-    model.eval()
-    evaluator = CocoEvaluator(dataset)
-    for batch in tqdm(loader, desc="Evaluating", disable=not progress, leave=False):
-        outputs = to_host(model(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"]))
-        numbers = [torch.cat((label["image_id"].reshape(1), label["orig_size"])) for label in batch["labels"]]
-        image_ids, sizes = torch.stack(numbers).cpu().split((1, 2), dim=1)
-        results = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
-        evaluator.update(image_ids[:, 0].tolist(), results)
-    evaluator.gather()
-    model.train(was_training)
-    return evaluator
-
-
 def format_metrics(metrics: Mapping[str, Any]) -> str:
     """The twelve numbers and the AP of each class as a table to print."""
-    lines = [f"{name:6} {metrics[name]:7.4f}  {DESCRIPTIONS[name]}" for name in METRICS]
+    lines = [f"{name:6} {metrics[name]:7.4f}  {text}" for name, text in DESCRIPTIONS.items()]
     width = max((len(name) for name in metrics["per_class"]), default=0)
     lines += ["", "AP of each class", *(f"  {name:{width}} {ap:7.4f}" for name, ap in metrics["per_class"].items())]
     return "\n".join(lines)

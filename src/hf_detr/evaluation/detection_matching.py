@@ -1,144 +1,119 @@
-"""Which detection found which object: COCO's matching, kept image by image so that one can ask what went wrong."""
+"""Which detection found which object, by COCO's rule.
 
-from collections.abc import Iterator, Mapping, Sequence
+hotcoco has no matching that serves confusion matrices with crowds, thresholds per class and a preference for the
+object's own class, so the matching is written here. It has no limit on the number of detections.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from ..runtime.extras import import_extra
+from .coco_metrics import Floats, Record, canonical_id, id_order
+
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
-Record = Mapping[str, Any]
-
-RECALLS = np.linspace(0.0, 1.0, 101)
-MOST_DETECTIONS = 100  # of a class in an image; COCO's
 
 
 @dataclass(frozen=True)
-class ImageMatches:
-    """Detections and objects of one image. D detections, best first; G objects, crowds left out.
+class Matching:
+    """D detections, in the order of image ids and within an image of descending scores, and G objects without crowds.
 
     Attributes:
-        image_id: of the records.
-        scores, labels: (D,), and `boxes` (D, 4), [x_min, y_min, width, height] in pixels.
-        truth_labels: (G,), and `truth_boxes` (G, 4), the same form.
-        iou: (D, G), between all of them, whatever their classes.
-        matched: (D,) the object that a detection found, or -1.
-        ignored: (D,) not counted at all: it lies in a crowd of its class and found no object.
+        detections, objects: the records, of length D and G.
+        scores, labels: (D,) and `object_labels` (G,), class ids.
+        matched: (D,) index of the object that the detection found, or -1.
+        ignored: (D,) the detection lies in a crowd of its class and found no object, so it does not count.
+        nearest: (D, 2) index of the object of the same class, and of the object of another class, with the largest IoU;
+            -1 where there is none.
+        overlap: (D, 2) these IoUs; 0 where there is none.
     """
 
-    image_id: int
+    detections: list[Record]
+    objects: list[Record]
     scores: Floats
     labels: Ints
-    boxes: Floats
-    truth_labels: Ints
-    truth_boxes: Floats
-    iou: Floats
+    object_labels: Ints
     matched: Ints
     ignored: Bools
+    nearest: Ints
+    overlap: Floats
+
+    @property
+    def missed(self) -> Ints:
+        """Indices of the objects that no detection found."""
+        return np.setdiff1d(np.arange(len(self.objects)), self.matched)
 
 
-def match_images(
+def match_detections(
     annotations: Sequence[Record],
     detections: Sequence[Record],
     *,
     iou_threshold: float = 0.5,
     any_class: bool = False,
-) -> Iterator[ImageMatches]:
-    """Match as COCO does: the best detection first, each takes the object of its class that it overlaps most and nobody
-    took before, if their IoU reaches the threshold.
+) -> Matching:
+    """Match as COCO does: in the order of descending scores, each detection takes the unmatched object of its class
+    with the largest IoU, if that reaches the threshold.
 
     Args:
         annotations, detections: records as `coco_metrics` takes them.
-        any_class: a detection that finds no object of its class may take one of another class (crowds of any class
-            excuse it then); for confusion matrices.
-
-    Yields:
-        images that have objects or detections, by their ids.
+        any_class: a detection that finds no object of its class may take one of another class, and crowds of every
+            class count; for confusion matrices.
     """
-    objects, found = _by_image(annotations), _by_image(detections)
-    for image_id in sorted(objects.keys() | found.keys()):
-        yield _match(image_id, objects.get(image_id, []), found.get(image_id, []), iou_threshold, any_class)
-
-
-def average_precision(scores: Floats, correct: Bools, num_objects: int) -> float:
-    """The area under the interpolated precision-recall curve at COCO's 101 recalls; nan without objects.
-
-    Args:
-        scores, correct: (D,) of the detections of one class, in any order; equal scores keep theirs.
-    """
-    return float(interpolated_precision(scores, correct, num_objects).mean()) if num_objects else float("nan")
-
-
-def interpolated_precision(scores: Floats, correct: Bools, num_objects: int) -> Floats:
-    """The best precision at each of COCO's 101 recalls or beyond it, (101,); 0 where that recall is not reached."""
-    hits = np.cumsum(correct[np.argsort(-scores, kind="mergesort")])
-    precision = hits / np.arange(1, len(hits) + 1)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    places = np.searchsorted(hits / num_objects, RECALLS, side="left")
-    return np.append(envelope, 0.0)[np.minimum(places, len(envelope))]
-
-
-def _by_image(records: Sequence[Record]) -> dict[int, list[Record]]:
-    groups: dict[int, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record["image_id"], []).append(record)
-    return groups
-
-
-def _match(
-    image_id: int, objects: list[Record], found: list[Record], iou_threshold: float, any_class: bool
-) -> ImageMatches:
+    bbox_iou = import_extra("hotcoco", "evaluation").primitives.bbox_iou
+    by_image: dict[Any, tuple[list[Record], list[Record], list[Record]]] = {}
+    for records, crowd, other in ((annotations, 1, 0), (detections, 2, 2)):
+        for record in records:
+            groups = by_image.setdefault(canonical_id(record["image_id"]), ([], [], []))
+            groups[crowd if record.get("iscrowd") else other].append(record)
+    found: list[Record] = []
+    objects: list[Record] = []
+    parts: list[tuple[Any, ...]] = [(np.empty(0, int), np.empty(0, bool), np.empty((0, 2), int), np.empty((0, 2)))]
+    for image_id in sorted(by_image, key=id_order):
+        own, crowds, candidates = by_image[image_id]
+        candidates.sort(key=lambda record: -record["score"])
+        count, limit = len(own), min(iou_threshold, 1 - 1e-10)
+        labels, own_labels = _labels(candidates), _labels([*own, *crowds])
+        iou = np.zeros((len(candidates), len(own_labels)))
+        if iou.size:
+            boxes, own_boxes = (
+                np.array([r["bbox"] for r in records], dtype=np.float64) for records in (candidates, [*own, *crowds])
+            )
+            iou = np.array(bbox_iou(boxes, own_boxes, np.arange(len(own_labels)) >= count))
+        same = labels[:, None] == own_labels[None]
+        in_crowd = ((iou >= limit) & (same | any_class))[:, count:].any(axis=1)
+        iou, same = iou[:, :count], same[:, :count]
+        matched = _match(iou, same, limit, any_class)
+        nearest, overlap = np.full((len(labels), 2), -1), np.zeros((len(labels), 2))
+        for column, allowed in enumerate((iou * same, iou * ~same) if count else ()):
+            overlap[:, column] = allowed.max(axis=1)
+            nearest[:, column] = np.where(overlap[:, column] > 0, allowed.argmax(axis=1) + len(objects), -1)
+        parts.append((np.where(matched < 0, -1, matched + len(objects)), in_crowd & (matched < 0), nearest, overlap))
+        found += candidates
+        objects += own
     scores = np.array([record["score"] for record in found], dtype=np.float64)
-    order = np.argsort(-scores, kind="mergesort")
-    labels = np.array([record["category_id"] for record in found], dtype=np.int64)[order]
-    if len(order) > MOST_DETECTIONS:
-        kept = np.zeros(len(order), dtype=bool)
-        for label in np.unique(labels):
-            kept[np.flatnonzero(labels == label)[:MOST_DETECTIONS]] = True
-        order, labels = order[kept], labels[kept]
-    boxes = np.array([record["bbox"] for record in found], dtype=np.float64).reshape(-1, 4)[order]
-    truth_labels = np.array([record["category_id"] for record in objects], dtype=np.int64)
-    truth_boxes = np.array([record["bbox"] for record in objects], dtype=np.float64).reshape(-1, 4)
-    crowd = np.array([bool(record.get("iscrowd")) for record in objects], dtype=bool)
-    iou = _overlap(boxes, truth_boxes, crowd)
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    return Matching(found, objects, scores, _labels(found), _labels(objects), *columns)
 
-    threshold = min(iou_threshold, 1 - 1e-10)
-    same = labels[:, None] == truth_labels[None]
-    close = iou >= threshold
-    in_crowd = (close & (same | any_class) & crowd).any(axis=1)
-    iou, same, close = iou[:, ~crowd], same[:, ~crowd], close[:, ~crowd]
-    matched = np.full(len(order), -1, dtype=np.int64)
-    taken = np.zeros(int((~crowd).sum()), dtype=bool)
-    candidates = close if any_class else close & same
+
+def _labels(records: Sequence[Record]) -> Ints:
+    return np.array([canonical_id(record["category_id"]) for record in records], dtype=np.int64)
+
+
+def _match(iou: Floats, same: Bools, limit: float, any_class: bool) -> Ints:
+    """The object that each detection takes, or -1. iou, same: (D, G), detections by descending score."""
+    matched = np.full(len(iou), -1)
+    free = np.ones(iou.shape[1], dtype=bool)
+    candidates = iou >= limit if any_class else (iou >= limit) & same
     for d in np.flatnonzero(candidates.any(axis=1)):
-        free = candidates[d] & ~taken
-        if (free & same[d]).any():
-            free &= same[d]
-        if free.any():
-            overlap = np.where(free, iou[d], -1.0)
-            matched[d] = len(overlap) - 1 - int(overlap[::-1].argmax())  # of equals the last, as COCO
-            taken[matched[d]] = True
-    return ImageMatches(
-        image_id=image_id,
-        scores=scores[order],
-        labels=labels,
-        boxes=boxes,
-        truth_labels=truth_labels[~crowd],
-        truth_boxes=truth_boxes[~crowd],
-        iou=iou,
-        matched=matched,
-        ignored=in_crowd & (matched < 0),
-    )
-
-
-def _overlap(boxes: Floats, others: Floats, crowd: Bools) -> Floats:
-    """(D, G) IoU of xywh boxes; for crowds the intersection over the detection's own area."""
-    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    high = np.minimum(boxes[:, None, :2] + boxes[:, None, 2:], others[None, :, :2] + others[None, :, 2:])
-    intersection = (high - low).clip(min=0).prod(axis=2)
-    area, other_area = boxes[:, 2:].prod(axis=1)[:, None], others[:, 2:].prod(axis=1)[None]
-    union = np.where(crowd[None], area, area + other_area - intersection)
-    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
+        allowed = candidates[d] & free
+        if (allowed & same[d]).any():
+            allowed &= same[d]
+        if allowed.any():
+            overlap = np.where(allowed, iou[d], -1.0)
+            matched[d] = len(overlap) - 1 - int(overlap[::-1].argmax())  # the last of equal ones, as in COCO
+            free[matched[d]] = False
+    return matched

@@ -1,4 +1,4 @@
-"""A result to read: `report.html`, which needs no other file and no network, and `report.json` with all its numbers."""
+"""An evaluation as a page, `report.html`, which needs no other file and no network, and its numbers, `report.json`."""
 
 import base64
 import io
@@ -10,52 +10,74 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
 from ..model.image_processing_hf_detr import HfDetrImageProcessor
-from .analysis import above, best_thresholds, confusion_matrix, f1_by_threshold, precision_recall
 from .charts import line_chart
-from .coco_metrics import DESCRIPTIONS, METRICS, CocoEvaluator, Record, class_names, coco_metrics, metrics_by_size
-from .errors import DetectionError, error_breakdown, find_errors, worst_images
+from .coco_evaluator import CocoEvaluator
+from .coco_metrics import DESCRIPTIONS, MAX_DETECTIONS, Record, canonical_id, class_names, coco_details
+from .error_analysis import (
+    above,
+    best_thresholds,
+    confusion_matrix,
+    error_breakdown,
+    f1_by_threshold,
+    find_errors,
+    worst_images,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from PIL import Image
 
 CONFIG = "preprocessor_config.json"
-MOST_CLASSES = 24  # in the confusion matrix of the page
-PICTURE = 360  # longest side, in pixels
-COLOURS = {"truth": (255, 255, 255), "right": (60, 200, 90), "wrong": (255, 70, 60), "missed": (255, 190, 0)}
+MAX_CLASSES = 24  # in the confusion matrix of the page
+PICTURE_SIZE = 360  # longest side, in pixels
+COLOURS = {"object": (255, 255, 255), "correct": (60, 200, 90), "wrong": (255, 70, 60), "missed": (255, 190, 0)}
 ERROR_TEXTS = {
-    "classification": "right place, wrong class",
+    "classification": "right box, wrong class",
     "localisation": "right class, IoU between 0.1 and 0.5",
     "both": "wrong class, and IoU between 0.1 and 0.5",
-    "duplicate": "an object that a better detection has found already",
-    "background": "nothing there, IoU below 0.1",
-    "missed": "objects that none of these would find if corrected",
+    "duplicate": "an object that a detection with a higher score found",
+    "background": "no object, IoU below 0.1",
+    "missed": "objects that no detection would find if corrected",
 }
 
 
-def analyse(
-    images: Sequence[Record], annotations: Sequence[Record], detections: Sequence[Record], id2label: Mapping[int, str]
+def write_report(
+    folder: str | Path,
+    evaluator: CocoEvaluator,
+    dataset: "Dataset",
+    title: str,
+    *,
+    max_detections: int = MAX_DETECTIONS,
 ) -> dict[str, Any]:
-    """All numbers of a report, from records as `coco_metrics` takes them.
+    """Write `report.html` and `report.json` into a folder, which is created if necessary.
+
+    Args:
+        evaluator: after `evaluate_detection`; `dataset`: the data set of the evaluator, for the images.
+        title: heading of the page.
+        max_detections: as in `coco_metrics`; thresholds, confusions and errors count all detections.
 
     Returns:
-        `metrics` (see `coco_metrics`), `by_size` (`metrics_by_size`), `precision_recall` at IoU "0.5" and "0.75", `f1`
-        (`f1_by_threshold`), `class_thresholds` (`best_thresholds`), and at these thresholds `confusion_matrix`
-        (`labels` and `counts`), `errors` (`error_breakdown`, with `count_at_thresholds`) and `worst_images`.
+        the numbers of `report.json`: `images`, `objects`, `detections`; `metrics`, `by_size` and `precision_recall`
+        (see `coco_details`), `f1` (`f1_by_threshold`), `class_thresholds` (`best_thresholds`), and at these thresholds
+        `confusion_matrix` (`labels` and `counts`), `errors` (`error_breakdown`, with `count_at_thresholds`) and
+        `worst_images`.
     """
+    annotations, detections, id2label = evaluator.annotations, evaluator.predictions(), evaluator.id2label
     f1 = f1_by_threshold(annotations, detections, id2label)
     thresholds = best_thresholds(f1)
     confident = above(detections, thresholds)
     breakdown = error_breakdown(annotations, detections, id2label)
-    seen = error_breakdown(annotations, confident, id2label)["errors"]
+    at_thresholds = error_breakdown(annotations, confident, id2label)["errors"]
     for kind, row in breakdown["errors"].items():
-        row["count_at_thresholds"] = seen[kind]["count"]
-    return {
-        "metrics": coco_metrics(images, annotations, detections, id2label),
-        "by_size": metrics_by_size(images, annotations, detections, id2label),
-        "precision_recall": {str(iou): precision_recall(annotations, detections, id2label, iou) for iou in (0.5, 0.75)},
+        row["count_at_thresholds"] = at_thresholds[kind]["count"]
+    numbers: dict[str, Any] = {
+        "title": title,
+        "images": len(evaluator.images),
+        "objects": sum(not record["iscrowd"] for record in annotations),
+        "detections": len(detections),
+        **coco_details(evaluator.images, annotations, detections, id2label, max_detections=max_detections),
         "f1": f1,
         "class_thresholds": thresholds,
         "confusion_matrix": {
@@ -65,56 +87,35 @@ def analyse(
         "errors": breakdown,
         "worst_images": worst_images(find_errors(annotations, confident)),
     }
-
-
-def write_report(folder: str | Path, evaluator: CocoEvaluator, dataset: "Dataset", title: str) -> dict[str, Any]:
-    """Write `report.html` and `report.json` into a folder, which is made if need be.
-
-    Args:
-        evaluator: after `evaluate_detection`; `dataset`: the same it was made with, for the pictures.
-        title: heading of the page.
-
-    Returns:
-        the numbers, as `analyse` gives them.
-    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    detections = evaluator.predictions()
-    numbers = analyse(evaluator.images, evaluator.annotations, detections, evaluator.id2label)
-    about = {
-        "title": title,
-        "images": len(evaluator.images),
-        "objects": sum(not record["iscrowd"] for record in evaluator.annotations),
-        "detections": len(detections),
-    }
-    (folder / "report.json").write_text(json.dumps(about | numbers, indent=1), encoding="utf-8")
-    confident = above(detections, numbers["class_thresholds"])
+    (folder / "report.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
     pictures = _pictures(dataset, evaluator, confident, numbers["worst_images"])
-    (folder / "report.html").write_text(_page(about, numbers, pictures), encoding="utf-8")
+    (folder / "report.html").write_text(_page(numbers, pictures), encoding="utf-8")
     return numbers
 
 
 def save_class_thresholds(checkpoint: str | Path, thresholds: Sequence[float]) -> Path:
-    """Store thresholds of the classes in a checkpoint's `preprocessor_config.json`, for `threshold="per_class"`.
-    Nothing else of the file changes.
+    """Store a threshold per class in a checkpoint's `preprocessor_config.json`, for `threshold="per_class"`. Nothing
+    else in the file changes.
 
     Returns:
-        the file.
+        path of the file.
 
     Raises:
-        ValueError: the checkpoint is not a local folder with our processor, which alone reads them.
+        ValueError: the checkpoint is not a local folder with an image processor of hf_detr.
     """
     path = Path(checkpoint) / CONFIG
     if not path.is_file():
         raise ValueError(
-            f"Thresholds are stored in the {CONFIG} of a local folder, and {checkpoint} is none with such a file. "
+            f"Thresholds are stored in the {CONFIG} of a local folder, and {checkpoint} has no such file. "
             "Download the checkpoint, or save model and processor there with save_pretrained."
         )
     content = json.loads(path.read_text(encoding="utf-8"))
     if content.get("image_processor_type") != HfDetrImageProcessor.__name__:
         raise ValueError(
-            f"{path} is of a {content.get('image_processor_type')}, which does not know thresholds of classes. Convert "
-            "the checkpoint first: examples/convert.py."
+            f"{path} is of a {content.get('image_processor_type')}, which has no thresholds per class. Convert the "
+            "checkpoint first: examples/convert.py."
         )
     content["class_thresholds"] = [float(value) for value in thresholds]
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -124,42 +125,32 @@ def save_class_thresholds(checkpoint: str | Path, thresholds: Sequence[float]) -
 # -- the page ------------------------------------------------------------------------------------------------------
 
 
-def _page(about: Mapping[str, Any], numbers: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -> str:
+def _page(numbers: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["number"] = lambda value, digits=3: (
-        "–" if value is None or value == -1 else f"{value:.{digits}f}"
-    )
-    curves = numbers["precision_recall"]
-    per_class = numbers["metrics"]["per_class"]
-    at_half, at_three_quarters = (
-        {name: float(np.mean(values)) for name, values in curves[iou]["precision"].items()} for iou in ("0.5", "0.75")
-    )
-    rows = [
-        {"name": name, "AP": ap, "AP50": at_half.get(name, -1), "AP75": at_three_quarters.get(name, -1)}
-        | {f"AP{size[0]}": table["per_class"][name] for size, table in numbers["by_size"].items()}
-        | numbers["f1"]["best"][name]
-        for name, ap in per_class.items()
-    ]
-    with_objects = {row["name"] for row in rows if row["objects"]}
-    f1 = {name: values for name, values in numbers["f1"]["f1"].items() if name in with_objects}
+    environment.filters["number"] = lambda value: "–" if value is None or value == -1 else f"{value:.3f}"
+    curves, best = numbers["precision_recall"], numbers["f1"]["best"]
+    rows = []
+    for name, ap in numbers["metrics"]["per_class"].items():
+        row = {"name": name, "AP": ap, **best[name]}
+        for key, iou in (("AP50", "0.5"), ("AP75", "0.75")):
+            row[key] = float(np.mean(curves[iou]["precision"].get(name, -1)))
+        rows.append(row | {f"AP{size[0]}": table["per_class"][name] for size, table in numbers["by_size"].items()})
     charts = {
-        f"{name} at IoU {iou}": Markup(
-            line_chart(curves[iou]["recall"], curves[iou]["precision"], x_title="recall", y_title="precision")
+        f"Precision and recall at IoU {iou}": line_chart(
+            curve["recall"], curve["precision"], x_title="recall", y_title="precision"
         )
-        for name, iou in (("Precision and recall", "0.5"), ("Precision and recall", "0.75"))
+        for iou, curve in curves.items()
     }
-    charts["F1 over the threshold"] = Markup(
-        line_chart(numbers["f1"]["threshold"], f1, x_title="threshold", y_title="F1")
-    )
+    f1 = {name: values for name, values in numbers["f1"]["f1"].items() if best[name]["objects"]}
+    charts["F1 by threshold at IoU 0.5"] = line_chart(numbers["f1"]["threshold"], f1, x_title="threshold", y_title="F1")
     return environment.get_template("report_template.html").render(
-        about=about,
         numbers=numbers,
-        metrics=[(name, numbers["metrics"][name], DESCRIPTIONS[name]) for name in METRICS],
+        metrics=[(name, numbers["metrics"][name], text) for name, text in DESCRIPTIONS.items()],
         rows=rows,
-        charts=charts,
-        confusion=_confusion_table(numbers["confusion_matrix"]),
+        charts={name: Markup(chart) for name, chart in charts.items()},
+        confusion=_confusion_table(**numbers["confusion_matrix"]),
         error_texts=ERROR_TEXTS,
         largest_delta=max(row["delta_ap50"] for row in numbers["errors"]["errors"].values()) or 1.0,
         pictures=pictures,
@@ -167,29 +158,27 @@ def _page(about: Mapping[str, Any], numbers: Mapping[str, Any], pictures: Sequen
     )
 
 
-def _confusion_table(matrix: Mapping[str, Any]) -> dict[str, Any]:
-    """The rows and columns that fit on a page, each cell with its share of its row, and the largest confusions."""
-    names, counts = matrix["labels"], np.array(matrix["counts"])
-    background = len(names) - 1
-    weight = counts[:-1].sum(axis=1) + counts[:, :-1].sum(axis=0)
-    shown = [*sorted(np.argsort(-weight, kind="stable")[:MOST_CLASSES].tolist()), background]
-    totals = counts.sum(axis=1)
-    rows = []
-    for i in shown:
-        cells = []
-        for j in shown:
-            share = counts[i, j] / totals[i] if totals[i] else 0.0
-            ground = f"background:hsl({130 if i == j else 5} 70% {97 - 42 * share:.0f}%)"
-            nothing = i == j == background  # background that was called nothing: not a count
-            cells.append({"count": "" if nothing else int(counts[i, j]), "style": "" if nothing else ground})
-        rows.append({"name": names[i], "cells": cells})
-    mixed = counts[:-1, :-1] - np.diag(np.diag(counts[:-1, :-1]))
-    top = [(int(k) // background, int(k) % background) for k in np.argsort(-mixed, axis=None, kind="stable")[:10]]
+def _confusion_table(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The rows and columns that fit on a page, coloured by their fraction of the row, and the largest confusions."""
+    matrix = np.array(counts)
+    background = len(labels) - 1
+    weight = matrix[:-1].sum(axis=1) + matrix[:, :-1].sum(axis=0)
+    shown = [*sorted(np.argsort(-weight, kind="stable")[:MAX_CLASSES].tolist()), background]
+    fractions = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
+
+    def cell(i: int, j: int) -> dict[str, Any]:
+        if i == j == background:  # neither an object nor a detection
+            return {"count": "", "style": ""}
+        colour = f"hsl({130 if i == j else 5} 70% {97 - 42 * fractions[i, j]:.0f}%)"
+        return {"count": int(matrix[i, j]), "style": f"background:{colour}"}
+
+    mixed = matrix[:-1, :-1] - np.diag(np.diag(matrix[:-1, :-1]))
+    top = [divmod(int(k), background) for k in np.argsort(-mixed, axis=None, kind="stable")[:10]]
     return {
-        "names": [names[i] for i in shown],
-        "rows": rows,
-        "left_out": background - len(shown) + 1,
-        "top": [{"truth": names[i], "said": names[j], "count": int(mixed[i, j])} for i, j in top if mixed[i, j]],
+        "names": [labels[i] for i in shown],
+        "rows": [{"name": labels[i], "cells": [cell(i, j) for j in shown]} for i in shown],
+        "num_hidden": background - len(shown) + 1,
+        "top": [{"true": labels[i], "predicted": labels[j], "count": int(mixed[i, j])} for i, j in top if mixed[i, j]],
     }
 
 
@@ -199,55 +188,42 @@ def _confusion_table(matrix: Mapping[str, Any]) -> dict[str, Any]:
 def _pictures(
     dataset: "Dataset", evaluator: CocoEvaluator, detections: Sequence[Record], rows: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The rows of `worst_images` with file name and drawn picture."""
-    place = {row["image_id"]: index for index, row in enumerate(dataset.select_columns("image_id"))}
-    wanted = {row["image_id"] for row in rows}
-    truth = [record for record in evaluator.annotations if record["image_id"] in wanted]
-    found = [record for record in detections if record["image_id"] in wanted]
-    errors = find_errors(truth, found)
+    """The rows of `worst_images` with file name and drawn image."""
+    index_of = {canonical_id(row["image_id"]): index for index, row in enumerate(dataset.select_columns("image_id"))}
     names = dict(enumerate(class_names(evaluator.id2label)))
     pictures = []
     for row in rows:
-        item = dataset[place[row["image_id"]]]
-        image = _draw(
-            item["image"],
-            [record for record in truth if record["image_id"] == row["image_id"]],
-            [record for record in found if record["image_id"] == row["image_id"]],
-            [error for error in errors if error.image_id == row["image_id"]],
-            names,
+        item = dataset[index_of[canonical_id(row["image_id"])]]
+        objects, found = (
+            [record for record in records if record["image_id"] == row["image_id"]]
+            for records in (evaluator.annotations, detections)
         )
-        pictures.append({"file_name": item["file_name"], "source": _data_uri(image), **row})
+        file = io.BytesIO()
+        _draw(item["image"], objects, found, names).save(file, "JPEG", quality=85)
+        source = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+        pictures.append({"file_name": item["file_name"], "source": source, **row})
     return pictures
 
 
 def _draw(
-    image: Image.Image,
-    truth: Sequence[Record],
-    found: Sequence[Record],
-    errors: Sequence[DetectionError],
-    names: Mapping[int, str],
-) -> Image.Image:
+    image: "Image.Image", objects: Sequence[Record], found: Sequence[Record], names: Mapping[int, str]
+) -> "Image.Image":
     from ..visualization import draw_boxes  # which imports `datasets`; this module is loaded with the package
 
-    scale = PICTURE / max(image.size)
+    scale = PICTURE_SIZE / max(image.size)
     image = image.convert("RGB").resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    wrong = {(error.label, error.score, tuple(error.box)) for error in errors}
-    boxes = [(record["bbox"], "", "truth") for record in truth]
+    errors = find_errors(objects, found)
+    wrong = {id(error.record) for error in errors}
+    boxes = [(record, "", "object") for record in objects]
+    boxes += [(record, "{name} {score:.2f}", "correct") for record in found if id(record) not in wrong]
     boxes += [
-        (record["bbox"], f"{names[record['category_id']]} {record['score']:.2f}", "right")
-        for record in found
-        if (record["category_id"], record["score"], tuple(record["bbox"])) not in wrong
+        (record, "missed {name}", "missed") if kind == "missed" else (record, f"{{name}} {{score:.2f}} {kind}", "wrong")
+        for kind, record in errors
     ]
-    for error in errors:
-        if error.kind == "missed":
-            boxes.append((error.box, f"missed {names[error.label]}", "missed"))
-        else:
-            boxes.append((error.box, f"{names[error.label]} {error.score:.2f} {error.kind}", "wrong"))
-    corners = [[x * scale, y * scale, (x + w) * scale, (y + h) * scale] for (x, y, w, h), _, _ in boxes]
-    return draw_boxes(image, corners, [text for _, text, _ in boxes], [COLOURS[kind] for _, _, kind in boxes], 2)
-
-
-def _data_uri(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    corners, captions, colours = [], [], []
+    for record, caption, kind in boxes:
+        x, y, width, height = (value * scale for value in record["bbox"])
+        corners.append((x, y, x + width, y + height))
+        captions.append(caption.format(name=names[record["category_id"]], score=record.get("score")))
+        colours.append(COLOURS[kind])
+    return draw_boxes(image, corners, captions, colours, 2)

@@ -4,7 +4,10 @@ import colorsys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw, ImageFont
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
 
 from ..data.schema import category_ids, id2label
 
@@ -13,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def class_colour(index: int) -> tuple[int, int, int]:
-    """A colour for a class: hues a golden ratio apart, so that neighbours differ."""
+    """RGB colour of a class: hues a golden angle apart, so that consecutive classes differ."""
     red, green, blue = colorsys.hsv_to_rgb((0.12 + index * 0.618034) % 1.0, 0.85, 1.0)
     return int(red * 255), int(green * 255), int(blue * 255)
 
@@ -25,7 +28,14 @@ def draw_boxes(
     colours: Sequence[tuple[int, int, int]] = (),
     width: int | None = None,
 ) -> Image.Image:
-    """A copy of the image with boxes (x_min, y_min, x_max, y_max in its pixels) and captions above or in them."""
+    """A copy of the image with boxes (x_min, y_min, x_max, y_max in its pixels) and captions above them, or in them at
+    the upper edge of the image. torchvision's `draw_bounding_boxes` neither keeps captions within the image nor scales
+    them with it.
+
+    Args:
+        captions, colours: per box; boxes beyond their number get no caption, and the colours of class 0, 1, ...
+        width: of the lines in pixels; default: 1/400 of the longest side.
+    """
     image = image.convert("RGB")
     draw = ImageDraw.Draw(image)
     width = width or max(1, round(max(image.size) / 400))
@@ -47,7 +57,7 @@ def draw_boxes(
 def draw_detections(
     image: Image.Image, detections: Iterable[Mapping[str, Any]], label2id: Mapping[str, int] | None = None
 ) -> Image.Image:
-    """A copy of the image with what `pipeline("object-detection")` found in it, one colour a class."""
+    """A copy of the image with the result of `pipeline("object-detection")`, in one colour per class."""
     detections = list(detections)
     ids = dict(label2id or {})
     for detection in detections:
@@ -61,53 +71,43 @@ def draw_detections(
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int = 4, cell: int = 320) -> Image.Image:
-    """Images side by side, each scaled to fit a cell of this many pixels."""
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * cell, rows * cell), "white")
-    for index, image in enumerate(images):
-        scale = (cell - 8) / max(image.size)
-        small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-        x, y = index % columns * cell, index // columns * cell
-        sheet.paste(small, (x + (cell - small.width) // 2, y + (cell - small.height) // 2))
+    """Images in a grid, each scaled to fit a cell of this many pixels; without images, one blank cell."""
+    inner = (cell - 8, cell - 8)
+    cells = [ImageOps.expand(ImageOps.pad(image.convert("RGB"), inner, color="white"), 4, "white") for image in images]
+    tensors = torch.stack([pil_to_tensor(image) for image in cells or [Image.new("RGB", (cell, cell), "white")]])
+    sheet: Image.Image = to_pil_image(make_grid(tensors, nrow=columns, padding=0, pad_value=255))
     return sheet
 
 
-def compare_with_truth(
+def compare_with_ground_truth(
     dataset: "Dataset", detections: Iterable[Mapping[str, Any]], *, num_images: int = 16, threshold: float = 0.5
 ) -> Image.Image:
-    """Images of a data set with the true boxes in white and the predicted ones in the colours of their classes.
+    """Images of a data set with ground-truth boxes in white and predicted boxes in the colours of their classes.
 
     Args:
         dataset: with the columns of `hf_detr.data.schema`.
         detections: COCO results (`image_id`, `category_id`, `bbox`, `score`); those above `threshold` are drawn.
-        num_images: images shown, spread evenly over those of the data set that have objects.
+        num_images: number of images, spread evenly over those of the data set that have objects.
     """
-    found: dict[int, list[Mapping[str, Any]]] = {}
+    found: dict[Any, list[Mapping[str, Any]]] = {}
     for detection in detections:
         if detection["score"] > threshold:
             found.setdefault(detection["image_id"], []).append(detection)
     class_of = {category_id: class_id for class_id, category_id in category_ids(dataset).items()}
     names = id2label(dataset)
-    with_objects = [i for i, objects in enumerate(dataset.select_columns("objects")) if objects["objects"]["bbox"]]
+    with_objects = [i for i, row in enumerate(dataset.select_columns("objects")) if row["objects"]["bbox"]]
     shown = with_objects[:: max(1, len(with_objects) // num_images)][:num_images]
-    pictures = []
+    images = []
     for row in (dataset[index] for index in shown):
-        image, truth = row["image"], row["objects"]["bbox"]
-        scale = 312 / max(image.size)  # enlarged first, so that small images get fine lines
-        picture = image.resize((round(image.width * scale), round(image.height * scale)))
-        picture = draw_boxes(picture, [_corners(box, scale) for box in truth], (), [(255, 255, 255)] * len(truth), 3)
-        predicted = found.get(row["image_id"], [])
+        image, objects, predicted = row["image"], row["objects"]["bbox"], found.get(row["image_id"], [])
+        scale = 312 / max(image.size)  # enlarged before drawing, so that lines on small images are thin
+        image = image.resize([max(1, round(side * scale)) for side in image.size])
+        image = draw_boxes(image, [_corners(box, scale) for box in objects], (), [(255, 255, 255)] * len(objects), 3)
         classes = [class_of[detection["category_id"]] for detection in predicted]
-        pictures.append(
-            draw_boxes(
-                picture,
-                [_corners(detection["bbox"], scale) for detection in predicted],
-                [f"{names[i]} {detection['score']:.2f}" for i, detection in zip(classes, predicted, strict=True)],
-                [class_colour(class_id) for class_id in classes],
-                1,
-            )
-        )
-    return contact_sheet(pictures)
+        boxes = [_corners(detection["bbox"], scale) for detection in predicted]
+        captions = [f"{names[i]} {detection['score']:.2f}" for i, detection in zip(classes, predicted, strict=True)]
+        images.append(draw_boxes(image, boxes, captions, [class_colour(i) for i in classes], 1))
+    return contact_sheet(images)
 
 
 def _corners(box: Sequence[float], scale: float) -> list[float]:

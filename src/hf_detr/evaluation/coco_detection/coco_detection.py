@@ -10,15 +10,16 @@ import evaluate
 
 from hf_detr.evaluation import METRICS, coco_metrics, records_from_batches
 
-_DESCRIPTION = "COCO average precision and recall of object detection: the twelve numbers, and AP of each class."
+_DESCRIPTION = "COCO average precision and recall of object detection: the twelve numbers, and AP per class."
 _INPUTS = """
 Args:
-    predictions: a dict an image: `boxes` (N, 4), [x_min, y_min, x_max, y_max] in pixels of the image, `scores` (N,) and
-        `labels` (N,), class ids from 0. This is what `post_process_object_detection` gives with threshold=0.
-    references: a dict an image: `boxes` (M, 4) of the same form and `labels` (M,); optionally `area` (M,) in square
-        pixels (else that of the boxes), `iscrowd` (M,), and `image_id`, without which each reference is an image of
-        its own. An image_id that comes twice, as when several processes fill their last batch, counts once.
-    id2label: in `compute`, class id to name; otherwise classes are named by their number.
+    predictions: one dict per image: `boxes` (N, 4), [x_min, y_min, x_max, y_max] in pixels of the image, `scores` (N,)
+        and `labels` (N,), class ids from 0; the result of `post_process_object_detection` with threshold=0.
+    references: one dict per image: `boxes` (M, 4) of the same form and `labels` (M,); optionally `area` (M,) in square
+        pixels (default: the area of the box), `iscrowd` (M,), and `image_id`. Without `image_id` each reference is a
+        separate image; several with the same id count once, as when processes repeat images to fill the last batch.
+    id2label: in `compute`, class id to name; by default classes are named by their id.
+    max_detections: in `compute`, the detections with the highest scores that count per image and class; default 100.
 
 Returns:
     AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl, and `per_class`: class name to AP.
@@ -26,7 +27,7 @@ Returns:
 
 
 class CocoDetection(evaluate.Metric):
-    # `evaluate` wants every field in every record, as plain lists
+    # `evaluate` requires every field in every record, as plain lists
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
         """Add predictions and references of some images."""
         batch = {"predictions": predictions, "references": references}
@@ -65,17 +66,18 @@ class CocoDetection(evaluate.Metric):
         predictions: list[dict[str, Any]],
         references: list[dict[str, Any]],
         id2label: dict[int, str] | None = None,
+        max_detections: int = 100,
     ) -> dict[str, Any]:
         images, annotations, detections = records_from_batches(predictions, references)
         if id2label is None:
             ids = {record["category_id"] for record in annotations + detections}
             id2label = {i: str(i) for i in range(max(ids, default=0) + 1)}
-        metrics = coco_metrics(images, annotations, detections, {int(i): name for i, name in id2label.items()})
+        metrics = coco_metrics(images, annotations, detections, id2label, max_detections=max_detections)
         return {name: metrics[name] for name in (*METRICS, "per_class")}
 
 
 def _plain(values: Any) -> Any:
-    """Arrays and tensors, also lists of them, to numbers and lists."""
+    """Arrays, tensors and lists of them as numbers and lists."""
     if isinstance(values, (list, tuple)):
         return [_plain(value) for value in values]
     return values.tolist() if hasattr(values, "tolist") else values

@@ -1,0 +1,131 @@
+"""COCO's numbers of a model over a data set, in one process or several."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+from tqdm.auto import tqdm
+
+from ..model.post_processing import to_host
+from ..runtime.extras import import_extra
+from .coco_metrics import MAX_DETECTIONS, canonical_id, coco_metrics, no_garbage_collection
+
+if TYPE_CHECKING:
+    from ..data.schema import DetectionDataset
+    from ..model.image_processing_hf_detr import DetrImageProcessor
+
+
+class CocoEvaluator:
+    """Collects detections batch by batch and computes COCO's numbers from them.
+
+    It keeps three small arrays per image: boxes, labels and scores. It reads no images.
+
+    Args:
+        dataset: as returned by `hf_detr.data.load_detection_dataset`. Every image counts, also one without an `update`.
+
+    Attributes:
+        id2label: class id to name; `category_ids`: class id to the source's category id.
+        images: records with `id`, `width`, `height`; `annotations`: records as `coco_metrics` takes them.
+    """
+
+    def __init__(self, dataset: "DetectionDataset") -> None:
+        from ..data.schema import category_ids, id2label
+
+        self.id2label = id2label(dataset)
+        self.category_ids = category_ids(dataset)
+        self.images: list[dict[str, Any]] = []
+        self.annotations: list[dict[str, Any]] = []
+        for row in dataset.select_columns(["image_id", "width", "height", "objects"]).with_format(None):
+            self.images.append({"id": row["image_id"], "width": row["width"], "height": row["height"]})
+            objects = row["objects"]
+            self.annotations += [
+                {"image_id": row["image_id"], "category_id": label, "bbox": box, "area": area, "iscrowd": crowd}
+                for label, box, area, crowd in zip(
+                    objects["category"], objects["bbox"], objects["area"], objects["iscrowd"], strict=True
+                )
+            ]
+        self._source_ids = {canonical_id(image["id"]): image["id"] for image in self.images}
+        self._found: dict[Any, tuple[Any, Any, Any]] = {}  # image id -> boxes xywh (N, 4), labels (N,), scores (N,)
+
+    def update(self, image_ids: Iterable[Any], results: Iterable[Mapping[str, Tensor]]) -> None:
+        """Add the results of `post_process_object_detection` (boxes xyxy in pixels of the original image, threshold 0)
+        for these images. An image seen twice counts once; several processes repeat images to fill the last batch.
+
+        Raises:
+            ValueError: an image is not in the data set.
+        """
+        for image_id, result in zip(image_ids, results, strict=True):
+            key = canonical_id(image_id)
+            if key not in self._source_ids:
+                raise ValueError(f"Image {key} is not of the data set that is measured against.")
+            self._found[key] = (
+                box_convert(result["boxes"].detach().cpu().double(), "xyxy", "xywh").numpy(),
+                result["labels"].cpu().numpy(),
+                result["scores"].detach().float().cpu().numpy(),
+            )
+
+    def gather(self) -> None:
+        """Exchange the detections of all processes, so that every process has all of them."""
+        if dist.is_available() and dist.is_initialized():
+            parts: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, self._found)
+            self._found = {image_id: found for part in parts for image_id, found in part.items()}
+
+    @no_garbage_collection()
+    def predictions(self) -> list[dict[str, Any]]:
+        """Detections as `coco_metrics` takes them: with class ids, in the order of the data set's images."""
+        return [
+            {"image_id": source_id, "category_id": label, "bbox": box, "score": score}
+            for key, source_id in self._source_ids.items()
+            if key in self._found
+            for box, label, score in zip(*(array.tolist() for array in self._found[key]), strict=True)
+        ]
+
+    def detections(self) -> list[dict[str, Any]]:
+        """COCO results with the source's ids: `image_id`, `category_id`, `bbox` [x, y, width, height], `score`."""
+        return [record | {"category_id": self.category_ids[record["category_id"]]} for record in self.predictions()]
+
+    def compute(self, max_detections: int = MAX_DETECTIONS) -> dict[str, Any]:
+        """The result of `coco_metrics`, with its errors."""
+        return coco_metrics(
+            self.images, self.annotations, self.predictions(), self.id2label, max_detections=max_detections
+        )
+
+
+@torch.no_grad()
+def evaluate_detection(
+    model: nn.Module,
+    loader: Iterable[Mapping[str, Any]],
+    dataset: "DetectionDataset",
+    processor: "DetrImageProcessor",
+    *,
+    progress: bool = True,
+) -> CocoEvaluator:
+    """Run a model over the batches of a data set and collect the detections of all processes in every process.
+
+    Args:
+        model: in training or evaluation mode; the mode is restored at the end.
+        loader: batches as `DetectionCollator` makes them, on the model's device.
+        progress: show a progress bar.
+
+    Raises:
+        ImportError: hotcoco is not installed; raised before the first batch.
+    """
+    import_extra("hotcoco", "evaluation")
+    # without the DistributedDataParallel wrapper, which would wait for processes that have no images left
+    model = getattr(model, "module", model)
+    was_training = model.training
+    model.eval()
+    evaluator = CocoEvaluator(dataset)
+    for batch in tqdm(loader, desc="Evaluating", disable=not progress, leave=False):
+        outputs = to_host(model(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"]))
+        numbers = [torch.cat((label["image_id"].reshape(1), label["orig_size"])) for label in batch["labels"]]
+        image_ids, sizes = torch.stack(numbers).cpu().split((1, 2), dim=1)
+        results = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
+        evaluator.update(image_ids[:, 0].tolist(), results)
+    evaluator.gather()
+    model.train(was_training)
+    return evaluator
