@@ -82,6 +82,8 @@ def load_original(
         values = _read_sizes(renamed)
     except KeyError as error:
         raise ValueError(f"{file} is not a checkpoint of facebookresearch/detr: it has no {error}.") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
     if dilation is None:
         dilation = getattr(args, "dilation", None)
