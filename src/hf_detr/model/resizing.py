@@ -46,11 +46,11 @@ def resize_class_head(model: Any, id2label: dict[int, str]) -> str:
     no_object = {len(new_names): len(old_names)}
     for owner in (model, model.dense_head):
         if owner is not None:
-            new = build_class_head(config.d_model, len(new_names))
-            owner.class_labels_classifier = _copy_rows(new, owner.class_labels_classifier, kept | no_object)
+            head = build_class_head(config.d_model, len(new_names))
+            owner.class_labels_classifier = _copy_rows(head, owner.class_labels_classifier, kept | no_object)
     if model.denoising_content is not None:
-        new = nn.Embedding(len(new_names), config.d_model)
-        model.denoising_content = _copy_rows(new, model.denoising_content, kept)
+        content = nn.Embedding(len(new_names), config.d_model)
+        model.denoising_content = _copy_rows(content, model.denoising_content, kept)
     config.id2label = dict(id2label)
     config.label2id = {name: row for row, name in id2label.items()}
     fresh = [name for row, name in id2label.items() if row not in kept]
