@@ -3,9 +3,9 @@
     python examples/push_to_hub.py runs/shapes-1 ME/detr-shapes
     python examples/push_to_hub.py FOLDER ME/MODEL --private --license apache-2.0 --base_model facebook/detr-resnet-50
 
-Log in first (`hf auth login`), or set HF_TOKEN. The card states the numbers of FOLDER/metrics.json if they were
-measured with these very weights, the settings of args.json and the picture validation.png. `--card_only FILE` writes it
-to look at, and pushes nothing.
+Log in first (`hf auth login`), or set HF_TOKEN. The card shows the results in FOLDER/metrics.json if they were measured
+with exactly these weights, the settings in args.json and the picture validation.png. `--card_only FILE` writes the card
+to a file for inspection and pushes nothing.
 """
 
 import argparse
@@ -16,16 +16,16 @@ from hf_detr.hub import TEMPLATE, model_card_of, push_folder
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a run of finetune.py, or any DETR checkpoint")
+    parser.add_argument("folder", type=Path, help="output folder of finetune.py, or any DETR checkpoint")
     parser.add_argument("repo_id", help="USER/NAME or NAME")
-    parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
+    parser.add_argument("--private", action="store_true", help="create the repository as private")
     parser.add_argument("--revision", help="branch to push to; it is created if it does not exist")
     parser.add_argument("--commit_message")
-    parser.add_argument("--create_pr", action="store_true", help="open a pull request in place of a commit")
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--max_shard_size", default="50GB")
-    parser.add_argument("--license", help="an identifier of the Hub such as apache-2.0")
-    parser.add_argument("--base_model", help="Hub id of what it was trained from; default: as the run says")
-    parser.add_argument("--datasets", nargs="+", help="Hub ids or names of its training data; default: as the run says")
+    parser.add_argument("--license", help="license identifier on the Hub, e.g. apache-2.0")
+    parser.add_argument("--base_model", help="Hub id of the model that training started from; default: from args.json")
+    parser.add_argument("--datasets", nargs="+", help="Hub ids or names of the training data; default: from args.json")
     parser.add_argument("--template", type=Path, default=TEMPLATE, help="Jinja template of the model card")
     parser.add_argument("--card_only", type=Path, metavar="FILE", help="write the card to this file and push nothing")
     args = parser.parse_args()
@@ -36,7 +36,7 @@ def main() -> None:
     about = {name: getattr(args, name) for name in ("license", "base_model", "datasets", "template")}
     if args.card_only:
         if args.card_only.exists():
-            parser.error(f"{args.card_only} exists.")
+            parser.error(f"{args.card_only} already exists.")
         model_card_of(args.folder, args.repo_id, **about).save(args.card_only)
         print(f"Written to {args.card_only}")
         return

@@ -1,9 +1,9 @@
-"""Write the cards in this folder: those of the converted published checkpoints, and the demo model's from its run.
+"""Write the model cards in this folder.
 
-    python model_cards/write_cards.py            # the published ones
-    python model_cards/write_cards.py RUN        # and detr-shapes, from a run of examples/finetune.py
+    python model_cards/write_cards.py        # of the converted published checkpoints
+    python model_cards/write_cards.py RUN    # and of detr-shapes; RUN is an output folder of examples/finetune.py
 
-Figures of the published checkpoints are the paper's (arXiv 2005.12872, table 1); none was measured here.
+The results of the published checkpoints are the paper's (arXiv 2005.12872, table 1); they were not measured again.
 """
 
 import sys
@@ -25,14 +25,14 @@ PUBLISHED = {
     "detr-resnet-101-dc5": (("resnet101", True), (0.449, 0.647, 0.477, 0.237, 0.495, 0.623)),
 }
 SOURCE = (
-    "From table 1 of the paper, COCO 2017 validation set. These figures are its authors'; they were not measured again "
-    "with this conversion, which changes the names of the weights and none of their values."
+    "From table 1 of the paper, on the COCO 2017 validation set. They were not measured again with this conversion, "
+    "which changes the names of the weights and none of their values."
 )
 
 
 def main() -> None:
     labels = coco_labels()
-    for name, ((backbone, dilation), figures) in PUBLISHED.items():
+    for name, ((backbone, dilation), results) in PUBLISHED.items():
         config = DetrConfig(backbone=backbone, dilation=dilation, id2label=labels)
         with torch.device("meta"):
             model = DetrForDetection(config)
@@ -40,7 +40,7 @@ def main() -> None:
             model,
             f"USER/{name}",
             processor=DetrImageProcessor(),
-            metrics=dict(zip(COLUMNS, figures, strict=True)),
+            metrics=dict(zip(COLUMNS, results, strict=True)),
             source=SOURCE,
             base_model=f"facebook/{name}",
             datasets=["coco"],
@@ -53,7 +53,7 @@ def main() -> None:
         run, target = Path(sys.argv[1]), HERE / "detr-shapes"
         target.mkdir(exist_ok=True)
         model_card_of(run, "USER/detr-shapes", license="apache-2.0").save(target / "README.md")
-        with Image.open(run / "validation.png") as picture:  # smaller than it is pushed, to keep the repository small
+        with Image.open(run / "validation.png") as picture:  # reduced, to keep the git repository small
             picture.resize((640, 640)).quantize(128).save(target / "validation.png", optimize=True)
 
 

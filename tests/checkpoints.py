@@ -14,9 +14,12 @@ SMALL_RESNET = {"layer_type": "bottleneck", "depths": [1, 2, 1, 1], "hidden_size
 
 
 def their_model(
-    backbone: str = "resnet18", *, table: bool = False, resnet: dict | None = None, **fields
+    backbone: str = "test_resnet", *, table: bool = False, resnet: dict | None = None, **fields
 ) -> transformers.PreTrainedModel:
-    """transformers' DETR or Table Transformer with random weights, on a timm backbone or on its own ResNet."""
+    """transformers' DETR or Table Transformer with random weights, on a timm backbone or on its own ResNet.
+
+    The paper's own files can only hold a ResNet that the paper's code knows, e.g. "resnet18"; see `save_original`.
+    """
     kind = TableTransformerForObjectDetection if table else DetrForObjectDetection
     if resnet is not None:
         own = transformers.ResNetConfig(**resnet, out_features=["stage4"])
@@ -31,8 +34,8 @@ def their_model(
 
 @torch.no_grad()
 def spread(model: torch.nn.Module) -> None:
-    """Weights as large as those of a trained model. With transformers' initial ones (standard deviation 0.02) attention
-    is flat and all queries answer alike, so that most mistakes in reading a checkpoint would not show."""
+    """Initialize weights with the magnitude of trained ones. With transformers' initial weights (standard deviation
+    0.02) attention is flat and all queries predict the same, which would hide most mistakes in reading a checkpoint."""
     for name, parameter in model.named_parameters():
         if "backbone." in name and "position_embedding" not in name:
             continue

@@ -1,8 +1,10 @@
 """A Hub on the loopback: what the unmodified `huggingface_hub` client uses of the Hub's HTTP API, kept in memory.
 
-    with HubServer(users={"ann": "hf_ann"}) as server:
-        run_client("from huggingface_hub import create_repo; create_repo('ann/detr')", server, home, token="hf_ann")
+    with HubServer(users={"ann": "hf_ann"}) as server, HubClients(server) as clients:
+        clients.run("from huggingface_hub import create_repo; create_repo('ann/detr')", home, token="hf_ann")
         assert server.blobs_of("ann/detr") == INITIAL_FILES
+
+`HubClients` is in `hub_client.py`.
 
 Model repositories only, and no Xet: large files travel over git LFS ("basic"). As on the real Hub they live at another
 origin than the API, which knows signed links only; by the origin the client decides whether it follows a redirect and
@@ -18,9 +20,7 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
-import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +28,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -37,33 +36,6 @@ LFS_SIZE = 10_000_000
 INITIAL_FILES = {
     ".gitattributes": "".join(f"*{end} filter=lfs diff=lfs merge=lfs -text\n" for end in LFS_SUFFIXES).encode()
 }
-
-
-class ClientError(Exception):
-    """The client's process failed; the message is what it wrote to stderr."""
-
-
-def run_client(
-    code: str, server: "HubServer", home: Path, token: str | None = None, offline: bool = False, waits: bool = True
-) -> str:
-    """Run Python `code` in a process whose Hub is `server` and whose cache is in `home`; return what it printed.
-
-    The pytest process itself is offline for good (see conftest.py), hence another one. `waits=False` makes
-    `time.sleep` return at once: the client sleeps 1, 2, 4, 8, 8 seconds between its tries.
-    """
-    drop = ("HF_", "HUGGING", "TRANSFORMERS_OFFLINE")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(drop) and not k.lower().endswith("_proxy")}
-    env |= {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    # With hf_xet installed the client sends every LFS file to Xet, whatever the server offers.
-    env |= {f"HF_HUB_DISABLE_{name}": "1" for name in ("XET", "TELEMETRY", "PROGRESS_BARS", "UPDATE_CHECK")}
-    env |= ({"HF_TOKEN": token} if token else {}) | ({"HF_HUB_OFFLINE": "1"} if offline else {})
-    code = ("" if waits else "import time; time.sleep = lambda seconds: None\n") + textwrap.dedent(code)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300, check=False
-    )
-    if done.returncode != 0:
-        raise ClientError(done.stderr)
-    return done.stdout
 
 
 # What a repository is made of ----------------------------------------------------------------------------------------
@@ -279,15 +251,9 @@ class HubServer:
     """
 
     def __init__(self, users: Mapping[str, str] | None = None) -> None:
-        self.repos: dict[str, Repo] = {}
-        self.requests: list[Request] = []
-        self.errors: list[str] = []
-        self._users: dict[str, User] = {}
-        self._faults: dict[str, list[int]] = {"upload": [], "download": [], "commit": []}
         self._secret = os.urandom(16).hex()
         self._lock = threading.RLock()
-        for name, token in (users or {}).items():
-            self.add_user(name, token)
+        self.reset(users or {})
         self._listeners = [_Listener(self, at_storage) for at_storage in (False, True)]
         self.endpoint, self.storage = (f"http://127.0.0.1:{listener.server_port}" for listener in self._listeners)
 
@@ -300,6 +266,16 @@ class HubServer:
         for listener in self._listeners:
             listener.shutdown()
             listener.server_close()
+
+    def reset(self, users: Mapping[str, str]) -> None:
+        """Start afresh with these users (name to token), without repositories."""
+        self.repos: dict[str, Repo] = {}
+        self.requests: list[Request] = []
+        self.errors: list[str] = []
+        self._users: dict[str, User] = {}
+        self._faults: dict[str, list[int]] = {"upload": [], "download": [], "commit": []}
+        for name, token in users.items():
+            self.add_user(name, token)
 
     def add_user(self, name: str, token: str, can_write: bool = True) -> None:
         """A user, who owns the repositories `name/...`. Without `can_write` the token only reads."""

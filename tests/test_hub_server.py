@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import INITIAL_FILES, ClientError, HubServer, run_client
+from hub_client import ClientError, HubClients
+from hub_server import INITIAL_FILES, HubServer
 from huggingface_hub import constants
 
 REPO = "ann/detr"
@@ -23,11 +24,12 @@ FILES = {
     "notes/küche.txt": "Küche\n".encode() * 100,
 }
 USERS = {"ann": "hf_ann", "bob": "hf_bob"}
-CODE = """
+IMPORTS = """
 import json, sys
 from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, errors, hf_hub_download, snapshot_download
-
+"""
+CODE = IMPORTS + """
 api = HfApi()
 
 def pull(repo, **options):
@@ -44,20 +46,32 @@ def error_of(function, *args, **options):
 """
 
 
-@pytest.fixture
-def server() -> Iterator[HubServer]:
-    with HubServer(USERS) as hub:
+@pytest.fixture(scope="module")
+def running_server() -> Iterator[HubServer]:
+    with HubServer() as hub:
         yield hub
-    assert hub.errors == []
 
 
 @pytest.fixture
-def client(server: HubServer, tmp_path: Path) -> Callable[..., Any]:
+def server(running_server: HubServer) -> Iterator[HubServer]:
+    running_server.reset(USERS)
+    yield running_server
+    assert running_server.errors == []
+
+
+@pytest.fixture(scope="module")
+def clients(running_server: HubServer) -> Iterator[HubClients]:
+    with HubClients(running_server, IMPORTS) as clients:
+        yield clients
+
+
+@pytest.fixture
+def client(clients: HubClients, tmp_path: Path) -> Callable[..., Any]:
     """Run code, as ann unless told otherwise, and return the JSON it prints last."""
 
     def run(code: str, user: str | None = "ann", home: str = "home", **options: bool) -> Any:
         token = USERS.get(user, user) if user else None
-        lines = run_client(CODE + code, server, tmp_path / home, token, **options).splitlines()
+        lines = clients.run(CODE + code, tmp_path / home, token, **options).splitlines()
         return json.loads(lines[-1]) if lines else None
 
     return run
@@ -463,6 +477,6 @@ class TestTheServerItself:
         assert [error.encode() for error in server.errors] == [body]
         server.errors.clear()
 
-    def test_a_failing_client_says_why(self, server, tmp_path):
+    def test_a_failing_client_says_why(self, clients, tmp_path):
         with pytest.raises(ClientError, match="ValueError: the reason"):
-            run_client("raise ValueError('the reason')", server, tmp_path)
+            clients.run("raise ValueError('the reason')", tmp_path)

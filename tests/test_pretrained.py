@@ -2,6 +2,9 @@
 
 import json
 import logging
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,15 +13,17 @@ from conftest import tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
 from hf_detr import DetrConfig, DetrForDetection, DetrModel
-from hf_detr.model.pretrained import _stored_config
+from hf_detr.model.pretrained import _read_stored_config
 
 NAMES = {0: "N/A", 1: "cat", 2: "dog", 3: "N/A", 4: "bird"}
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    tiny_model(id2label=NAMES, label2id={name: index for index, name in NAMES.items()}).save_pretrained(tmp_path)
-    return tmp_path
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Read only."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_model(id2label=NAMES, label2id={name: index for index, name in NAMES.items()}).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -31,6 +36,39 @@ def warnings(caplog, monkeypatch):
 def head(model: DetrForDetection) -> torch.Tensor:
     layer = model.class_labels_classifier
     return torch.cat((layer.weight, layer.bias[:, None]), dim=1).detach()
+
+
+# -- other checkpoints -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["learned", "pre_norm_learned_positions", "anchors"])
+def test_checkpoints_saved_by_version_0_1_give_the_same_outputs(name):
+    """They were saved by that version, with its outputs, before weights were renamed."""
+    folder = Path(__file__).parent / "fixtures" / "checkpoints_0_1" / name
+    model, info = DetrForDetection.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    pixel_values = torch.linspace(-60, 60, 2 * 3 * 64 * 96).sin().reshape(2, 3, 64, 96)
+    pixel_mask = torch.ones(2, 64, 96, dtype=torch.long)
+    pixel_values[1, :, :, 70:], pixel_mask[1, :, 70:] = 0, 0
+    with torch.no_grad():
+        outputs = model(pixel_values, pixel_mask)
+    for key, expected in load_file(folder / "expected.safetensors").items():
+        torch.testing.assert_close(outputs[key], expected, rtol=0, atol=1e-5)
+
+
+def test_without_the_package_other_checkpoints_are_named_in_a_clear_error(tmp_path, monkeypatch):
+    """As in a model repository (see test_hub.py), whose files are copies of those in `model/`."""
+    save_v4(their_model(), tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[:2] == ["hf_detr", "interop"]]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "hf_detr.interop", None)  # importing it raises ModuleNotFoundError
+    message = r'reads only hf_detr checkpoints; `pip install hf_detr` to read a "detr" checkpoint'
+    with pytest.raises(ValueError, match=message):
+        DetrForDetection.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        DetrConfig.from_pretrained(tmp_path)
+    monkeypatch.undo()
+    assert DetrForDetection.from_pretrained(tmp_path).config.backbone == "test_resnet", "imported when it is needed"
 
 
 # -- classes and queries ---------------------------------------------------------------------------------------------
@@ -52,7 +90,10 @@ def test_classes_keep_their_weights_by_name(checkpoint, warnings):
     assert model.config.id2label == names
     assert model.config.label2id["horse"] == 5
     assert "2 keep their weights by name, 4 start at random (cow, N/A, sheep, horse), 3 are dropped" in warnings.text
-    assert info["mismatched_keys"] == {("class_labels_classifier.weight", torch.Size((6, 32)), torch.Size((7, 32)))}
+    assert info["mismatched_keys"] == {
+        ("class_labels_classifier.weight", torch.Size((6, 32)), torch.Size((7, 32))),
+        ("class_labels_classifier.bias", torch.Size((6,)), torch.Size((7,))),
+    }
 
 
 def test_another_number_of_classes_is_an_error_unless_it_is_allowed(checkpoint):
@@ -89,7 +130,7 @@ def test_an_adapter_takes_its_base_model_s_config(checkpoint, tmp_path):
     (tmp_path / "adapter").mkdir()
     about = {"base_model_name_or_path": str(tmp_path / "base"), "peft_type": "LORA"}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(about))
-    assert _stored_config(tmp_path / "adapter", {}, needed=True)["model_type"] == "detr"
+    assert _read_stored_config(tmp_path / "adapter", {}, required=True)["model_type"] == "detr"
 
 
 def test_names_that_say_nothing_match_nothing(tmp_path):
@@ -140,11 +181,12 @@ def test_a_fitted_published_checkpoint_trains_and_saves(tmp_path):
 # -- reports ---------------------------------------------------------------------------------------------------------
 
 
-def test_missing_and_unexpected_weights_are_reported(checkpoint, warnings):
+def test_missing_and_unexpected_weights_are_reported(checkpoint, tmp_path, warnings):
+    shutil.copytree(checkpoint, tmp_path / "broken")
     weights = load_file(checkpoint / "model.safetensors")
     weights["model.decoder.layers.0.surprise.weight"] = weights.pop("model.encoder.layers.1.mlp.fc1.weight")
-    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
-    model, info = DetrForDetection.from_pretrained(checkpoint, output_loading_info=True)
+    save_file(weights, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    model, info = DetrForDetection.from_pretrained(tmp_path / "broken", output_loading_info=True)
     assert info["missing_keys"] == {"model.encoder.layers.1.mlp.fc1.weight"}
     assert info["unexpected_keys"] == {"model.decoder.layers.0.surprise.weight"}
     assert "MISSING" in warnings.text
@@ -198,8 +240,8 @@ def test_what_came_with_other_names_is_saved_under_ours_and_stays_byte_for_byte(
 
 
 def test_shards_are_written_and_read(tmp_path):
-    model = tiny_model(backbone="resnet18")
-    model.save_pretrained(tmp_path, max_shard_size="10MB")
+    model = tiny_model()
+    model.save_pretrained(tmp_path, max_shard_size="500KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     again, info = DetrForDetection.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())

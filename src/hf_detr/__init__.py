@@ -1,22 +1,48 @@
-"""hf_detr: DETR as a Hugging Face model package. The journey of an image, file by file:
+"""hf_detr: DETR as a Hugging Face model package. The way of an image through the package, file by file:
 
-    step 1  images                     any image -> RGB
-            image_processing_hf_detr   images + annotations -> pixel_values, pixel_mask, labels
-    step 2  backbone                   timm features -> feature_map and its mask
-    step 3  position_embedding         where each cell of the feature map lies
-    step 4  transformer                encoder and decoder
-            anchors                    the other decoder, whose queries are boxes
-    step 5  heads                      class logits and boxes
-    step 6  matcher                    which query answers for which object
-    step 7  loss                       the set loss
-            class_loss                 its class term, and that of the matching
-            denoising                  further queries that restore spoilt objects, in training
-            dense_supervision          a loss on every cell of the feature map, in training
-    step 8  post_processing            boxes in pixels
+`model/`: everything that travels with a pushed checkpoint
 
-`initialization` has the weights to start from, `modeling_hf_detr` wires steps 2 to 7, `pipeline_hf_detr` all of them
-for prediction. Importing this package registers the classes with transformers' Auto classes and
-`pipeline("object-detection")`.
+    step 1  image_io                     any image -> RGB tensor
+            annotations                  COCO records -> labels, and the check of their boxes
+            image_processing_hf_detr     images + annotations -> pixel_values, pixel_mask, labels
+    step 2  timm_network                 a timm network: build, freeze, load
+            backbone                     pixel_values -> feature maps and their masks
+    step 3  position_embedding           the position of each location of the feature map
+    step 4  attention                    multi-head attention
+            encoder                      feature map -> memory
+            queries                      the object queries of a batch; in training also groups and noised boxes
+            decoder                      queries + memory -> hidden states: learned queries
+            anchor_decoder               the same for queries that are boxes
+    step 5  heads                        hidden states -> class logits and boxes
+            boxes                        IoU and GIoU
+    step 6  matcher                      the matching of queries and objects
+    step 7  class_loss, box_loss         the terms of the loss
+            dense_supervision            an auxiliary loss on every location of the feature map
+            loss                         the loss: matching, and the weighted terms
+    step 8  post_processing              logits and boxes -> scores, labels and boxes in pixels
+
+    configuration_hf_detr                `DetrConfig`, all options with their meaning
+    modeling_hf_detr                     `DetrModel` and `DetrForDetection`: steps 2 to 7
+    outputs                              what the models return
+    initialization                       initial weights
+    pretrained, resizing                 load and save; change classes or the number of queries
+    foreign                              access to `interop` and `hub` where hf_detr is installed
+
+The toolbox: everything else, a package per task
+
+    data                                 read data sets of any format, augment, batch
+    dataset_check                        find faults in a data set
+    training                             recipes, schedules, checkpoints of a run
+    speed                                prepare a model for fast prediction or training
+    evaluation                           COCO metrics and error analysis
+    prediction                           pipeline, image folders, tiles, videos
+    visualization                        draw boxes
+    export                               ONNX and other runtimes
+    interop                              read and write checkpoints of transformers' DETR and of the paper's code
+    hub                                  push checkpoints with a model card
+    runtime                              files, locks, signals
+
+Importing hf_detr registers its classes with transformers' Auto classes and `pipeline("object-detection")`.
 """
 
 from typing import Any
@@ -25,8 +51,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForObjectDetection, Obj
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.pipelines import PIPELINE_REGISTRY, _resolve_impl
 
-from .hub import register_model_card
-from .interop import register_readers
 from .model.configuration_hf_detr import DetrConfig
 from .model.image_processing_hf_detr import DetrImageProcessor
 from .model.modeling_hf_detr import DetrForDetection, DetrModel
@@ -48,36 +72,42 @@ __all__ = [
     "DetrModelOutput",
 ]
 
-# transformers keys these by class, but refuses a config class that shares its *name* with one of its own (`DetrConfig`)
-# unless told that this is meant; its own DetrConfig keeps its entries.
+DetrForObjectDetection = DetrForDetection  # its name in transformers
+
+
+# -- Auto classes ----------------------------------------------------------------------------------------------------
+
+# `exist_ok`: transformers has a DetrConfig, too, and otherwise raises for a config class of the same name. It looks
+# models up by class, so its own entries stay.
 AutoConfig.register(DetrConfig.model_type, DetrConfig)
 AutoModel.register(DetrConfig, DetrModel, exist_ok=True)
 AutoModelForObjectDetection.register(DetrConfig, DetrForDetection, exist_ok=True)
 IMAGE_PROCESSOR_MAPPING.register(DetrConfig, {"torchvision": DetrImageProcessor}, exist_ok=True)
 
-# The code travels with what is saved, so that it loads with trust_remote_code where this package is not installed.
+# Save the code with every checkpoint, which then loads with trust_remote_code where hf_detr is not installed.
 DetrConfig.register_for_auto_class()
 DetrModel.register_for_auto_class("AutoModel")
 DetrForDetection.register_for_auto_class("AutoModelForObjectDetection")
 DetrImageProcessor.register_for_auto_class("AutoImageProcessor")
 
-register_model_card()  # model.push_to_hub
-register_readers()  # DetrForDetection.from_pretrained("facebook/detr-resnet-50")
+
+# -- pipeline("object-detection") ------------------------------------------------------------------------------------
 
 _task = PIPELINE_REGISTRY.supported_tasks["object-detection"]
-_impl_of_others = _task["impl"]  # a class, or the dotted path of one that transformers imports when it is needed
+_pipeline_of_other_models = _task["impl"]  # a class, or the dotted path of one that is not imported yet
 
 
 class _ObjectDetection(ObjectDetectionPipeline):
-    """What `pipeline("object-detection")` calls: ours for our models, for all others the class it was before."""
+    """The class behind `pipeline("object-detection")`: ours for our models, the previous one for all others."""
 
-    # Looking for one, transformers would take our image processor's auto_map for it and ask whether to run its code.
+    # transformers would search for a video processor, mistake our image processor's auto_map for one, and ask whether
+    # to trust its code.
     _load_video_processor = False
 
     def __new__(cls, *args: Any, model: Any, **kwargs: Any) -> Any:
         if model.config.model_type == DetrConfig.model_type:
             return DetrDetectionPipeline(*args, model=model, **kwargs)
-        return _resolve_impl(_impl_of_others)(*args, model=model, **kwargs)
+        return _resolve_impl(_pipeline_of_other_models)(*args, model=model, **kwargs)
 
 
 _task["impl"] = _ObjectDetection

@@ -1,7 +1,7 @@
-"""The Hugging Face Hub: pushing checkpoints with their model cards."""
+"""Push checkpoints to the Hugging Face Hub, with their model cards."""
 
-from .model_card import TEMPLATE, build_model_card, hash_of_weights, read_metrics
-from .push import model_card_of, prepare_repo, push_folder, register_model_card
+from .model_card import TEMPLATE, build_model_card, hash_of_weights
+from .push import model_card_of, prepare_repo, push_folder, write_model_card
 
 __all__ = [
     "TEMPLATE",
@@ -10,6 +10,5 @@ __all__ = [
     "model_card_of",
     "prepare_repo",
     "push_folder",
-    "read_metrics",
-    "register_model_card",
+    "write_model_card",
 ]

@@ -1,6 +1,7 @@
-"""The page that a model has on the Hub: metadata that the Hub reads, and text for people.
+"""The model card: a model's page on the Hub, with metadata that the Hub parses and text for readers.
 
-Numbers come from `metrics.json`, which names the weights they were measured with; a card never states others.
+Its results come from `metrics.json`, which holds a hash of the weights they were measured with. Results of other
+weights never enter a card.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from ..model.modeling_hf_detr import DetrForDetection
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 MARKER = "<!-- Written by hf_detr. Delete this line to keep your edits: the next push then leaves this page alone. -->"
 PICTURE = "validation.png"
-# what transformers writes into its card
+# The description in transformers' automatic card.
 BLANK = (
     "This is the model card of a 🤗 transformers model that has been pushed on the Hub. "
     "This model card has been automatically generated."
@@ -27,7 +28,8 @@ BLANK = (
 
 
 def hash_of_weights(folder: str | Path) -> str:
-    """SHA-256 over the weight files of a checkpoint, by name. Ties `metrics.json` to the weights that were measured."""
+    """SHA-256 over the weight files of a checkpoint, in the order of their names. It ties `metrics.json` to the weights
+    that were measured."""
     files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*.bin"))
     digest = hashlib.sha256()
     for file in files:
@@ -37,7 +39,8 @@ def hash_of_weights(folder: str | Path) -> str:
 
 
 def read_metrics(folder: str | Path) -> dict[str, Any] | None:
-    """`metrics.json` of a checkpoint, if there is one and it was measured with the weights beside it."""
+    """The content of `metrics.json` in a checkpoint folder; None if there is none or if it was measured with other
+    weights."""
     file = Path(folder) / "metrics.json"
     if not file.is_file():
         return None
@@ -60,20 +63,21 @@ def build_model_card(
     training: str | None = None,
     template: str | Path = TEMPLATE,
 ) -> ModelCard:
-    """The card of one model.
+    """Build the card of a model.
 
     Args:
-        repo_id: where it lives, for the examples of use.
-        metrics: what `CocoEvaluator.compute` returned for these very weights, with `dataset`, `split` and
-            `num_images`. None says that the model was not evaluated.
-        settings: how it was trained, name to value.
-        picture: `validation.png` is beside the card.
-        base_model: Hub id of the checkpoint or backbone it started from.
-        datasets: Hub ids or names of the data it was trained on.
-        license: identifier as the Hub lists them; None leaves it out.
-        source: for numbers that were not measured here: where they are from. They do not go into the metadata.
-        training: how it was trained, in words, if there are no `settings`.
-        template: a Jinja template with the same variables as the package's own (`hf_detr.hub.TEMPLATE`).
+        repo_id: the model's Hub id, for the code examples in the card.
+        processor: its image processor, for the input size.
+        metrics: the result of `CocoEvaluator.compute` for exactly these weights, with `dataset`, `split` and
+            `num_images`. None: the card states that the model was not evaluated.
+        settings: training settings, {name: value}.
+        picture: show `validation.png`, which lies next to the card.
+        base_model: Hub id of the checkpoint or backbone that training started from.
+        datasets: Hub ids or names of the training data.
+        license: identifier of the license on the Hub. None: the card names no license.
+        source: origin of `metrics` that were measured by others; they do not enter the metadata.
+        training: description of the training, shown if there are no `settings`.
+        template: a Jinja template with the variables of the package's own (`hf_detr.hub.TEMPLATE`).
     """
     config = model.config
     name = repo_id.rsplit("/", maxsplit=1)[-1]
@@ -116,7 +120,8 @@ def build_model_card(
         size=_size(processor),
         stride=model.model.backbone.stride,
     )
-    card.content = f"{card.content.rstrip()}\n\n{MARKER}\n"  # not left to the template: without it numbers would stay
+    # Not left to the template: a card without it is never renewed and would keep the results of earlier weights.
+    card.content = f"{card.content.rstrip()}\n\n{MARKER}\n"
     return card
 
 
@@ -126,7 +131,7 @@ def _eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
         EvalResult(
             task_type="object-detection",
             dataset_name=dataset,
-            dataset_type="custom",  # the Hub takes other values for the id of a data set there
+            dataset_type="custom",  # the Hub treats any other value as the id of one of its data sets
             dataset_split=metrics["split"],
             metric_type="mean_average_precision",
             metric_name=f"{key} ({DESCRIPTIONS[key]})",
@@ -143,16 +148,16 @@ def _number(value: float) -> str:
 
 def _size(processor: HfDetrImageProcessor | None) -> str:
     if processor is None:
-        return "the size its processor says"
+        return "the size in its processor's config"
     size = {name: value for name, value in dict(processor.size).items() if value}
     if "shortest_edge" in size:
-        return f"a shortest edge of {size['shortest_edge']} pixels, the longest at most {size.get('longest_edge')}"
+        return f"a shortest edge of {size['shortest_edge']} pixels (longest edge at most {size.get('longest_edge')})"
     height, width = size.get("height", size.get("max_height")), size.get("width", size.get("max_width"))
     return f"{height} x {width} pixels" if "height" in size else f"at most {height} x {width} pixels"
 
 
 def may_replace(card: str) -> bool:
-    """Whether a card on the Hub is one that a push may write anew: ours, or the one transformers writes into an empty
-    repository, as long as nobody has filled in anything of it."""
+    """Whether a push may replace a card on the Hub: one written by hf_detr, or transformers' automatic card in which
+    nothing has been filled in."""
     blank = ModelCard.from_template(ModelCardData(), model_description=BLANK)
     return MARKER in card or ModelCard(card).text.strip() == blank.text.strip()

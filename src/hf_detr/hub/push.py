@@ -1,4 +1,4 @@
-"""A checkpoint folder to the Hub, in one commit: weights, configs, code, picture, numbers and the model card."""
+"""Push a checkpoint folder to the Hub in one commit: weights, configs, code, metrics, picture and the model card."""
 
 import json
 import shutil
@@ -7,27 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    LocalEntryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 from transformers.utils import logging
 
 from ..model.image_processing_hf_detr import HfDetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
-from ..model.pretrained import DetrPreTrainedModel
 from .model_card import PICTURE, TEMPLATE, build_model_card, hash_of_weights, may_replace, read_metrics
 
 logger = logging.get_logger(__name__)
-# What a run's args.json says about where things were, which is nobody's business, or how the run was handled. The data
-# set and the base model have their own places in the card.
+# Entries of a run's args.json that do not enter the table of settings: local paths, which are private, and options
+# without influence on the result. Data set and base model have their own places in the card.
 _NOT_SETTINGS = (
     "auto_batch_size", "backbone_weights", "base_model", "chosen", "compile", "dataset", "datasets", "embedded",
     "found", "hub_private", "license", "logging_steps", "model", "on_nan", "output_dir", "overfit", "push_to_hub",
     "report_to", "resume", "save_minutes", "save_total_limit", "set",
 )  # fmt: skip
-# Weights of earlier pushes that were split differently. A pattern's star would reach into folders that are not ours.
+# Weight files of earlier pushes, which may have been sharded differently. No "*": it would also match in subfolders.
 _WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model-?????-of-?????.bin", "pytorch_model.bin.index.json")
 
@@ -41,15 +36,14 @@ def model_card_of(
     datasets: list[str] | None = None,
     template: str | Path = TEMPLATE,
 ) -> ModelCard:
-    """The model card that a push of `folder` writes. What is not given is read from the run: the numbers from
-    `metrics.json` if they belong to these weights, the settings and the base model from `args.json`, the picture from
-    `validation.png`.
+    """Build the model card that pushing `folder` writes. It shows the results in `metrics.json` if they belong to the
+    weights, the settings in `args.json`, from which arguments that are not given are also taken, and `validation.png`.
 
     Args:
         license, base_model, datasets, template: see [`build_model_card`].
 
     Raises:
-        OSError, ValueError: the folder holds no complete DETR checkpoint.
+        OSError, ValueError: the folder does not hold a complete DETR checkpoint.
     """
     folder = Path(folder)
     return _card(folder, *_load(folder), repo_id, license, base_model, datasets, template)
@@ -67,7 +61,7 @@ def _card(
 ) -> ModelCard:
     metrics = read_metrics(folder)
     if metrics is None and (folder / "metrics.json").exists():
-        logger.warning(f"metrics.json in {folder} was not measured with the weights there; the card leaves it out.")
+        logger.warning(f"{folder / 'metrics.json'} was measured with other weights; its results do not enter the card.")
     settings = _read_json(folder / "args.json")
     return build_model_card(
         model,
@@ -95,21 +89,20 @@ def push_folder(
     max_shard_size: str = "50GB",
     **about: Any,
 ) -> str:
-    """Push the checkpoint in `folder` (model and processor, as `finetune.py` leaves them, or any DETR checkpoint) with
-    the code to run it and a model card. All of it becomes visible at once, or nothing does.
-
-    A card that somebody has edited on the Hub (see the note at its end) is left as it is.
+    """Push the checkpoint in `folder` (model and processor, as saved by `finetune.py`, or any DETR checkpoint) with the
+    code to run it and a model card. The push is atomic. A card that was edited on the Hub (see the note at its end) is
+    kept.
 
     Args:
-        private, token, commit_message, revision, create_pr, max_shard_size: as for `model.push_to_hub`.
+        private, token, commit_message, revision, create_pr, max_shard_size: as in `model.push_to_hub`.
         about: `license`, `base_model`, `datasets` and `template` of the card, see [`model_card_of`].
 
     Returns:
-        the address of the commit, or of the pull request.
+        the URL of the commit, or of the pull request.
 
     Raises:
-        OSError, ValueError: the folder holds no complete DETR checkpoint.
-        huggingface_hub.errors.HfHubHTTPError: the Hub refused; the message says why.
+        OSError, ValueError: the folder does not hold a complete DETR checkpoint.
+        huggingface_hub.errors.HfHubHTTPError: the Hub rejected the push; the message gives its reason.
     """
     folder = Path(folder)
     model, processor = _load(folder)
@@ -123,14 +116,14 @@ def push_folder(
         processor.save_pretrained(stage)
         metrics = read_metrics(folder)
         if metrics is not None:
-            # the same weights, perhaps in other files
+            # the same weights, but the files and so the hash may differ
             (stage / "metrics.json").write_text(json.dumps(metrics | {"weights": hash_of_weights(stage)}, indent=2))
             if (folder / PICTURE).is_file():
                 shutil.copyfile(folder / PICTURE, stage / PICTURE)
         if _card_is_ours(api, repo_id, revision):
             _card(folder, model, processor, repo_id, **about).save(stage / "README.md")
         else:
-            logger.warning(f"The model card of {repo_id} has been edited there; it is left as it is.")
+            logger.warning(f"The model card of {repo_id} was edited on the Hub; it is kept.")
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=stage,
@@ -143,25 +136,25 @@ def push_folder(
 
 
 def prepare_repo(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
-    """Create the repository, if there is none, and make sure that this token may write to it, before hours are spent on
-    what is to be pushed. Returns its id.
+    """Create the repository if it does not exist and check that the token may write to it; to be called before a long
+    training run. Returns its full id.
 
     Raises:
-        SystemExit: the Hub cannot be reached, or refuses; the message says why.
+        OSError: the Hub cannot be reached, or denies access; the message gives the reason.
     """
     api = HfApi(token=token)
     try:
         full = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
-        api.auth_check(full, write=True)  # of a repository that is there, creating it again would tell nothing
-    except Exception as error:  # the client's own, and those of the HTTP library under it, which changes
-        raise SystemExit(f"--push_to_hub {repo_id}: {error}") from error
+        api.auth_check(full, write=True)  # create_repo does not check this if the repository exists
+    except Exception as error:  # the client's errors, and those of its HTTP library
+        raise OSError(f"Cannot push to {repo_id}: {error}") from error
     return full
 
 
 def _load(folder: Path) -> tuple[DetrForDetection, HfDetrImageProcessor]:
     model, info = DetrForDetection.from_pretrained(folder, output_loading_info=True)
     if info["missing_keys"]:
-        raise ValueError(f"{folder} has no weights for {sorted(info['missing_keys'])[:5]}. It is not complete.")
+        raise ValueError(f"{folder} has no weights for {sorted(info['missing_keys'])[:5]}. It is incomplete.")
     return model, HfDetrImageProcessor.from_pretrained(folder)
 
 
@@ -170,29 +163,27 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _card_is_ours(api: HfApi, repo_id: str, revision: str | None) -> bool:
-    with tempfile.TemporaryDirectory() as fresh:  # a card in the cache may be an old one
+    with tempfile.TemporaryDirectory() as empty_cache:  # a cached card may be outdated
         try:
-            file = api.hf_hub_download(repo_id, "README.md", revision=revision, cache_dir=fresh)
-        except LocalEntryNotFoundError:  # a kind of EntryNotFoundError, but it says: could not look
+            file = api.hf_hub_download(repo_id, "README.md", revision=revision, cache_dir=empty_cache)
+        except LocalEntryNotFoundError:  # an EntryNotFoundError, too, but it means that the Hub cannot be reached
             raise
         except (EntryNotFoundError, RevisionNotFoundError):
             return True
         return may_replace(Path(file).read_text(encoding="utf-8"))
 
 
-def register_model_card() -> None:
-    """Give every `model.push_to_hub` a card. transformers puts the card that the repository has, or a blank one, into
-    the folder that it is about to push; one that is not somebody's own is written anew, without numbers, since nothing
-    says that these weights were measured."""
-
-    def write_model_card(self: DetrPreTrainedModel, folder: Path, repo_id: str) -> None:
-        file = folder / "README.md"
-        there = ModelCard.load(file)
-        if isinstance(self, DetrForDetection) and may_replace(there.content):
-            said = there.data.to_dict()
-            card = build_model_card(self, repo_id, license=said.get("license"), datasets=said.get("datasets"))
-            new = card.data.to_dict()
-            card.data = ModelCardData(**new | {"tags": list(dict.fromkeys([*new["tags"], *said.get("tags", ())]))})
-            card.save(file)
-
-    DetrPreTrainedModel.write_model_card = write_model_card
+def write_model_card(model: Any, folder: Path, repo_id: str) -> None:
+    """Write the card of `model` into `folder`, which `model.push_to_hub` is about to push and which already holds the
+    repository's card or transformers' automatic one. An edited card is kept. The new card has no results, since nothing
+    ties measured ones to these weights."""
+    file = folder / "README.md"
+    present = ModelCard.load(file)
+    if not hasattr(model, "class_labels_classifier") or not may_replace(present.content):
+        return
+    metadata = present.data.to_dict()
+    card = build_model_card(model, repo_id, license=metadata.get("license"), datasets=metadata.get("datasets"))
+    ours = card.data.to_dict()
+    ours["tags"] = list(dict.fromkeys([*ours["tags"], *metadata.get("tags", ())]))
+    card.data = ModelCardData(**ours)
+    card.save(file)

@@ -1,7 +1,15 @@
-"""DETR checkpoints of other code bases: in, and out again."""
+"""Read and write DETR checkpoints of transformers; read those of the paper's code."""
 
 from .original_checkpoints import coco_labels, load_original
-from .transformers_checkpoints import register_readers
+from .transformers_checkpoints import WEIGHT_NAMES, read_config, read_processor
 from .transformers_export import save_for_transformers, to_transformers
 
-__all__ = ["coco_labels", "load_original", "register_readers", "save_for_transformers", "to_transformers"]
+__all__ = [
+    "WEIGHT_NAMES",
+    "coco_labels",
+    "load_original",
+    "read_config",
+    "read_processor",
+    "save_for_transformers",
+    "to_transformers",
+]

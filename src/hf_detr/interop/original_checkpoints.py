@@ -1,7 +1,7 @@
-"""Reading the checkpoints of the paper's own code, facebookresearch/detr: `detr-r50`, `detr-r101` and their `-dc5`.
+"""Read the checkpoints of the paper's own code, facebookresearch/detr: `detr-r50`, `detr-r101` and their `-dc5`.
 
-A file holds `{"model": state_dict}`, and if it comes from a training run also its `args`. The state dict does not say
-whether the backbone is dilated nor how many heads attention has; `args`, the file's name or the caller do.
+A file holds `{"model": state_dict}`, and if a training run wrote it, also its `args`. A state dict shows neither
+whether the backbone is dilated nor the number of attention heads: these come from `args`, the caller or the file name.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from ..model.configuration_hf_detr import DetrConfig
 from ..model.modeling_hf_detr import DetrForDetection
-from .transformers_checkpoints import RESNETS
+from .transformers_checkpoints import OUR_BOX_HEAD, RESNETS
 
-# Applied in turn.
+# {pattern: replacement}, applied in turn.
 _NAMES = {
-    r"^detr\.": "",  # the panoptic model holds its detector under this name
+    r"^detr\.": "",  # the prefix of the detector in the panoptic model
     r"^transformer\.(encoder|decoder)\.norm\.": r"model.\1.layernorm.",
     r"^transformer\.": "model.",
     r"^(model\.\w+\.layers\.\d+)\.norm1\.": r"\1.self_attn_layer_norm.",
@@ -33,17 +33,17 @@ _NAMES = {
     r"^query_embed\.": "model.query_position_embeddings.",
     r"^input_proj\.": "model.input_projection.",
     r"^class_embed\.": "class_labels_classifier.",
-    r"^bbox_embed\.": "bbox_predictor.",
+    r"^bbox_embed\.": OUR_BOX_HEAD,
     r"^backbone\.0\.body\.": "model.backbone.model.",
     r"^backbone\.1\.row_embed\.": "model.position_embedding.row_embeddings.",
     r"^backbone\.1\.col_embed\.": "model.position_embedding.column_embeddings.",
 }
-_MASKS = ("mask_head.", "bbox_attention.")
+_MASK_HEAD = ("mask_head.", "bbox_attention.")
 
 
 def coco_labels() -> dict[int, str]:
-    """COCO's category ids, 0 to 90, and their names as the published checkpoints have them; ids that COCO does not use
-    are "N/A". From torchvision."""
+    """COCO's category ids, 0 to 90, with their names as in the published checkpoints: "N/A" for ids that COCO does not
+    use. Source: torchvision."""
     names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     return {index: "N/A" if index == 0 else name for index, name in enumerate(names)}
 
@@ -55,32 +55,35 @@ def load_original(
     attention_heads: int | None = None,
     id2label: dict[int, str] | None = None,
 ) -> tuple[DetrForDetection, list[str]]:
-    """A checkpoint of facebookresearch/detr to our model.
+    """Load a checkpoint of facebookresearch/detr into our model.
 
     Args:
-        file: opened with `weights_only=True`.
-        dilation: whether the backbone is DC5. None: as the `args` in the file say, else whether its name has "dc5".
-        attention_heads: None: as the `args` say, else the paper's 8.
-        id2label: names of the classes. None: COCO's for 91 classes, else `LABEL_0`, ...
+        file: the `.pth` file; it is opened with `weights_only=True`.
+        dilation: whether the backbone is DC5. None: from the `args` in the file; without them, True if the file name
+            contains "dc5".
+        attention_heads: None: from the `args` in the file; without them, the paper's 8.
+        id2label: class names. None: COCO's if there are 91 classes, else `LABEL_0`, ...
 
     Returns:
-        the model in evaluation mode, and what was assumed or left out, a line each.
+        the model in evaluation mode, and one sentence per assumption that was made and per part that was dropped.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a checkpoint of facebookresearch/detr, or holds more than tensors (none of it has run).
+        ValueError: it is not a checkpoint of facebookresearch/detr, or holds more than tensors (no code in it has run).
     """
     file = Path(file)
     state, args = _read(file)
     notes: list[str] = []
-    masks = [name for name in state if name.startswith(_MASKS)]
+    masks = [name for name in state if name.startswith(_MASK_HEAD)]
     if masks:
-        notes.append(f"{len(masks)} tensors of the mask head (panoptic segmentation) are left out.")
+        notes.append(f"{len(masks)} tensors of the mask head (panoptic segmentation) are dropped.")
     renamed = _rename({name: tensor for name, tensor in state.items() if name not in masks})
     try:
         values = _read_sizes(renamed)
     except KeyError as error:
-        raise ValueError(f"{file} is not a checkpoint of facebookresearch/detr: there is no {error}.") from None
+        raise ValueError(f"{file} is not a checkpoint of facebookresearch/detr: it has no {error}.") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
     if dilation is None:
         dilation = getattr(args, "dilation", None)
@@ -117,11 +120,13 @@ def _read(file: Path) -> tuple[dict[str, Tensor], Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is no pickle at all can fail in any way
+    except Exception as error:  # which one depends on the content, if the file is not a pickle
         raise ValueError(f"{file} cannot be read as weights, and nothing in it was run: {error}") from error
     state = content.get("model", content.get("state_dict", content)) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(f'{file} holds no weights of facebookresearch/detr, which are {{"model": {{name: tensor}}}}.')
+        raise ValueError(
+            f'{file} is not a checkpoint of facebookresearch/detr: those hold {{"model": {{name: tensor}}}}.'
+        )
     return state, content.get("args")
 
 
@@ -131,7 +136,7 @@ def _rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
         for pattern, replacement in _NAMES.items():
             name = re.sub(pattern, replacement, name)  # noqa: PLW2901
         attention, fused, kind = name.partition(".in_proj_")
-        if fused:  # one matrix (3d, d) for query, key and value
+        if fused:  # one (3d, d) matrix for query, key and value
             for projection, part in zip("qkv", tensor.chunk(3), strict=True):
                 renamed[f"{attention}.{projection}_proj.{kind}"] = part
         else:
@@ -140,7 +145,7 @@ def _rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_sizes(state: dict[str, Tensor]) -> dict[str, Any]:
-    """Everything about the model that its weights say."""
+    """The fields of the config that follow from the names and shapes of the weights."""
     backbone = "model.backbone.model."
     names = [name.removeprefix(backbone) for name in state if name.startswith(f"{backbone}layer")]
     blocks = {".".join(name.split(".")[:2]) for name in names}
@@ -148,7 +153,9 @@ def _read_sizes(state: dict[str, Tensor]) -> dict[str, Any]:
     bottleneck = f"{backbone}layer1.0.conv3.weight" in state
     network = RESNETS.get((bottleneck, tuple(depths[f"layer{i}"] for i in range(1, 5))))
     if network is None:
-        raise ValueError(f"The backbone is no ResNet that timm has a name for; its blocks are {dict(depths)}.")
+        raise ValueError(
+            f"The backbone is not a ResNet that timm has a name for: its stages have {dict(depths)} blocks."
+        )
     layers = Counter(re.sub(r"^model\.(\w+)\.layers\.\d+\.self_attn\.q_proj\.weight$", r"\1", name) for name in state)
     return {
         "backbone": network,

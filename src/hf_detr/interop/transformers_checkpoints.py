@@ -1,10 +1,12 @@
-"""Reading transformers' DETR and Table Transformer checkpoints: their configs, weight names and processors.
+"""Read transformers' DETR and Table Transformer checkpoints: configs, weight names and image processor settings.
 
-Two layouts of weight names exist. v4 is what the Hub has and what transformers still writes by default
-(`model.backbone.conv_encoder.model`, `out_proj`, `fc1`); v5 is how transformers names them in memory, and so do we. The
-backbone is a timm network, or transformers' own ResNet (`use_timm_backbone=False`), whose weights are those of timm's.
+Two layouts of weight names exist. The v4 layout is the one on the Hub, and the one that transformers still writes by
+default (`model.backbone.conv_encoder.model`, `out_proj`, `fc1`). The v5 layout has transformers' names in memory, which
+are ours, too. The backbone is a timm network, or transformers' own ResNet (`use_timm_backbone=False`), which has the
+same weights as timm's under other names.
 """
 
+import re
 from typing import Any
 
 import timm
@@ -13,16 +15,16 @@ from torch import nn
 from transformers.utils import logging
 
 from ..model.configuration_hf_detr import DetrConfig
-from ..model.image_processing_hf_detr import HfDetrImageProcessor
-from ..model.pretrained import DetrPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
 MODEL_TYPES = ("detr", "table-transformer")
 
-# Applied in turn; a name of the v5 layout comes through unchanged.
+# Prefix of the weights of the box head, in transformers' models and in ours.
+THEIR_BOX_HEAD, OUR_BOX_HEAD = "bbox_predictor.", "model.decoder.bbox_predictor."
+# {pattern: replacement}, applied in turn.
 _LAYERS = {
-    r"^detr\.": "",  # DetrForSegmentation holds its detector under this name
+    r"^detr\.": "",  # the prefix of the detector in DetrForSegmentation
     r"backbone\.conv_encoder\.model\.": "backbone.model.",
     r"backbone\.position_embedding\.": "position_embedding.",
     r"\.(self_attn|encoder_attn)\.out_proj\.": r".\1.o_proj.",
@@ -38,7 +40,7 @@ _RESNET = {
     **{rf"(model\.layer\d+\.\d+)\.layer\.{i}\.convolution\.": rf"\1.conv{i + 1}." for i in range(3)},
     **{rf"(model\.layer\d+\.\d+)\.layer\.{i}\.normalization\.": rf"\1.bn{i + 1}." for i in range(3)},
 }
-WEIGHT_NAMES = _LAYERS | _RESNET
+WEIGHT_NAMES = _LAYERS | _RESNET | {rf"^{re.escape(THEIR_BOX_HEAD)}": OUR_BOX_HEAD}
 
 SHARED_FIELDS = (
     "num_channels", "num_queries", "d_model", "encoder_layers", "encoder_ffn_dim", "encoder_attention_heads",
@@ -47,7 +49,7 @@ SHARED_FIELDS = (
     "bbox_cost", "giou_cost", "bbox_loss_coefficient", "giou_loss_coefficient", "eos_coefficient", "id2label",
     "label2id",
 )  # fmt: skip
-# transformers' ResNets, and the paper's, by (bottleneck blocks, blocks in each stage), as timm calls them
+# timm's names of the ResNets of transformers and of the paper: {(bottleneck blocks, blocks per stage): name}
 RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
     (True, (2, 2, 2, 2)): "resnet26", (True, (3, 4, 6, 3)): "resnet50", (True, (3, 4, 23, 3)): "resnet101",
     (True, (3, 8, 36, 3)): "resnet152", (False, (2, 2, 2, 2)): "resnet18", (False, (3, 4, 6, 3)): "resnet34",
@@ -58,18 +60,21 @@ RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
 
 
 def read_config(theirs: dict[str, Any]) -> dict[str, Any]:
-    """The `config.json` of a `detr` or `table-transformer` checkpoint, of any generation, to the fields of our config.
+    """Convert the `config.json` of a checkpoint of transformers, of any version, to the fields of our config.
 
-    `auxiliary_loss` is not taken over: it is off in the published files, which were made for prediction, but the models
-    were trained with it, fine-tuning needs it, and with ours it does not change predictions.
+    `auxiliary_loss` is ignored: it is off in the published files, although the models were trained with it. Fine-tuning
+    needs it, and in our model it does not change predictions.
 
     Raises:
-        ValueError: the backbone is none that timm has under some name.
+        ValueError: the `model_type` is not in `MODEL_TYPES`, or timm has no equivalent of the backbone.
     """
+    if theirs.get("model_type") not in MODEL_TYPES:
+        readable = ", ".join(f'"{name}"' for name in (DetrConfig.model_type, *MODEL_TYPES))
+        raise ValueError(f'This is a checkpoint of a "{theirs.get("model_type")}" model. hf_detr reads {readable}.')
     generic = ("num_labels", "dtype", "torch_dtype", "_commit_hash")
     ours = {name: theirs[name] for name in (*SHARED_FIELDS, *generic) if theirs.get(name) is not None}
     if theirs.get("encoder_layerdrop") or theirs.get("decoder_layerdrop"):
-        logger.warning("LayerDrop is not part of DETR; layers are not dropped when this checkpoint is trained further.")
+        logger.warning("LayerDrop is not supported: training this checkpoint further never skips a layer.")
     return ours | _read_backbone(theirs) | {"pre_norm": theirs["model_type"] == "table-transformer"}
 
 
@@ -93,7 +98,8 @@ def _read_backbone(theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _timm_backbone(name: str, out_indices: list[int] | None, extra: dict[str, Any]) -> dict[str, Any]:
-    """timm's name and further arguments to our fields. A level other than the deepest becomes its stride."""
+    """Convert the name and the arguments of a timm network to our fields. Of `out_indices`, the last level feeds the
+    transformer; unless it is the network's deepest, `feature_stride` selects it."""
     ours: dict[str, Any] = {"backbone": name}
     stride = extra.pop("output_stride", None)
     if stride == 16:
@@ -110,8 +116,9 @@ def _timm_backbone(name: str, out_indices: list[int] | None, extra: dict[str, An
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     if any(type(norm) is not nn.BatchNorm2d or norm.eps != 1e-5 for norm in norms):
         raise ValueError(
-            f"transformers' DETR replaces the batch norms of timm's \"{name}\" by others with eps 1e-5 and without the "
-            "activation that timm fuses into them. What was trained that way is another network than timm's: not read."
+            f"transformers' DETR replaces the batch norms of timm's \"{name}\" by ones with eps 1e-5 and without the "
+            "activation that timm fuses into them. A checkpoint trained that way is another network than timm's and "
+            "cannot be read."
         )
     if out_indices:
         reductions = network.feature_info.reduction()
@@ -123,19 +130,20 @@ def _timm_backbone(name: str, out_indices: list[int] | None, extra: dict[str, An
 
 
 def _resnet_of_transformers(theirs: dict[str, Any]) -> dict[str, Any]:
-    """transformers' `ResNetConfig` to timm's name for it, or to its nearest name with the sizes as arguments."""
+    """Convert transformers' `ResNetConfig` to timm's name of the network; sizes without a name of their own become
+    `backbone_kwargs`."""
     if theirs.get("model_type") != "resnet":
         raise ValueError(
-            f'The backbone of this checkpoint is transformers\' "{theirs.get("model_type")}". Its weights are only '
-            "known to fit timm's if it is a ResNet."
+            f"The backbone of this checkpoint is transformers' \"{theirs.get('model_type')}\". Of transformers' own "
+            "backbones, only ResNets can be read as timm networks."
         )
-    unlike = {
+    fixed_in_timm = {
         "embedding_size": (theirs.get("embedding_size", 64), 64),
         "hidden_act": (theirs.get("hidden_act", "relu"), "relu"),
         "downsample_in_first_stage": (theirs.get("downsample_in_first_stage", False), False),
         "downsample_in_bottleneck": (theirs.get("downsample_in_bottleneck", False), False),
     }
-    for field, (value, needed) in unlike.items():
+    for field, (value, needed) in fixed_in_timm.items():
         if value != needed:
             raise ValueError(f"The ResNet of this checkpoint has {field}={value}; timm's has {needed}.")
     bottleneck = theirs.get("layer_type", "bottleneck") == "bottleneck"
@@ -163,13 +171,13 @@ PROCESSOR_FIELDS = (
 
 
 def read_processor(theirs: dict[str, Any]) -> dict[str, Any]:
-    """The `preprocessor_config.json` of any generation to our processor's fields.
+    """Convert the `preprocessor_config.json` of any version of transformers to the fields of our image processor.
 
-    `size` was a number beside `max_size` once, and `{"longest_edge": n}` alone in later Table Transformers; `do_pad`
-    was called `pad_and_return_pixel_mask`.
+    In early versions `size` is a number next to `max_size`, and `do_pad` is called `pad_and_return_pixel_mask`. Later
+    Table Transformers have only `size={"longest_edge": n}`.
 
     Raises:
-        ValueError: it is the processor of another kind of model.
+        ValueError: it belongs to a model that is not a DETR.
     """
     kind = theirs.get("image_processor_type") or theirs.get("feature_extractor_type")
     if kind is not None and "Detr" not in kind and "Yolos" not in kind:
@@ -185,11 +193,3 @@ def read_processor(theirs: dict[str, Any]) -> dict[str, Any]:
     elif isinstance(size, dict) and set(size) == {"longest_edge"}:
         ours["size"] = {"max_height": size["longest_edge"], "max_width": size["longest_edge"]}
     return ours
-
-
-def register_readers() -> None:
-    """Teach `from_pretrained` of config, models and processor to read what transformers' DETR models saved."""
-    for model_type in MODEL_TYPES:
-        DetrConfig.translations[model_type] = read_config
-        DetrPreTrainedModel.foreign_weight_names[model_type] = WEIGHT_NAMES
-    HfDetrImageProcessor.translate = staticmethod(read_processor)

@@ -1,4 +1,4 @@
-"""Writing our models in transformers' format: files that plain transformers loads, with the same outputs."""
+"""Write our models as checkpoints of transformers' own DETR, which give the same outputs there."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from transformers import (
 from ..model.image_processing_hf_detr import HfDetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
 from ..model.pretrained import TRAINING_ONLY
-from .transformers_checkpoints import PROCESSOR_FIELDS, SHARED_FIELDS
+from .transformers_checkpoints import OUR_BOX_HEAD, PROCESSOR_FIELDS, SHARED_FIELDS, THEIR_BOX_HEAD
 
 _TABLE_TRANSFORMER_NAMES = {
     r"^model\.backbone\.model\.": "model.backbone.conv_encoder.model.",
@@ -29,17 +29,17 @@ _TABLE_TRANSFORMER_NAMES = {
 
 
 def to_transformers(model: DetrForDetection) -> PreTrainedModel:
-    """Our model as transformers' `DetrForObjectDetection`, or, if it is pre-norm, `TableTransformerForObjectDetection`,
-    with the same weights and the same outputs.
+    """Convert our model to transformers' `DetrForObjectDetection`, or a pre-norm one to
+    `TableTransformerForObjectDetection`, with the same weights and the same outputs.
 
     Raises:
-        ValueError: transformers cannot express the model: its DETR replaces every batch norm of the backbone by a
-            frozen one with eps 1e-5 and no activation, which is wrong for many timm networks. Found by comparing
-            outputs.
+        ValueError: transformers' DETR has no counterpart of the model: it has no anchors and no `backbone_kwargs`, and
+            it replaces all batch norms of the backbone by frozen ones with eps 1e-5 and without activation, which
+            changes many timm networks. The latter is detected by comparing outputs.
     """
     config = model.config
     if config.query_type != "learned":
-        raise ValueError("transformers' DETR has no anchor queries; only models with learned queries fit.")
+        raise ValueError("transformers' DETR has no anchors: only models with learned queries can be converted.")
     backbone_config: dict[str, Any] = {
         "model_type": "timm_backbone",
         "backbone": config.backbone,
@@ -52,8 +52,8 @@ def to_transformers(model: DetrForDetection) -> PreTrainedModel:
         backbone_config["output_stride"] = 16
     if config.backbone_kwargs:
         raise ValueError(
-            f"transformers has no place for backbone_kwargs={config.backbone_kwargs}: its DETR builds timm's "
-            f'"{config.backbone}" as timm defines it.'
+            f"transformers' DETR does not support backbone_kwargs={config.backbone_kwargs}: it builds timm's "
+            f'"{config.backbone}" with timm\'s defaults.'
         )
     theirs_class = TableTransformerForObjectDetection if config.pre_norm else DetrForObjectDetection
     fields = {name: getattr(config, name) for name in SHARED_FIELDS if hasattr(config, name)}
@@ -64,9 +64,9 @@ def to_transformers(model: DetrForDetection) -> PreTrainedModel:
         if config.pre_norm:
             for pattern, replacement in _TABLE_TRANSFORMER_NAMES.items():
                 name = re.sub(pattern, replacement, name)  # noqa: PLW2901
-        trained_only = any(f"{part}." in name for part in TRAINING_ONLY)
-        if not trained_only and not name.endswith("num_batches_tracked"):  # a count of trained batch norm
-            state[name.replace("model.decoder.bbox_predictor.", "bbox_predictor.")] = tensor
+        training_only = any(f"{part}." in name for part in TRAINING_ONLY)
+        if not training_only and not name.endswith("num_batches_tracked"):  # frozen batch norms have no such counter
+            state[re.sub(f"^{re.escape(OUR_BOX_HEAD)}", THEIR_BOX_HEAD, name)] = tensor
     theirs.load_state_dict(state)
     _check_outputs(model, theirs)
     return theirs
@@ -74,28 +74,28 @@ def to_transformers(model: DetrForDetection) -> PreTrainedModel:
 
 @torch.no_grad()
 def _check_outputs(ours: DetrForDetection, theirs: PreTrainedModel) -> None:
-    """In float32 on copies, so that rounding in a narrower type is no difference."""
+    """Compare both models' outputs in float32, on copies: in a narrower type, rounding alone would differ."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, ours.config.num_channels, 128, 160, generator=generator).to(ours.device)
     a, b = deepcopy(ours).float().eval()(image), deepcopy(theirs).float().eval()(image)
     difference = max((a.logits - b.logits).abs().max().item(), (a.pred_boxes - b.pred_boxes).abs().max().item())
     if not difference < 1e-4:
         raise ValueError(
-            f'transformers computes the backbone "{ours.config.backbone}" differently: outputs are off by '
-            f"{difference:.2g}. Its DETR replaces batch norm by one with eps 1e-5 and without the activation that timm "
-            "fuses into it."
+            f'transformers computes the backbone "{ours.config.backbone}" differently: outputs differ by '
+            f"{difference:.2g}. Its DETR replaces batch norms by ones with eps 1e-5 and without the activation that "
+            "timm fuses into them."
         )
 
 
 def save_for_transformers(model: DetrForDetection, processor: HfDetrImageProcessor, folder: str | Path) -> None:
-    """Write model and processor as a checkpoint of transformers' DETR (Table Transformer, if pre-norm).
+    """Write model and processor as a checkpoint of transformers' DETR, or Table Transformer if the model is pre-norm.
 
-    Versions 4 and 5 of transformers both read it: it has the weight names of v4, and says which backbone it has as the
-    published files do. v5 is needed if the transformer reads another level than the fifth, and for learned positions,
-    which v5 has renamed without reading the old name.
+    Versions 4 and 5 of transformers both read it: it has the weight names of v4 and names the backbone as the published
+    files do. Version 5 is required if the transformer reads another feature level than the fifth, and for learned
+    position embeddings, which v5 renamed without reading the old name.
 
     Raises:
-        ValueError: see [`to_transformers`]. Nothing has been written then.
+        ValueError: see [`to_transformers`]. Nothing is written then.
     """
     theirs = to_transformers(model)
     folder = Path(folder)
@@ -103,7 +103,7 @@ def save_for_transformers(model: DetrForDetection, processor: HfDetrImageProcess
     file = folder / "config.json"
     config = json.loads(file.read_text())
     network = config.pop("backbone_config")
-    if network["out_indices"] == [4]:  # what both take when nothing else is said
+    if network["out_indices"] == [4]:  # the default of both versions
         config |= {"use_timm_backbone": True, "use_pretrained_backbone": False, "backbone": network["backbone"]}
     else:
         config["backbone_config"] = network

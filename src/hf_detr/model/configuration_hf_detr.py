@@ -1,78 +1,77 @@
-"""`DetrConfig`: every number that defines a DETR, with its meaning and its check."""
+"""`DetrConfig`: the fields that define a DETR, with their meaning and the checks of their values."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from .foreign import import_interop
 
 
 @strict
 class DetrConfig(PreTrainedConfig):
     r"""
     Configuration of [`DetrModel`] and [`DetrForDetection`]. The defaults are the paper's DETR-R50 (arXiv 2005.12872).
-    Fields are named as in transformers' `DetrConfig` wherever both have them.
+    Fields have the names of transformers' `DetrConfig` wherever both have them. What the options for training cost and
+    gain is measured in `benchmarks/README.md`.
 
     Args:
         backbone: name of any timm network that supports `features_only=True`.
-        backbone_kwargs: further keyword arguments for `timm.create_model`, e.g. `{"drop_path_rate": 0.1}`.
+        backbone_kwargs: further keyword arguments of `timm.create_model`, e.g. `{"drop_path_rate": 0.1}`.
         num_channels: channels of the input images.
-        dilation: stride of the backbone's last stage replaced by dilation, the paper's DC5 (output stride 16).
-        feature_stride: which feature level feeds the transformer: the deepest one whose stride to the input is this
-            many pixels. `None` takes the deepest level, as the paper does.
-        freeze_batch_norm: batch-norm statistics and affine parameters stay fixed, the paper's setting. Training a
-            backbone from random weights needs `False`.
-        frozen_stages: how much of the backbone does not train. `-1` nothing, `0` the stem, `n` the stem and the
-            first `n` stages. The paper trains from the second stage on (`1`).
-        num_queries: object queries, the largest number of objects found in one image.
+        dilation: replace the stride of the backbone's last stage by dilation: output stride 16, the paper's DC5.
+        feature_stride: stride, in input pixels, of the feature level that feeds the transformer; the deepest level with
+            this stride is used. `None`: the deepest level of all, as in the paper.
+        freeze_batch_norm: keep the statistics and affine parameters of batch norms fixed, as in the paper. Use `False`
+            to train a backbone from random weights.
+        frozen_stages: number of backbone stages whose weights are frozen: `-1` none, `0` the stem, `n` the stem and
+            the first `n` stages. The paper freezes the stem and the first stage (`1`).
+        num_queries: number of object queries, the maximum number of detections per image.
         d_model: width of the transformer.
         encoder_layers, decoder_layers: number of layers.
-        encoder_attention_heads, decoder_attention_heads: attention heads per layer; they must divide `d_model`.
+        encoder_attention_heads, decoder_attention_heads: attention heads per layer; each must divide `d_model`.
         encoder_ffn_dim, decoder_ffn_dim: hidden width of the feed-forward blocks.
-        activation_function: activation of the feed-forward blocks, a name transformers knows.
-        dropout: on the output of every attention and feed-forward block (paper, section A.4).
-        attention_dropout: on the attention weights.
-        activation_dropout: after the activation of the feed-forward blocks.
-        pre_norm: layer norm before each block instead of after it; one more norm then closes the encoder.
-        position_embedding_type: `"sine"` or `"learned"`.
-        init_xavier_std: gain of the Xavier-uniform initialisation of the transformer's matrices.
-        query_type: `"learned"`, the paper's queries, or `"anchor"`: queries are boxes (x, y, w, h) that start attention
-            at their place, and that every decoder layer moves, `box = sigmoid(head + inverse_sigmoid(anchor))`
-            (DAB-DETR, arXiv 2201.12329; cross-attention scores are content · content + place · place, arXiv
-            2108.06152). Learns many times faster: the right choice wherever training does not start from a plain
-            checkpoint.
-        modulate_attention: with anchors, the sines of x are scaled by `wanted width / w` and those of y by
-            `wanted height / h`, so that attention is as wide and as high as the box (DAB-DETR, equation 6). For
+        activation_function: activation of the feed-forward blocks, by its name in transformers.
+        dropout: dropout on the output of every attention and feed-forward block (paper, section A.4).
+        attention_dropout: dropout on the attention weights.
+        activation_dropout: dropout after the activation of the feed-forward blocks.
+        pre_norm: apply layer norm before each block instead of after it; an additional norm then closes the encoder.
+        position_embedding_type: `"sine"` or `"learned"`, the spatial position embeddings of the feature map.
+        init_xavier_std: gain of the Xavier-uniform initialization of the transformer's matrices.
+        query_type: `"learned"`: the paper's learned object queries. `"anchor"`: each query is a box (cx, cy, w, h) from
+            which its attention starts and which every decoder layer refines,
+            `box = sigmoid(head + inverse_sigmoid(anchor))` (DAB-DETR, arXiv 2201.12329), with cross-attention scores
+            `content · content + position · position` (Conditional DETR, arXiv 2108.06152). Anchors converge many times
+            faster; prefer them unless training starts from a checkpoint with learned queries.
+        modulate_attention: anchors only: scale the sine embeddings of x by `predicted width / w` and those of y by
+            `predicted height / h`, which fits the extent of attention to the box (DAB-DETR, equation 6). Use it for
             objects of very different sizes.
-        query_groups: in training, so many sets of `num_queries` queries that do not see each other, each matched to
-            all objects; the loss is the mean over the sets, and the first one predicts (Group DETR, arXiv 2207.13085).
-            Measured once here, 4 gave as much as the IoU-aware loss did. Decoder and matching work as many times. 1 is
-            the paper.
-        denoising_groups: in training, so many spoilt copies of the objects (centres moved, sides scaled, a fifth of the
-            classes changed) as further queries that have to restore them, with the same loss and no matching (DN-DETR,
-            arXiv 2203.01305). Needs anchors. For short trainings, in which the matching has no time to settle. Each
-            copy costs as many decoder queries as an image has objects. 0 is the paper.
-        dense_loss_coefficient: in training, weight of a loss that asks every cell of the feature map, before and after
-            the encoder, for the object in whose middle it lies (after Co-DETR, arXiv 2211.12860; formula:
-            [`~hf_detr.model.dense_supervision.DenseHead`]). With a backbone from random weights nothing speeds up learning
-            as much. Costs one small head on all cells, twice. 0, the paper, is off; 1 is a good value.
-
-            What each of these adds to a training step is measured in `benchmarks/README.md`.
-        auxiliary_loss: each decoder layer gets its own loss when labels are given. Predictions do not depend on it.
-        class_cost, bbox_cost, giou_cost: weights of the matching cost.
-        bbox_loss_coefficient, giou_loss_coefficient: weights of the box losses.
-        eos_coefficient: weight of the no-object class in the class loss.
-        class_loss: `"cross_entropy"`, the paper's, `"focal"`, or `"iou_aware"`, whose scores tell how good the box is
-            (formulas: [`~hf_detr.model.class_loss.class_loss`]). Costs nothing. The latter two ignore `eos_coefficient`, and
-            want `prior_probability`. `"iou_aware"` goes with anchors or the dense loss: alone and from random weights,
-            it learned more slowly than the paper's.
+        query_groups: training only: number of groups of `num_queries` queries. Queries attend only within their group,
+            each group is matched to all objects, the loss is the mean over the groups, and the first group predicts
+            (Group DETR, arXiv 2207.13085). Decoder and matching cost grows in proportion. The paper has 1.
+        denoising_groups: training only, needs anchors: number of noised copies of the ground-truth boxes (shifted
+            centers, scaled sides, a fifth of the labels flipped). They enter the decoder as extra queries that are
+            trained to restore their object, with the same loss and without matching (DN-DETR, arXiv 2203.01305). Each
+            group adds as many queries as the image has objects. Use it for short schedules. 0 (the paper) is off.
+        dense_loss_coefficient: training only: weight of an auxiliary loss on every location of the feature map, before
+            and after the encoder. A location predicts the object in whose central region it lies (after Co-DETR, arXiv
+            2211.12860; formula: [`~hf_detr.model.dense_supervision.DenseHead`]). Use it above all with a backbone from
+            random weights. 0 (the paper) is off; 1 is a good value.
+        auxiliary_loss: add the losses of all earlier decoder layers. Predictions do not depend on it.
+        class_cost, bbox_cost, giou_cost: weights of the class, L1 and GIoU terms of the matching cost.
+        bbox_loss_coefficient, giou_loss_coefficient: weights of the L1 and GIoU losses.
+        eos_coefficient: weight of the no-object class in the class loss `"cross_entropy"`.
+        class_loss: `"cross_entropy"` (the paper), `"focal"`, or `"iou_aware"`, which trains the score to reflect the
+            IoU of the box (formulas: [`~hf_detr.model.class_loss.class_loss`]). Set `prior_probability` with the latter
+            two. `"iou_aware"` is meant for anchors or the dense loss; with neither, and from random weights, it
+            converges more slowly than `"cross_entropy"`.
         class_loss_coefficient: weight of the class loss.
-        prior_probability: an untrained model gives objects this probability (arXiv 1708.02002, section 4.1), so that
-            it does not begin with unlearning: the bias of "no object" is `log(C (1 - p) / p)`, the others 0, for C
-            classes. For the class losses other than the paper's; costs nothing. `None`, the paper, leaves it to chance.
+        prior_probability: probability p that an untrained model assigns to all C classes together (arXiv 1708.02002,
+            section 4.1): the bias of no-object starts at `log(C (1 - p) / p)`, all others at 0. Use it with the class
+            losses `"focal"` and `"iou_aware"`. `None` (the paper): PyTorch's random biases.
 
     Raises:
-        huggingface_hub.errors.StrictDataclassError: a field has the wrong type or an impossible value.
+        huggingface_hub.errors.StrictDataclassError: a field has the wrong type or an invalid value.
     """
 
     model_type = "hf_detr"
@@ -81,8 +80,6 @@ class DetrConfig(PreTrainedConfig):
         "num_attention_heads": "encoder_attention_heads",
         "num_hidden_layers": "encoder_layers",
     }
-    # How to read the config of another model type; filled by `hf_detr.interop`.
-    translations: ClassVar[dict[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {}
 
     backbone: str = "resnet50"
     backbone_kwargs: dict[str, Any] | None = None
@@ -128,18 +125,17 @@ class DetrConfig(PreTrainedConfig):
 
     @classmethod
     def translate(cls, stored: dict[str, Any]) -> dict[str, Any]:
-        """A config as it is written in any DETR checkpoint to our fields.
+        """The `config.json` of any DETR checkpoint as fields of this class.
 
         Raises:
-            ValueError: it belongs to another kind of model.
+            ValueError: it belongs to another kind of model, or to another project's DETR where hf_detr is not
+                installed.
         """
         model_type = stored.get("model_type", cls.model_type)
         if model_type == cls.model_type:
             return stored
-        if model_type not in cls.translations:
-            known = ", ".join(f'"{name}"' for name in (cls.model_type, *cls.translations))
-            raise ValueError(f'This is a checkpoint of a "{model_type}" model. hf_detr reads {known}.')
-        return cls.translations[model_type](stored) | {"model_type": cls.model_type}
+        read_config = import_interop(f'a "{model_type}" checkpoint').read_config
+        return {**read_config(stored), "model_type": cls.model_type}
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -149,14 +145,13 @@ class DetrConfig(PreTrainedConfig):
         except ValueError as error:
             raise ValueError(f"{args[0] if args else 'The config'}: {error}") from error
 
-    def validate_positive_sizes(self) -> None:
+    # transformers runs every method that is called validate_...
+
+    def validate_sizes(self) -> None:
+        self._check_minimum("frozen_stages", -1)
+        self._check_minimum("encoder_layers", 0)
         for name in ("num_channels", "num_queries", "d_model", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.encoder_layers < 0:
-            raise ValueError(f"`encoder_layers` must not be negative, got {self.encoder_layers}.")
-        if self.frozen_stages < -1:
-            raise ValueError(f"`frozen_stages` must be -1 (nothing frozen) or more, got {self.frozen_stages}.")
+            self._check_minimum(name, 1)
 
     def validate_width(self) -> None:
         for name in ("encoder_attention_heads", "decoder_attention_heads"):
@@ -165,36 +160,33 @@ class DetrConfig(PreTrainedConfig):
                 raise ValueError(f"`d_model` ({self.d_model}) must be a multiple of `{name}` ({heads}).")
         if self.d_model % 4:
             raise ValueError(
-                f"`d_model` ({self.d_model}) must be a multiple of 4: a position is sines and cosines of x and of y."
+                f"`d_model` ({self.d_model}) must be a multiple of 4, for the sines and cosines of x and y."
             )
 
-    def validate_position_embedding_type(self) -> None:
-        if self.position_embedding_type not in ("sine", "learned"):
+    def validate_choices(self) -> None:
+        self._check_choice("position_embedding_type", "sine", "learned")
+        self._check_choice("query_type", "learned", "anchor")
+        self._check_choice("class_loss", "cross_entropy", "focal", "iou_aware")
+
+    def validate_anchors(self) -> None:
+        if self.query_type != "anchor":
+            return
+        if self.d_model % 8:
+            raise ValueError(f"`d_model` ({self.d_model}) must be a multiple of 8 for anchors.")
+        if self.position_embedding_type != "sine":
             raise ValueError(
-                f'`position_embedding_type` must be "sine" or "learned", got "{self.position_embedding_type}".'
+                'Anchors need `position_embedding_type="sine"`: their sine embeddings are compared with those of the '
+                "feature map."
             )
 
-    def validate_accelerators(self) -> None:
-        for name, known in (
-            ("query_type", ("learned", "anchor")),
-            ("class_loss", ("cross_entropy", "focal", "iou_aware")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
-        for name, least in (("query_groups", 1), ("denoising_groups", 0), ("dense_loss_coefficient", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+    def validate_training_options(self) -> None:
+        self._check_minimum("query_groups", 1)
+        self._check_minimum("denoising_groups", 0)
+        self._check_minimum("dense_loss_coefficient", 0)
         if self.denoising_groups and self.query_type != "anchor":
             raise ValueError(
-                '`denoising_groups` needs `query_type="anchor"`: a spoilt box is an anchor to start from, which a '
-                "learned query has no place for."
-            )
-        if self.query_type == "anchor" and self.d_model % 8:
-            raise ValueError(f"`d_model` ({self.d_model}) must be a multiple of 8 for anchors.")
-        if self.query_type == "anchor" and self.position_embedding_type != "sine":
-            raise ValueError(
-                "Anchors are compared with the image's places by their sines: `position_embedding_type` must be "
-                '"sine".'
+                '`denoising_groups` needs `query_type="anchor"`: a noised box is the anchor of its query, and learned '
+                "queries have no anchor."
             )
         if self.prior_probability is not None and not 0 < self.prior_probability < 1:
             raise ValueError(f"`prior_probability` must be between 0 and 1, got {self.prior_probability}.")
@@ -203,6 +195,14 @@ class DetrConfig(PreTrainedConfig):
         costs = (self.class_cost, self.bbox_cost, self.giou_cost)
         if min(costs) < 0 or max(costs) == 0:
             raise ValueError(f"Matching costs must not be negative and not all 0, got class, bbox, giou = {costs}.")
+
+    def _check_minimum(self, name: str, minimum: int) -> None:
+        if getattr(self, name) < minimum:
+            raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(self, name)}.")
+
+    def _check_choice(self, name: str, *choices: str) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
 
 
 __all__ = ["DetrConfig"]

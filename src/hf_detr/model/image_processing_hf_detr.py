@@ -1,7 +1,6 @@
 """Step 1: images and COCO annotations to what the model takes: `pixel_values`, `pixel_mask` and `labels`."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from transformers.image_utils import (
 )
 
 from .annotations import coco_to_labels
+from .foreign import import_interop
 from .image_io import Image, allocate_batch, flat_list_of_images, to_rgb_tensor
 from .post_processing import post_process_detection
 
@@ -46,14 +46,18 @@ class HfDetrImageProcessor(TorchvisionBackend):
     # The score at which a detection of each class counts, for `threshold="per_class"`; saved with the processor.
     class_thresholds: list[float] | None = None
 
-    # How to read the configuration of another DETR processor; set by `hf_detr.interop`.
-    translate: ClassVar[Callable[[dict[str, Any]], dict[str, Any]] | None] = None
-
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        if cls.translate is not None and image_processor_dict.get("image_processor_type") != cls.__name__:
-            image_processor_dict = cls.translate(image_processor_dict)
-        return super().from_dict(image_processor_dict, **kwargs)
+        """As in transformers; also reads the settings of transformers' DETR processors, of any version.
+
+        Raises:
+            ValueError: they are another model's, or another DETR's in a model repository without hf_detr installed.
+        """
+        stored = image_processor_dict
+        kind = stored.get("image_processor_type") or stored.get("feature_extractor_type")
+        if kind != cls.__name__:
+            stored = import_interop(f"the settings of a {kind or 'processor without a name'}").read_processor(stored)
+        return super().from_dict(stored, **kwargs)
 
     # -- images in -----------------------------------------------------------------------------------------------
 
