@@ -1,6 +1,6 @@
-"""Figures of many steps, and where they are shown."""
+"""Means of figures over many steps, and images for the trackers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 class Meter:
-    """Means over steps and processes of figures that come as scalars on the device; nothing crosses to the host before
-    the mean is asked for."""
+    """Means over steps and processes of scalars on the device. Nothing is copied to the host before the means are
+    computed."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -28,7 +28,7 @@ class Meter:
         self.steps += 1
 
     def means(self) -> dict[str, float]:
-        """All processes have to ask."""
+        """To be called on all processes together."""
         if not self.steps:
             return {}
         names = sorted(self.sums)
@@ -37,7 +37,7 @@ class Meter:
         return dict(zip(names, means, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """All processes have to ask, and each gets the mean over them."""
+        """The means over all processes; to be called on all of them together."""
         return {"means": self.means(), "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -46,25 +46,13 @@ class Meter:
         self.sums = {n: torch.tensor(mean * self.steps, device=device) for n, mean in state["means"].items()}
 
 
-def check_trackers(wanted: Sequence[str] | None, accelerator: Accelerator) -> None:
-    """Accelerate leaves out what is not installed without a word.
-
-    Raises:
-        SystemExit: a tracker that was asked for is not installed.
-    """
-    there = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
-    missing = {str(name) for name in wanted or ()} - {"all", *there}
-    if missing:
-        raise SystemExit(f"--report_to {' '.join(sorted(missing))}: not installed. Install it, or leave it out.")
-
-
-def log_picture(accelerator: Accelerator, name: str, picture: Image.Image, step: int) -> None:
-    """Show a picture in all trackers that can; on the main process."""
+def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int) -> None:
+    """Send an image to all trackers that show images. For the main process."""
     for tracker in accelerator.trackers:
         if tracker.name == "trackio":
             import trackio
 
-            tracker.log({name: trackio.Image(np.asarray(picture))}, step=step)
+            tracker.log({name: trackio.Image(np.asarray(image))}, step=step)
         elif hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({name: np.asarray(picture)[None]}, step=step, **layout)
+            tracker.log_images({name: np.asarray(image)[None]}, step=step, **layout)
