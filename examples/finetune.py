@@ -28,7 +28,6 @@ from hf_detr.training import (
     build_processor,
     build_schedule,
     compile_for_training,
-    describe_run,
     exit_on_error,
     load_data,
     parameter_groups,
@@ -59,8 +58,7 @@ def main() -> None:
         batch_size, accumulation = run.fit_batch_size(model, train_set)
         recipe = replace(recipe, batch_size=batch_size, gradient_accumulation_steps=accumulation)
     train_loader, val_loader, probe = build_loaders(args, recipe, processor, train_set, val_set, accelerator)
-    about = describe_run(args, recipe, model, processor, train_set, val_set, train_loader, accelerator)
-    accelerator.print(f"{about}Output: {run.path}")
+    accelerator.print(run.describe(model, train_set, val_set, train_loader))
 
     # optimization: AdamW and gradient clipping as in the paper, learning rates and schedule of the recipe
     # speed: prepare_for_training(model)

@@ -14,7 +14,6 @@ from .setup import (
     build_model,
     build_processor,
     compile_for_training,
-    describe_run,
     load_data,
 )
 from .step import TrainStep
@@ -32,7 +31,6 @@ __all__ = [
     "build_schedule",
     "choose_recipe",
     "compile_for_training",
-    "describe_run",
     "exit_on_error",
     "feature_strides",
     "load_data",

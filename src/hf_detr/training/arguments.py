@@ -55,7 +55,7 @@ class ModelArguments:
     model: str | None = option("checkpoint to start from, a folder or a Hub id")
     backbone: str | None = option("without --model: timm network to start from, default resnet50")
     backbone_weights: str | None = option('a local file, or "none" for random weights; default: from the Hub')
-    set: list[str] | None = option("fields of DetrConfig", metavar="FIELD=VALUE")
+    set: list[str] | None = field(default=None, metadata={"help": "fields of DetrConfig", "metavar": "FIELD=VALUE"})
     lora_rank: int | None = option("train LoRA adapters of this rank and the heads only", metavar="R")
     gradient_checkpointing: bool = option("recompute activations: less memory, more time", False)
     compile: bool = option("torch.compile backbone, encoder and decoder", False)
@@ -118,7 +118,9 @@ class RunArguments:
     save_total_limit: int = option("checkpoints to keep, default 1", 1, metavar="N")
     on_nan: str = option("what to do with a step that is not finite", "stop", choices=("stop", "skip"))
     seed: int = option("of weights, batches and augmentation, default 0", 0)
-    report_to: list[str] | None = option("tensorboard, wandb, trackio, ... (see Accelerate)", metavar="TRACKER")
+    report_to: list[str] | None = field(
+        default=None, metadata={"help": "tensorboard, wandb, trackio, ... (see Accelerate)", "metavar": "TRACKER"}
+    )
     logging_steps: int = option("optimizer steps between lines to the trackers, default 50", 50)
     push_to_hub: str | None = option("push the best checkpoint and its model card", metavar="REPO_ID")
     hub_private: bool = option("make the repository private if it is new", False)
@@ -197,14 +199,16 @@ def parse_finetune_args(description: str | None, argv: Sequence[str] | None = No
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter):
-    """Names each option once, without the spelling with hyphens that `HfArgumentParser` adds."""
+    """Shows each option once, without the spelling with hyphens and the value of flags that `HfArgumentParser` adds."""
 
     def _format_action_invocation(self, action: Action) -> str:
-        hidden, action.option_strings = action.option_strings, action.option_strings[:1] or action.option_strings
+        if action.nargs == "?":
+            return action.option_strings[0]
+        spellings, action.option_strings = action.option_strings, action.option_strings[:1]
         try:
             return super()._format_action_invocation(action)
         finally:
-            action.option_strings = hidden
+            action.option_strings = spellings
 
 
 def _check_unchanged(args: FinetuneArguments) -> None:

@@ -27,7 +27,7 @@ class Progress:
         epoch: completed epochs.
         batches: batches of the current epoch that each process has trained on.
         step: optimizer steps so far.
-        meter: figures of the current epoch, see [`Meter.state_dict`]; `seconds`: its duration so far.
+        meter: figures of the current epoch, see [`EpochMeter.state_dict`].
         best: highest value of the metric so far; `best_epoch`: its epoch.
         evaluations: lines of the log with an evaluation.
         skipped: steps that were skipped because loss or gradients were not finite.
@@ -39,7 +39,6 @@ class Progress:
         self.batches = 0
         self.step = 0
         self.meter: dict[str, Any] | None = None
-        self.seconds = 0.0
         self.best = -1.0
         self.best_epoch = 0
         self.evaluations: list[dict[str, float]] = []
@@ -53,7 +52,7 @@ class Progress:
         vars(self).update(state)
 
     def end_epoch(self) -> None:
-        self.epoch, self.batches, self.meter, self.seconds = self.epoch + 1, 0, None, 0.0
+        self.epoch, self.batches, self.meter = self.epoch + 1, 0, None
 
     def add_evaluation(self, line: dict[str, float], metric: str) -> bool:
         """Whether it is at least as good as the best so far."""
@@ -104,9 +103,9 @@ def use_plain_weights(accelerator: Accelerator, model: nn.Module, companions: Se
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, keep: int) -> Path:
-    """Save the state of Accelerate as `folder/checkpoint-STEP`, or `checkpoint-STEP-epoch-N` at the end of an epoch. The
-    folder gets its name when it is complete and on the disk; then the oldest checkpoints beyond `keep` are deleted. To
-    be called on all processes together.
+    """Save the state of Accelerate as `folder/checkpoint-STEP`, or `checkpoint-STEP-epoch-N` at the end of an epoch.
+    The folder gets its name when it is complete and on the disk; then the oldest checkpoints beyond `keep` are deleted.
+    To be called on all processes together.
 
     Raises:
         OSError: it cannot be written, for example because the disk is full; earlier checkpoints are kept.
@@ -140,6 +139,27 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
         for old in checkpoints_in(folder)[:-keep]:
             remove(old)
     return target
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, progress: Progress, spread: dict[str, int]) -> None:
+    """Restore everything that is registered with Accelerate, `progress` among it.
+
+    Args:
+        spread: what the batches of an epoch depend on now, see [`Progress`].
+
+    Raises:
+        ValueError: the checkpoint is from the middle of an epoch with other batches.
+    """
+    accelerator.load_state(str(checkpoint))
+    different = ", ".join(f"{k} {v}, now {spread[k]}" for k, v in progress.spread.items() if v != spread[k])
+    if different and progress.batches:
+        raise ValueError(
+            f"{checkpoint} was saved in the middle of an epoch, whose remaining batches depend on: {different}"
+        )
+    if different:
+        accelerator.print(f"Different from the beginning of the run: {different}")
+    batches = f" and {progress.batches} batches" if progress.batches else ""
+    accelerator.print(f"Resumed after epoch {progress.epoch}{batches}")
 
 
 def _cannot_save(target: Path, why: str, folder: Path) -> str:

@@ -57,7 +57,7 @@ def add_lora(model: DetrForDetection, rank: int) -> DetrForDetection:
 
 
 def merge_lora(model: DetrForDetection) -> DetrForDetection:
-    """A copy with the adapters of [`add_lora`] merged into its weights: a plain model, which is saved and loaded without
+    """A copy with the adapters of [`add_lora`] merged into its weights: a plain model that is saved and loaded without
     PEFT. `model` is unchanged."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

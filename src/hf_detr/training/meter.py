@@ -1,5 +1,7 @@
-"""Means of figures over many steps, and images for the trackers."""
+"""Means of figures over the steps of an epoch, and images for the trackers."""
 
+import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +48,33 @@ class Meter:
         self.sums = {n: torch.tensor(mean * self.steps, device=device) for n, mean in state["means"].items()}
 
 
+class EpochMeter(Meter):
+    """A meter with the duration of what it has measured."""
+
+    def clear(self) -> None:
+        super().clear()
+        self.start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.start = time.perf_counter() - state.get("seconds", 0.0)
+
+    def figures(self, scheduler: Any) -> dict[str, float]:
+        """Learning rates, images per second, and means of what was added, rounded."""
+        means, seconds = self.means(), self.seconds
+        images = means.pop("images", 0.0) * self.steps * self.accelerator.num_processes
+        rates = scheduler.get_last_lr()
+        line = {"learning_rate": rates[0]} | ({"backbone_learning_rate": rates[-1]} if rates[-1] != rates[0] else {})
+        return line | {"images_per_second": round(images / seconds, 1)} | {n: round(v, 4) for n, v in means.items()}
+
+
 def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int) -> None:
     """Send an image to all trackers that show images. For the main process."""
     for tracker in accelerator.trackers:
@@ -56,3 +85,14 @@ def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int
         elif hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({name: np.asarray(image)[None]}, step=step, **layout)
+
+
+def describe_epoch(line: Mapping[str, float], epochs: int) -> str:
+    """A line of the log for the console."""
+    text = f"epoch {line['epoch']:3}/{epochs}  {line['seconds']:6.1f} s  loss {line.get('loss', math.nan):7.4f}"
+    terms = (name for name in ("loss_ce", "loss_bbox", "loss_giou") if name in line)
+    text += "".join(f"  {name.removeprefix('loss_')} {line[name]:.3f}" for name in terms)
+    if "AP" in line:
+        text += f"  AP {line['AP']:.4f}  AP50 {line['AP50']:.4f}  IoU {line['matched_iou']:.2f}"
+        text += f"  changed matches {line['changed_matches']:.0%}" if "changed_matches" in line else ""
+    return text

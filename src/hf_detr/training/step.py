@@ -81,8 +81,8 @@ class TrainStep:
         self.reports: list[str] = []
 
     def __call__(self, batches: Sequence[Batch], step: int) -> dict[str, Tensor] | None:
-        """The loss terms by name and `gradient_norm` before clipping, detached scalars of this process, whose means over
-        processes are those of the global batch. None if the step was skipped.
+        """The loss terms by name and `gradient_norm` before clipping, detached scalars of this process; their means
+        over processes are those of the global batch. None if the step was skipped.
 
         Raises:
             NonFiniteError: loss or gradients are not finite and `on_nan` is `"stop"`, or 20 steps in a row were

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,25 +9,25 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from ..data.processor_size import size_range
 from ..evaluation import CocoEvaluator, evaluate_detection, format_metrics
-from ..hub import hash_of_weights, prepare_repo, push_folder
+from ..hub import prepare_repo, push_folder
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
 from ..runtime import StopRequest, replacing
 from ..visualization import compare_with_truth
 from .arguments import FinetuneArguments
 from .batch_size import fit_batch_size
-from .checkpoints import Progress, any_process, replace_files, save_checkpoint, trim_log, use_plain_weights
-from .lora import merge_lora
-from .meter import Meter, log_image
+from .checkpoints import Progress, any_process, load_checkpoint, save_checkpoint, trim_log, use_plain_weights
+from .meter import EpochMeter, describe_epoch, log_image
+from .model_saving import save_model
 from .run_folder import acquire_run_dir, write_arguments
 from .run_recipe import RunRecipe
+from .setup import describe_run
 from .sharding import gather_weights
 from .step import Batch, TrainStep, in_groups, share_buffers
 from .training_advice import explain_overfit, training_advice
@@ -38,8 +37,8 @@ MEMORIZED_AP50 = 0.9  # from which a model has memorized the images of --overfit
 
 
 class TrainingRun:
-    """Everything around the optimizer steps. Created when nothing is wrong with the arguments any more, since it creates
-    the folder of the run and the repository on the Hub. All methods are called on all processes together.
+    """Everything around the optimizer steps. It creates the folder of the run and the repository on the Hub, so the
+    arguments have to be checked before. All methods are called on all processes together.
 
     Attributes:
         path: folder of the run, with the best model, `last/`, `checkpoint-.../`, `log.jsonl`, `args.json`, ...
@@ -61,8 +60,9 @@ class TrainingRun:
         self.path = self.folder.path
         self.progress = Progress()
         self.stop = StopRequest()
-        self.meter, self.recent = Meter(accelerator), Meter(accelerator)  # of the epoch; since the last tracker line
-        self.epoch_start = self.recent_start = self.last_save = 0.0
+        self.meter = EpochMeter(accelerator)  # of the current epoch
+        self.recent = EpochMeter(accelerator)  # since the last line to the trackers
+        self.last_save = time.monotonic()
 
     def fit_batch_size(self, model: DetrForDetection, train_set: Any) -> tuple[int, int]:
         """See [`~hf_detr.training.batch_size.fit_batch_size`]; a run that continues keeps what it has found before."""
@@ -74,6 +74,13 @@ class TrainingRun:
             f"Batches of {self.recipe.batch_size} asked for; {found[0]} fit, {found[1]} an optimizer step."
         )
         return found[0], found[1]
+
+    def describe(self, model: DetrForDetection, train_set: Any, val_set: Any, train_loader: Any) -> str:
+        """What is trained on what and where, to print."""
+        about = describe_run(
+            self.args, self.recipe, model, self.processor, train_set, val_set, train_loader, self.accelerator
+        )
+        return f"{about}Output: {self.path}"
 
     def start(
         self,
@@ -107,28 +114,14 @@ class TrainingRun:
             "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
         }
         if self.folder.checkpoint:
-            self._restore(self.folder.checkpoint, spread)
+            load_checkpoint(accelerator, self.folder.checkpoint, progress, spread)
+            accelerator.print(f"Best {self.args.run.metric} so far {progress.best:.4f}")
         progress.spread = spread
         if accelerator.is_main_process:  # without a checkpoint, lines of a run that was killed before its first one
             trim_log(self.path / "log.jsonl", progress.epoch)
         settings = {k: v for k, v in self.recipe.settings(self.args).items() if isinstance(v, (int, float, str))}
         accelerator.project_configuration.logging_dir = str(self.path)
         accelerator.init_trackers("hf_detr", config=settings)
-
-    def _restore(self, checkpoint: Path, spread: dict[str, int]) -> None:
-        self.accelerator.load_state(str(checkpoint))
-        progress = self.progress
-        different = ", ".join(f"{k} {v}, now {spread[k]}" for k, v in progress.spread.items() if v != spread[k])
-        if different and progress.batches:
-            raise ValueError(
-                f"{checkpoint} was saved in the middle of an epoch, whose remaining batches depend on: {different}"
-            )
-        if different:
-            self.accelerator.print(f"Different from the beginning of the run: {different}")
-        where = f" and {progress.batches} batches" if progress.batches else ""
-        self.accelerator.print(
-            f"Resumed after epoch {progress.epoch}{where}; best {self.args.run.metric} so far {progress.best:.4f}"
-        )
 
     # -- an epoch -----------------------------------------------------------------------------------------------------
 
@@ -141,8 +134,7 @@ class TrainingRun:
         self.recent.clear()
         if progress.meter:
             self.meter.load_state_dict(progress.meter)
-        self.recent_start, self.last_save = time.perf_counter(), time.monotonic()
-        self.epoch_start = self.recent_start - progress.seconds
+        self.last_save = time.monotonic()
         yield from tqdm(
             in_groups(loader, count),
             total=math.ceil(len(loader) / count),
@@ -164,8 +156,7 @@ class TrainingRun:
             self.meter.add(terms)
             self.recent.add(terms)
         if run.report_to and progress.step % run.logging_steps == 0:
-            seconds, self.recent_start = time.perf_counter() - self.recent_start, time.perf_counter()
-            figures = self._figures(self.recent, seconds)
+            figures = self.recent.figures(self.scheduler)
             accelerator.log({f"train/{name}": value for name, value in figures.items()}, step=progress.step)
             self.recent.clear()
 
@@ -180,7 +171,6 @@ class TrainingRun:
             return
         if self.progress.batches:
             self.progress.meter = self.meter.state_dict()
-            self.progress.seconds = time.perf_counter() - self.epoch_start
         save_checkpoint(self.accelerator, self.path, self.progress, keep=self.args.run.save_total_limit)
         self.last_save = time.monotonic()
 
@@ -195,16 +185,8 @@ class TrainingRun:
 
     def epoch_figures(self) -> dict[str, float]:
         """The line of the epoch for the log: means of the loss terms, learning rates, images per second."""
-        seconds = time.perf_counter() - self.epoch_start
-        line = {"epoch": self.progress.epoch + 1, "step": self.progress.step, "seconds": round(seconds, 1)}
-        return line | self._figures(self.meter, seconds)
-
-    def _figures(self, meter: Meter, seconds: float) -> dict[str, float]:
-        means = meter.means()
-        images = means.pop("images", 0.0) * meter.steps * self.accelerator.num_processes
-        rates = self.scheduler.get_last_lr()
-        line = {"learning_rate": rates[0]} | ({"backbone_learning_rate": rates[-1]} if rates[-1] != rates[0] else {})
-        return line | {"images_per_second": round(images / seconds, 1)} | {n: round(v, 4) for n, v in means.items()}
+        line = {"epoch": self.progress.epoch + 1, "step": self.progress.step, "seconds": round(self.meter.seconds, 1)}
+        return line | self.meter.figures(self.scheduler)
 
     def end_epoch(self, line: dict[str, float]) -> None:
         """Write the line to the log, the trackers and the console, and save a checkpoint."""
@@ -214,21 +196,16 @@ class TrainingRun:
             with (self.path / "log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
             if "AP" in line or not self.args.data.overfit:
-                tqdm.write(self._describe(line))
+                tqdm.write(describe_epoch(line, self.recipe.epochs))
+                self._print_advice()
         self.save_checkpoint()
 
-    def _describe(self, line: dict[str, float]) -> str:
-        epochs, loss = self.recipe.epochs, line.get("loss", math.nan)
-        text = f"epoch {line['epoch']:3}/{epochs}  {line['seconds']:6.1f} s  loss {loss:7.4f}"
-        terms = (name for name in ("loss_ce", "loss_bbox", "loss_giou") if name in line)
-        text += "".join(f"  {name.removeprefix('loss_')} {line[name]:.3f}" for name in terms)
-        if "AP" not in line:
-            return text
-        text += f"  AP {line['AP']:.4f}  AP50 {line['AP50']:.4f}  IoU {line['matched_iou']:.2f}"
-        text += f"  changed matches {line['changed_matches']:.0%}" if "changed_matches" in line else ""
+    def _print_advice(self) -> None:
+        if self.args.data.overfit:
+            return
         stride, query_type = self.predictor.model.backbone.stride, self.predictor.config.query_type
-        advice = training_advice(self.progress.evaluations, query_type=query_type, stride=stride)
-        return f"{text}\nStuck? {advice}" if advice and not self.args.data.overfit else text
+        if advice := training_advice(self.progress.evaluations, query_type=query_type, stride=stride):
+            tqdm.write(f"Stuck? {advice}")
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -257,7 +234,7 @@ class TrainingRun:
         if self.progress.add_evaluation(line | result, metric):
             split = "train" if self.args.data.overfit else "val"
             about = {"epoch": line["epoch"], "dataset": self.args.data.name, "num_images": len(val_set), "split": split}
-            self.save_model(self.path, metrics | about)
+            self._save_model(self.path, metrics | about)
         if accelerator.is_main_process and accelerator.trackers:
             image = compare_with_truth(val_set, evaluator.detections())
             log_image(accelerator, "validation", image, self.progress.step)
@@ -283,29 +260,9 @@ class TrainingRun:
 
     # -- results ------------------------------------------------------------------------------------------------------
 
-    def save_model(self, target: Path, metrics: dict[str, Any]) -> None:
-        """Save the predictor with its processor and metrics, each file atomically.
-
-        Raises:
-            OSError: it cannot be written, for example because the disk is full.
-        """
-        if not self.accelerator.is_main_process:
-            return
-        partial = self.path / ".weights.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            model = merge_lora(self.predictor) if self.args.model.lora_rank else self.predictor
-            model.save_pretrained(partial)
-            self.processor.save_pretrained(partial)
-            content = metrics | {"weights": hash_of_weights(partial)}  # the weights that were measured
-            (partial / "metrics.json").write_text(json.dumps(content, indent=2))
-            replace_files(partial, target)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(
-                f"The weights cannot be saved in {target}: {error}. Free some space; the same command continues from "
-                "the last checkpoint."
-            ) from error
+    def _save_model(self, target: Path, metrics: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            save_model(self.predictor, self.processor, metrics, target, self.path / ".weights.partial")
 
     def finish(self, val_loader: Any, val_set: Any) -> None:
         """Evaluate the best model as it is saved, in float32, which is how evaluate.py and the pipeline run it; push it
@@ -328,22 +285,17 @@ class TrainingRun:
             address = push_folder(path, self.repo_id, private=self.args.run.hub_private or None)
             accelerator.print(f"Pushed: {address}")
         last = self.progress.evaluations[-1]
-        self.save_model(path / "last", {name: last[name] for name in ("epoch", "AP", "AP50", self.args.run.metric)})
+        self._save_model(path / "last", {name: last[name] for name in ("epoch", "AP", "AP50", self.args.run.metric)})
         if self.args.data.overfit and accelerator.is_main_process:
             print(self._describe_overfit(), flush=True)
         accelerator.wait_for_everyone()  # a launcher ends all processes soon after one has failed
         accelerator.end_training()
 
     def _describe_overfit(self) -> str:
-        evaluations, data = self.progress.evaluations, self.recipe.data
+        data, config, evaluations = self.recipe.data, self.predictor.config, self.progress.evaluations
         result = f"AP50 {evaluations[-1]['AP50']:.2f} on {data.num_images} images after {self.progress.step} steps"
         if self.memorized():
             return f"Overfit: yes, {result}: labels, model and learning rate work together."
-        reason = explain_overfit(
-            evaluations,
-            object_pixels=data.object_side * size_range(self.processor.size)[0],
-            stride=self.predictor.model.backbone.stride,
-            max_objects=data.max_objects,
-            num_queries=self.predictor.config.num_queries,
-        )
-        return f"Overfit: NO, {result}. {reason}"
+        pixels, stride = data.object_side * size_range(self.processor.size)[0], self.predictor.model.backbone.stride
+        sizes = {"object_pixels": pixels, "stride": stride, "max_objects": data.max_objects}
+        return f"Overfit: NO, {result}. {explain_overfit(evaluations, num_queries=config.num_queries, **sizes)}"
