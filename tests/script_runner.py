@@ -1,5 +1,5 @@
-"""Run scripts in processes that are forked from a server with all imports done: a start takes a fraction of a second,
-and a script still has a process, an environment and a working directory of its own."""
+"""Run scripts and functions in processes that are forked from a server with all imports done: a start takes a fraction
+of a second, and each still has a process, an environment and a working directory of its own."""
 
 import multiprocessing
 import os
@@ -22,7 +22,7 @@ def _context():
     return context
 
 
-def _run(argv: list[str], cwd: str, environment: dict[str, str], output: str, setup) -> None:
+def _run(job, arguments: list, cwd: str, environment: dict[str, str], output: str, setup) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
@@ -31,21 +31,25 @@ def _run(argv: list[str], cwd: str, environment: dict[str, str], output: str, se
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = list(argv)
-    sys.path.insert(0, str(Path(argv[0]).parent))
+    if callable(job):
+        job(int(os.environ.get("RANK", "0")), *arguments)
+        return
+    sys.argv = [str(job), *(str(argument) for argument in arguments)]
+    sys.path.insert(0, str(Path(job).parent))
     if setup is not None:
         setup()
-    runpy.run_path(argv[0], run_name="__main__")
+    runpy.run_path(str(job), run_name="__main__")
 
 
 class Script:
     """A running script, on one or several processes of a torch process group; like `subprocess.Popen`.
 
     Args:
-        setup: called in each process before the script, a function of a test module.
+        job: path of the script; or a function of a test module, which is called with the rank and the arguments.
+        setup: a function of a test module, called in each process before the script.
     """
 
-    def __init__(self, *argv, cwd, output: Path, processes: int = 1, environment=None, setup=None) -> None:
+    def __init__(self, job, *arguments, cwd, output: Path, processes: int = 1, environment=None, setup=None) -> None:
         self.output = output
         output.unlink(missing_ok=True)
         common = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": str(processes)}
@@ -58,8 +62,9 @@ class Script:
         self.processes = []
         for rank in range(processes):
             own = common | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
-            arguments = ([str(a) for a in argv], str(cwd), own, str(output), setup)
-            self.processes.append(_context().Process(target=_run, args=arguments))
+            self.processes.append(
+                _context().Process(target=_run, args=(job, arguments, str(cwd), own, str(output), setup))
+            )
             self.processes[-1].start()
 
     def poll(self) -> int | None:
@@ -87,8 +92,8 @@ class Script:
         return self.output.read_text(), None
 
 
-def run_script(*argv, cwd, **options) -> tuple[int, str]:
-    """Exit code and output of a script."""
-    script = Script(*argv, cwd=cwd, output=Path(cwd) / "output.txt", **options)
+def run_script(job, *arguments, cwd, **options) -> tuple[int, str]:
+    """Exit code and output of a script or function, see [`Script`]."""
+    script = Script(job, *arguments, cwd=cwd, output=Path(cwd) / "output.txt", **options)
     said, _ = script.communicate()
     return script.returncode, said

@@ -70,7 +70,7 @@ def find_batch_size(try_step: Callable[[int], object], wanted: int, accelerator:
         # all processes continue with the next size where one has failed
         flag = torch.tensor(int(failed is not None), device=accelerator.device)
         if int(accelerator.reduce(flag, reduction="sum")):
-            raise failed or RuntimeError("CUDA out of memory in another process.")
+            raise failed or RuntimeError("CUDA out of memory. In another process.")  # Accelerate matches the text
         return batch_size
 
     # from the largest to the smallest; 0, after the last one, ends the search
