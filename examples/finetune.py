@@ -12,8 +12,10 @@ The output folder holds the best checkpoint with its processor (`pipeline("objec
 
 import math
 import sys
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
@@ -36,7 +38,8 @@ from hf_detr.training import (
 )
 
 
-def main() -> None:
+def main(augmentation: Callable[[Any], Any] | None = None) -> None:
+    """Train. `augmentation` replaces that of the recipe, see examples/by_feature/own_augmentation.py."""
     args = parse_finetune_args(__doc__)  # dataclasses, see hf_detr/training/arguments.py
     accelerator = build_accelerator(args)
     set_seed(args.run.seed)
@@ -57,7 +60,9 @@ def main() -> None:
     if args.run.auto_batch_size:
         batch_size, accumulation = run.fit_batch_size(model, train_set)
         recipe = replace(recipe, batch_size=batch_size, gradient_accumulation_steps=accumulation)
-    train_loader, val_loader, probe = build_loaders(args, recipe, processor, train_set, val_set, accelerator)
+    train_loader, val_loader, probe = build_loaders(
+        args, recipe, processor, train_set, val_set, accelerator, augmentation
+    )
     accelerator.print(run.describe(model, train_set, val_set, train_loader))
 
     # optimization: AdamW and gradient clipping as in the paper, learning rates and schedule of the recipe

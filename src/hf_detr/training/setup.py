@@ -1,6 +1,6 @@
 """From the arguments of `examples/finetune.py` to data, processor, model and loaders."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -117,8 +117,13 @@ def build_loaders(
     train_set: Any,
     val_set: Any,
     accelerator: Accelerator,
+    augmentation: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, Any, TrainingProbe]:
-    """Loaders of training (augmented, shuffled) and validation images, and a probe of some training images."""
+    """Loaders of training (augmented, shuffled) and validation images, and a probe of some training images.
+
+    Args:
+        augmentation: a function of a row, in place of the recipe's, usually a `hf_detr.data.Augmentation`.
+    """
     train_rows: Sequence[Any] = train_set
     val_rows: Sequence[Any] = val_set
     if args.data.dataset is None:  # drawn images are small: decoded once, and kept in memory
@@ -133,7 +138,7 @@ def build_loaders(
         "accelerator": accelerator,
     }
     train_loader = build_loader(
-        AugmentedDataset(train_rows, build_augmentation(recipe.augmentation, processor), seed=seed),
+        AugmentedDataset(train_rows, augmentation or build_augmentation(recipe.augmentation, processor), seed=seed),
         collate,
         seed=seed,
         training=True,
