@@ -550,6 +550,22 @@ def test_a_run_that_is_killed_ends_as_one_that_is_left_alone(tmp_path, capsys, m
         assert nothing_to_stop or "exit code 143" in terminated
 
 
+def test_an_augmentation_of_your_own_takes_the_place_of_the_recipe_s(tmp_path):
+    script = ROOT / "examples" / "by_feature" / "own_augmentation.py"
+    (tmp_path / "script.py").write_text(
+        f"import sys; sys.path.insert(0, {str(script.parent)!r})\n"
+        "import own_augmentation\n"
+        "seen = []\n"
+        "own_augmentation.finetune.main(augmentation=lambda row: seen.append(1) or own_augmentation.AUGMENTATION(row))\n"
+        "print('augmented', len(seen))\n"
+    )
+    small = ["--set", "d_model=32", "encoder_layers=1", "decoder_layers=1"]
+    code, said = run_script(tmp_path / "script.py", "--quick", *small, cwd=tmp_path)
+    assert code == 0, said
+    assert "augmented 128" in said, "2 epochs of 64 images"
+    assert (tmp_path / "runs" / "shapes-1" / "last" / "model.safetensors").is_file()
+
+
 def load_script(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)

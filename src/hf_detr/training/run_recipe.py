@@ -25,7 +25,7 @@ class RunRecipe:
         config: fields of [`DetrConfig`] that differ from its defaults, or from those of the checkpoint.
         random_backbone: no pretrained weights are loaded into it.
         data: statistics of the training images.
-        description: the recipe with its reasons, to print; empty for a run that is resumed.
+        description: the recipe with its reasons, to print.
     """
 
     epochs: int
@@ -65,7 +65,8 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
     given, config, data = args.recipe.given(), args.model.config_fields(), summarize(train_set)
     random_backbone = args.model.model is None and (args.model.backbone_weights == "none" or args.embedded)
     if args.saved:  # `given` is complete then
-        config, description = args.saved.get("set", {}) | config, ""
+        config = args.saved.get("set", {}) | config
+        description = f"Recipe and arguments of the run in {args.run.output_dir}, except those given now."
     else:
         if args.data.overfit:
             given = OVERFIT | given

@@ -197,15 +197,12 @@ class TrainingRun:
                 log.write(json.dumps(line) + "\n")
             if "AP" in line or not self.args.data.overfit:
                 tqdm.write(describe_epoch(line, self.recipe.epochs))
-                self._print_advice()
+            if "AP" in line and not self.args.data.overfit:
+                stride, query_type = self.predictor.model.backbone.stride, self.predictor.config.query_type
+                advice = training_advice(self.progress.evaluations, query_type=query_type, stride=stride)
+                if advice:
+                    tqdm.write(f"Stuck? {advice}")
         self.save_checkpoint()
-
-    def _print_advice(self) -> None:
-        if self.args.data.overfit:
-            return
-        stride, query_type = self.predictor.model.backbone.stride, self.predictor.config.query_type
-        if advice := training_advice(self.progress.evaluations, query_type=query_type, stride=stride):
-            tqdm.write(f"Stuck? {advice}")
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
