@@ -554,9 +554,9 @@ def test_an_augmentation_of_your_own_takes_the_place_of_the_recipe_s(tmp_path):
     script = ROOT / "examples" / "by_feature" / "own_augmentation.py"
     (tmp_path / "script.py").write_text(
         f"import sys; sys.path.insert(0, {str(script.parent)!r})\n"
-        "import own_augmentation\n"
+        "import own_augmentation as own\n"
         "seen = []\n"
-        "own_augmentation.finetune.main(augmentation=lambda row: seen.append(1) or own_augmentation.AUGMENTATION(row))\n"
+        "own.finetune.main(augmentation=lambda row: seen.append(1) or own.AUGMENTATION(row))\n"
         "print('augmented', len(seen))\n"
     )
     small = ["--set", "d_model=32", "encoder_layers=1", "decoder_layers=1"]
