@@ -1,4 +1,4 @@
-"""`finetune.py` in one page, with transformers' `Trainer` in place of the loop: the same data, recipe and model.
+"""`finetune.py` with transformers' `Trainer` instead of the loop, on one page: the same data, recipe and model.
 
 python examples/finetune_trainer.py
 accelerate launch examples/finetune_trainer.py --dataset FOLDER
@@ -23,12 +23,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="default: the recipe's")
     parser.add_argument("--output_dir", default="runs/trainer")
     args = parser.parse_args()
-    # left to itself, it takes several processes without an accelerator for one each
+    # by default it treats each of several processes without an accelerator as a launch of one process
     state = PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
     training.use_all_cores(state.num_processes)
     set_seed(0)
 
-    with state.main_process_first():  # the others find what the first has drawn and read
+    with state.main_process_first():  # the others use what the first has drawn and cached
         folder = args.dataset or data.draw_shapes_dataset("data/shapes")
         train_set = data.load_detection_dataset(folder, "train")
         names = data.id2label(train_set)
@@ -45,14 +45,14 @@ def main() -> None:
     config = DetrConfig(**recipe.values("model", {"backbone": backbone, "id2label": names}))
     model = DetrForDetection.from_pretrained_backbone(config) if args.dataset else DetrForDetection(config)
     augmentation = data.paper_augmentation(size) if args.dataset else data.flip_rotate_augmentation()
-    if args.dataset is None:  # drawn images stay in memory, as large as the model sees them
+    if args.dataset is None:  # drawn images stay in memory, resized once
         resize = data.Augmentation(v2.Resize(edges))
         train_set, val_set = [resize(row) for row in train_set], list(val_set)
-        model.set_attn_implementation("eager")  # the fastest on so few cells
+        model.set_attn_implementation("eager")  # the fastest at so few locations
 
     rates = (values[name] for name in ("learning_rate", "backbone_learning_rate", "weight_decay"))
     optimizer = torch.optim.AdamW(training.parameter_groups(model, *rates))
-    steps = math.ceil(len(train_set) / (values["batch_size"] * state.num_processes))  # an epoch
+    steps = math.ceil(len(train_set) / (values["batch_size"] * state.num_processes))  # per epoch
     schedule = {"warmup": values["warmup"], "decay": values["decay"], "total_steps": values["epochs"] * steps}
     metrics = TrainerMetrics(processor, names)
     trainer = Trainer(
@@ -66,16 +66,16 @@ def main() -> None:
             load_best_model_at_end=True, max_grad_norm=0.1, use_cpu=state.device.type == "cpu",
         ),
         data_collator=data.DetectionCollator(processor), processing_class=processor, eval_dataset=val_set,
-        train_dataset=data.AugmentedDataset(train_set, augmentation),  # the Trainer's loader tells it the epoch
+        train_dataset=data.AugmentedDataset(train_set, augmentation),  # the Trainer's loader sets its epoch
         compute_metrics=metrics, preprocess_logits_for_metrics=metrics.collect,
         optimizers=(optimizer, training.build_schedule(optimizer, values["schedule"], **schedule)),
     )  # fmt: skip
     trainer.train()
-    found = trainer.evaluate()  # the best checkpoint, which is loaded now
+    found = trainer.evaluate()  # of the best checkpoint, which was loaded at the end
     trainer.save_model()
     trainer.log_metrics("eval", found)
     trainer.save_metrics("eval", found)
-    trainer.accelerator.end_training()  # gloo may abort a process that leaves while it is connected
+    trainer.accelerator.end_training()  # gloo may abort a process that exits while it is connected
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
-from hf_detr.training import sharding_plugin
+from hf_detr.training.sharding import sharding_plugin
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIGS = sorted((EXAMPLES / "accelerate").glob("*.yaml"))

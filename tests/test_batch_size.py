@@ -1,17 +1,24 @@
 """Finding the batch that fits: all processes agree, the global batch stays, and a trial leaves no trace."""
 
-import os
+import gc
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from conftest import tiny_model
+from script_runner import run_script
 
 from hf_detr import DetrImageProcessor
 from hf_detr.data import DetectionCollator, image_sizes, resized_sizes
-from hf_detr.training import find_batch_size, parameter_groups, trial_step
+from hf_detr.training import parameter_groups
+from hf_detr.training.batch_size import find_batch_size, trial_step
+
+
+@pytest.fixture(autouse=True)
+def _no_garbage_collection(monkeypatch):
+    """Accelerate collects garbage after each try, which takes a second in a process with as much in it as this one."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
 def memory_for(most, tried):
@@ -48,11 +55,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
         find_batch_size(step, 8, Accelerator(cpu=True))
 
 
-def _find(rank, port, folder):
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
+def find_on_two(rank, folder):
     tried = []
     found = find_batch_size(memory_for((6, 3)[rank], tried), 12, Accelerator(cpu=True))
     torch.save((found, tried), folder / f"{rank}.pt")
@@ -61,7 +64,8 @@ def _find(rank, port, folder):
 
 
 def test_processes_agree_on_what_fits_all_of_them(tmp_path):
-    mp.spawn(_find, (20000 + os.getpid() % 20000, tmp_path), nprocs=2)
+    code, said = run_script(find_on_two, tmp_path, cwd=tmp_path, processes=2)
+    assert code == 0, said
     assert [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)] == [(3, [12, 6, 4, 3])] * 2
 
 
@@ -89,12 +93,12 @@ def test_a_trial_is_as_large_as_any_batch_and_leaves_no_trace():
     random = torch.get_rng_state()
     optimizers = []
 
-    def optimizer_of(copy):
+    def build_optimizer(copy):
         optimizers.append(torch.optim.AdamW(parameter_groups(copy, 1e-3, 1e-3, 1e-4)))
         return optimizers[-1]
 
     sizes = resized_sizes(image_sizes(rows), dict(processor.size))
-    step = trial_step(model, optimizer_of, rows, sizes, collate, Accelerator(cpu=True))
+    step = trial_step(model, build_optimizer, rows, sizes, collate, Accelerator(cpu=True))
     for batch_size in (1, 2, 7):
         step(batch_size)
     assert [shape[0] for shape in shapes] == [1, 2, 7]

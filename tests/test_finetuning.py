@@ -7,7 +7,6 @@ import math
 import os
 import resource
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,30 +17,29 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from conftest import random_labels, tiny_model
 from safetensors.torch import save_file
+from script_runner import Script, run_script
 from torch import nn
 
 from hf_detr import DetrForDetection
-from hf_detr.data.batching import DistributedBatches
+from hf_detr.data import DistributedBatches
+from hf_detr.model.boxes import iou
 from hf_detr.model.loss import LossNormalizers, count_for_loss
-from hf_detr.training import (
-    SCHEDULES,
-    Meter,
-    NonFiniteError,
+from hf_detr.runtime import StopRequest
+from hf_detr.training import TrainStep, add_lora, build_ema, build_schedule, exit_on_error, parameter_groups
+from hf_detr.training.checkpoints import (
     Progress,
-    TrainStep,
-    build_ema,
-    build_schedule,
-    claim_output_dir,
-    in_groups,
+    checkpoints_in,
     newest_checkpoint,
-    parameter_groups,
     replace_files,
     save_checkpoint,
     trim_log,
     use_plain_weights,
 )
-from hf_detr.training.checkpoints import checkpoints_in
-from hf_detr.training.non_finite import first_non_finite
+from hf_detr.training.meter import EpochMeter
+from hf_detr.training.non_finite import NonFiniteError, first_non_finite
+from hf_detr.training.optimization import SCHEDULES
+from hf_detr.training.run_folder import acquire_run_dir
+from hf_detr.training.step import in_groups
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,9 +68,8 @@ def stepper(model, tmp_path, *, rate=1e-3, on_nan="stop", ema=None):
 def test_processes_and_accumulation_do_not_change_a_step(tmp_path):
     """All cases of the benchmark: a process without objects, unequal batches, accumulation, no object at all."""
     output = tmp_path / "rows.json"
-    command = [sys.executable, ROOT / "benchmarks" / "processes.py", "--output", output]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr
+    code, said = run_script(ROOT / "benchmarks" / "processes.py", "--output", output, cwd=tmp_path)
+    assert code == 0, said
     rows = json.loads(output.read_text())
     assert len(rows) == 18
     for case, row in rows.items():
@@ -256,10 +253,11 @@ def test_the_first_module_is_named_not_the_one_where_it_shows():
     assert "weights themselves" in first_non_finite(model, batch_of([1]))
 
 
-BROKEN_ON_ONE_PROCESS = """
+TWO_PROCESSES = """
 import sys, torch
 from pathlib import Path
 from accelerate import Accelerator
+from hf_detr.training.step import share_buffers
 sys.path.insert(0, {tests!r})
 from test_finetuning import break_module, batch_of, stepper, tiny_model
 torch.set_num_threads(1)
@@ -277,33 +275,11 @@ for number in range(3):
     losses.append(None if terms is None else accelerator.reduce(terms["loss"], "mean").item())
 weights = torch.stack([p.double().sum() for p in step.plain.parameters()]).sum()
 both = accelerator.gather(weights[None])
-left_out = [loss is None for loss in losses]
-sys.stdout.write(f"rank {{rank}} {{left_out}} {{bool(both[0] == both[1])}} {{step.reports}}\\n")
+skipped = [loss is None for loss in losses]
+sys.stdout.write(f"rank {{rank}} {{skipped}} {{bool(both[0] == both[1])}} {{step.reports}}\\n")
 sys.stdout.flush()
-accelerator.end_training()
-"""
-
-
-def test_one_process_with_a_bad_batch_does_not_leave_the_other_waiting(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(BROKEN_ON_ONE_PROCESS.format(tests=str(ROOT / "tests"), folder=str(tmp_path)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("[False, True, False] True") == 2
-    assert "another process met numbers that are not finite" in done.stdout
-    assert "model.encoder.layers.0.mlp.fc2 (Linear)" in done.stdout
-    assert [path.name for path in (tmp_path / "non_finite").iterdir()] == ["step-1-process-1.pt"]
-
-
-SHARE = """
-import sys, torch
-from accelerate import Accelerator
-from hf_detr.training import share_buffers
-accelerator = Accelerator()
 norm = torch.nn.BatchNorm1d(2)
-norm(torch.randn(8, 2) + 5 * accelerator.process_index)
+norm(torch.randn(8, 2) + 5 * rank)
 share_buffers(norm, accelerator)
 means = accelerator.gather(norm.running_mean[None]).flatten().tolist()
 accelerator.print("means", [round(value, 5) for value in means])
@@ -311,12 +287,25 @@ accelerator.end_training()
 """
 
 
-def test_all_processes_evaluate_the_statistics_that_are_saved(tmp_path):
-    (tmp_path / "script.py").write_text(SHARE)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "script.py"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
-    (means,) = [line for line in done.stdout.splitlines() if line.startswith("means")]
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "script.py").write_text(TWO_PROCESSES.format(tests=str(ROOT / "tests"), folder=str(folder)))
+    code, said = run_script(folder / "script.py", cwd=folder, processes=2)
+    assert code == 0, said
+    return folder, said
+
+
+def test_one_process_with_a_bad_batch_does_not_leave_the_other_waiting(two_processes):
+    tmp_path, said = two_processes
+    assert said.count("[False, True, False] True") == 2
+    assert "another process met numbers that are not finite" in said
+    assert "model.encoder.layers.0.mlp.fc2 (Linear)" in said
+    assert [path.name for path in (tmp_path / "non_finite").iterdir()] == ["step-1-process-1.pt"]
+
+
+def test_all_processes_evaluate_the_statistics_that_are_saved(two_processes):
+    (means,) = [line for line in two_processes[1].splitlines() if line.startswith("means")]
     values = json.loads(means.removeprefix("means "))
     assert values[:2] == values[2:]
     assert max(abs(value) for value in values) < 0.2, "those of process 0"
@@ -382,13 +371,13 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(tmp_path, momen
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100 if moment == "first file" else largest - 1, limits[1]))
     try:
-        with pytest.raises(SystemExit) as error:
+        with pytest.raises(OSError) as error:
             save_checkpoint(accelerator, tmp_path, history, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert "cannot be saved" in str(error.value)
-    assert f"{good} is whole" in str(error.value)
+    assert f"{good} is complete" in str(error.value)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == [good.name]
     assert {path.name for path in good.iterdir()} == names
 
@@ -400,7 +389,7 @@ def test_no_space_left_is_told_with_the_space_there_is(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(accelerator, "save_state", full)
-    with pytest.raises(SystemExit, match=r"No space left on device.*MB are free"):
+    with pytest.raises(OSError, match=r"No space left on device.*MB are free"):
         save_checkpoint(accelerator, tmp_path, history, keep=1)
 
 
@@ -425,7 +414,7 @@ def test_the_log_forgets_what_came_after_the_checkpoint(tmp_path):
 
 def test_means_of_figures_survive_a_checkpoint():
     accelerator = Accelerator(cpu=True)
-    whole, first, second = (Meter(accelerator) for _ in range(3))
+    whole, first, second = (EpochMeter(accelerator) for _ in range(3))
     for number in range(5):
         figures = {"loss": torch.tensor(float(number)), "other": torch.tensor(2.0)}
         whole.add(figures)
@@ -451,28 +440,28 @@ def test_batches_go_on_in_the_middle_of_an_epoch():
 # -- the folder of a run ----------------------------------------------------------------------------------------------
 
 
-def claim(folder, resume=False, **arguments):
-    return claim_output_dir(str(folder), "x", {"epochs": 3} | arguments, Accelerator(cpu=True), resume=resume)
+def acquire(folder, resume=False, **arguments):
+    return acquire_run_dir(str(folder), "x", {"epochs": 3} | arguments, Accelerator(cpu=True), resume=resume)
 
 
 def test_the_same_command_goes_on_and_another_is_refused(tmp_path):
     folder = tmp_path / "run"
-    first = claim(folder)
+    first = acquire(folder)
     assert first.checkpoint is None
     first.lock.close()
     accelerator, _, history = saved_run(tmp_path)
     saved = save_checkpoint(accelerator, folder, history, keep=1)
-    with claim(folder).lock:
+    with acquire(folder).lock:
         pass
-    with pytest.raises(SystemExit, match=r"another run \(epochs: 3 there, 5 here; seed: None there, 1 here\)"):
-        claim(folder, epochs=5, seed=1)
-    again = claim(folder, report_to=["tensorboard"])  # which changes nothing of what is learned
+    with pytest.raises(FileExistsError, match=r"another run \(epochs: 3 there, 5 here; seed: None there, 1 here\)"):
+        acquire(folder, epochs=5, seed=1)
+    again = acquire(folder, report_to=["tensorboard"])  # which changes nothing of what is learned
     assert again.checkpoint == saved
     again.lock.close()
     (folder / "last").mkdir()
-    with pytest.raises(SystemExit, match="it has ended"):
-        claim(folder)
-    more = claim(folder, resume=True, epochs=5)
+    with pytest.raises(FileExistsError, match="it has ended"):
+        acquire(folder)
+    more = acquire(folder, resume=True, epochs=5)
     assert more.checkpoint == saved
     assert json.loads((folder / "args.json").read_text())["epochs"] == 5
     more.lock.close()
@@ -480,68 +469,101 @@ def test_the_same_command_goes_on_and_another_is_refused(tmp_path):
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
     (tmp_path / "holiday.jpg").write_text("")
-    with pytest.raises(SystemExit, match="is not empty"):
-        claim(tmp_path)
+    with pytest.raises(FileExistsError, match="is not empty"):
+        acquire(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".lock") == ["holiday.jpg"]
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_detr.training.run_folder.GRACE", 0)
-    held = claim(tmp_path / "run")
-    with pytest.raises(SystemExit, match="Another process trains"):
-        claim(tmp_path / "run")
+    held = acquire(tmp_path / "run")
+    with pytest.raises(TimeoutError, match="Another process trains"):
+        acquire(tmp_path / "run")
     held.lock.close()
-    claim(tmp_path / "run").lock.close()
-
-
-SIGNALS = """
-import signal
-from hf_detr.runtime import StopRequest
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
-stop = StopRequest()
-print(stop.requested)
-signal.raise_signal(signal.SIGTERM)
-print(stop.requested, stop.exit_code)
-try:
-    signal.raise_signal(signal.SIGINT)
-except KeyboardInterrupt:
-    print("interrupted")
-stop.end()
-print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
-"""
+    acquire(tmp_path / "run").lock.close()
 
 
 def test_signals_are_noted_and_the_second_interrupt_is_obeyed():
-    done = subprocess.run([sys.executable, "-c", SIGNALS], capture_output=True, text=True, timeout=100, check=False)
-    assert done.stdout.split() == ["False", "True", "143", "interrupted", "True"], done.stderr
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    stop = StopRequest()
+    try:
+        assert not stop.requested
+        signal.raise_signal(signal.SIGTERM)
+        assert (stop.requested, stop.exit_code) == (True, 143)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        stop.end()
+        assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+
+def test_errors_of_the_package_are_a_sentence_and_others_keep_their_traceback(capsys):
+    with pytest.raises(SystemExit, match="at least 1, got 0") as error, exit_on_error():
+        add_lora(None, 0)
+    assert isinstance(error.value.code, str), "which Python prints to stderr, with exit code 1"
+    with pytest.raises(ValueError, match="invalid literal"), exit_on_error():
+        int("x")
+    with pytest.raises(RuntimeError, match="must match"), exit_on_error():
+        iou(torch.zeros(2, 4), torch.zeros(3, 4))
 
 
 def test_early_stopping_counts_evaluations_since_the_best():
     history = Progress()
     kept = []
     for epoch, ap in enumerate((0.1, 0.3, 0.3, 0.2, 0.25), 1):
-        kept.append(history.note_evaluation({"epoch": epoch, "AP": ap}, "AP"))
+        kept.append(history.add_evaluation({"epoch": epoch, "AP": ap}, "AP"))
     assert kept == [True, True, True, False, False]
-    assert (history.best, history.best_epoch, history.without_improvement()) == (0.3, 2, 3)
+    assert (history.best, history.best_epoch, history.evaluations_since_best()) == (0.3, 2, 3)
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_that_is_killed_ends_as_one_that_is_left_alone(tmp_path, processes):
-    """Bit by bit, see `benchmarks/kills.py`; there with more kills."""
-    command = [sys.executable, ROOT / "benchmarks" / "kills.py", "--kills", "3", "--terminate", "1", "--seed", "5"]
-    done = subprocess.run(
-        [str(c) for c in (*command, "--processes", processes, "--work", tmp_path)],
-        capture_output=True, text=True, check=False, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "equal, bit by bit" in done.stdout
+def test_a_run_that_is_killed_ends_as_one_that_is_left_alone(tmp_path, capsys, monkeypatch, processes):
+    """Bit by bit, see `benchmarks/kills.py`; there with more kills and a larger model."""
+    kills = load_script("kills")
+
+    def start(folder, extra, processes):
+        argv = [kills.FINETUNE, *kills.OPTIONS, *extra, "--output_dir", folder]
+        return Script(*argv, cwd=tmp_path, output=tmp_path / "output.txt", processes=processes)
+
+    def kill(script, number):
+        script.send(number)
+        return script.communicate()[0]
+
+    monkeypatch.setattr(kills, "start", start)
+    monkeypatch.setattr(kills, "kill", kill)
+    monkeypatch.setattr(sys, "argv", [
+        "kills.py", "--kills", "2", "--terminate", "1", "--seed", "5", "--processes", str(processes), "--work",
+        str(tmp_path), "--", "--set", "dropout=0.1", "d_model=32", "encoder_layers=1", "decoder_layers=1",
+    ])  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    kills.main()
+    said = capsys.readouterr().out
+    assert "equal, bit by bit" in said
     if processes == 1:
-        (terminated,) = [line for line in done.stdout.splitlines() if "SIGTERM" in line]
+        (terminated,) = [line for line in said.splitlines() if "SIGTERM" in line]
         nothing_to_stop = any(f"| {phase} |" in terminated for phase in ("starting", "concluding"))
         assert nothing_to_stop or "exit code 143" in terminated
+
+
+def test_an_augmentation_of_your_own_takes_the_place_of_the_recipe_s(tmp_path):
+    script = ROOT / "examples" / "by_feature" / "own_augmentation.py"
+    (tmp_path / "script.py").write_text(
+        f"import sys; sys.path.insert(0, {str(script.parent)!r})\n"
+        "import own_augmentation as own\n"
+        "seen = []\n"
+        "own.finetune.main(augmentation=lambda row: seen.append(1) or own.AUGMENTATION(row))\n"
+        "print('augmented', len(seen))\n"
+    )
+    small = ["--set", "d_model=32", "encoder_layers=1", "decoder_layers=1"]
+    code, said = run_script(tmp_path / "script.py", "--quick", *small, cwd=tmp_path)
+    assert code == 0, said
+    assert "augmented 128" in said, "2 epochs of 64 images"
+    assert (tmp_path / "runs" / "shapes-1" / "last" / "model.safetensors").is_file()
 
 
 def load_script(name):

@@ -3,22 +3,22 @@
 import copy
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from conftest import padded_batch, random_labels, tiny_model
+from script_runner import run_script
 from torch.distributed.tensor import DTensor
 
 from hf_detr import DetrForDetection
-from hf_detr.training import gather_weights, parameter_groups, sharding_plugin
+from hf_detr.training import parameter_groups
+from hf_detr.training.sharding import gather_weights, sharding_plugin
 
 KINDS = {
     "learned": {"query_type": "learned", "query_groups": 2},
@@ -28,7 +28,6 @@ KINDS = {
 # kind of model, precision
 CASES = {
     "learned": ("learned", "no"),
-    "anchor": ("anchor", "no"),
     "anchor, bf16": ("anchor", "bf16"),
     "batch norm that trains": ("batch norm that trains", "no"),
 }
@@ -107,11 +106,7 @@ def run_case(kind, precision, sharded, folder):
     return result
 
 
-def run_all(rank, port, folder):
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
+def run_all(rank, folder):
     torch.set_num_threads(1)
     results = {}
     for name, (kind, precision) in CASES.items():
@@ -126,7 +121,8 @@ def run_all(rank, port, folder):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp")
-    mp.spawn(run_all, (20000 + os.getpid() % 20000, folder), nprocs=2)
+    code, said = run_script(run_all, folder, cwd=folder, processes=2)
+    assert code == 0, said
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -184,56 +180,46 @@ def test_settings_that_would_break_are_refused(monkeypatch):
         sharding_plugin()
 
 
-SHARDS_ON_CPU = """
-import accelerate
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
+def shard_on_cpu():
+    """Take the one decision of Accelerate that keeps sharding from CPUs, see `accelerator_for`."""
+    begin = accelerate.Accelerator.__init__
 
-begin = accelerate.Accelerator.__init__
+    def sharding(self, *args, fsdp_plugin=None, **kwargs):
+        begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        PartialState._shared_state["distributed_type"] = self.state.distributed_type = DistributedType.FSDP
+        self.state.fsdp_plugin = fsdp_plugin
 
-
-def sharding(self, *args, fsdp_plugin=None, **kwargs):
-    begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-    PartialState._shared_state["distributed_type"] = self.state.distributed_type = DistributedType.FSDP
-    self.state.fsdp_plugin = fsdp_plugin
-
-
-accelerate.Accelerator.__init__ = sharding
-"""
+    accelerate.Accelerator.__init__ = sharding
 
 
 def test_finetune_sharded_is_finetune_and_goes_on(tmp_path):
-    """The script itself, with the one decision of Accelerate that keeps sharding from CPUs taken for it."""
+    """The script itself."""
     script = Path(__file__).parents[1] / "examples" / "finetune.py"
-    (tmp_path / "sitecustomize.py").write_text(SHARDS_ON_CPU)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    common = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    sharding = common | LAUNCHED | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
 
-    def finetune(environment, *arguments):
-        command = [*launch, *arguments]
-        done = subprocess.run(
-            command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200
-        )
-        return done.returncode, done.stdout + done.stderr
+    def finetune(*arguments, sharded=True, **options):
+        environment = LAUNCHED if sharded else {}
+        return run_script(script, *arguments, cwd=tmp_path, processes=2, environment=environment, **options)
 
     def losses(name):
         lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
         return [json.loads(line)["loss"] for line in lines]
 
-    options = ["--quick", "--mixed_precision", "no", "--set", "denoising_groups=0", "--batch_size", "8"]
-    options += ["--gradient_accumulation_steps", "2"]
-    code, said = finetune(common, *options, "--output_dir", "plain")
+    options = ["--quick", "--mixed_precision", "no", "--batch_size", "8", "--gradient_accumulation_steps", "2"]
+    options += ["--set", "denoising_groups=0", "d_model=32", "encoder_layers=1", "decoder_layers=1"]
+    code, said = finetune(*options, "--output_dir", "plain", sharded=False)
     assert code == 0, said
-    code, said = finetune(sharding, *options, "--output_dir", "sharded")
+    code, said = finetune(*options, "--output_dir", "sharded", setup=shard_on_cpu)
     assert code == 0, said
     assert losses("sharded") == pytest.approx(losses("plain"), rel=1e-3)
     plain, sharded = (DetrForDetection.from_pretrained(tmp_path / name / "last") for name in ("plain", "sharded"))
     # AdamW's first steps turn the rounding of a gradient near zero into a whole step, so that weights tell nothing more
     assert plain.state_dict().keys() == sharded.state_dict().keys()
-    code, said = finetune(sharding, "--output_dir", "sharded", "--resume", "--epochs", "3")
+    code, said = finetune("--output_dir", "sharded", "--resume", "--epochs", "3", setup=shard_on_cpu)
     assert code == 0, said
     assert "Resumed after epoch 2" in said
     assert len(losses("sharded")) == 3
-    assert "Accelerate does not shard models on cpu" in finetune(common | LAUNCHED, *options)[1]
-    assert "--ema averages whole weights" in finetune(sharding, *options, "--ema", "0.9")[1]
+    code, said = finetune(*options)
+    assert code == 1
+    assert "Accelerate does not shard models on cpu" in said
+    assert "Traceback" not in said
+    assert "--ema averages whole weights" in finetune(*options, "--ema", "0.9", setup=shard_on_cpu)[1]

@@ -8,7 +8,7 @@ import torch
 from conftest import padded_batch, random_labels, randomise_norms, relative_difference, tiny_model
 
 from hf_detr import DetrForDetection
-from hf_detr.training import add_lora, merged, parameter_groups
+from hf_detr.training import add_lora, merge_lora, parameter_groups
 
 pytest.importorskip("peft")
 RANK = 4
@@ -112,7 +112,7 @@ def test_merged_is_the_same_model_without_adapters_and_the_original_goes_on(adap
     *_, model = adapted
     expected = predict(model)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plain = merged(model)
+    plain = merge_lora(model)
     assert type(plain) is DetrForDetection
     assert not any("lora" in name or "base_layer" in name for name in plain.state_dict())
     for ours, theirs in zip(predict(plain), expected, strict=True):
@@ -125,7 +125,7 @@ def test_merged_is_the_same_model_without_adapters_and_the_original_goes_on(adap
 
 def test_what_is_saved_loads_without_peft(adapted, tmp_path):
     *_, model = adapted
-    merged(model).save_pretrained(tmp_path)
+    merge_lora(model).save_pretrained(tmp_path)
     torch.save(predict(model), tmp_path / "expected.pt")
     torch.save({name: value for name, value in batch().items() if name != "labels"}, tmp_path / "batch.pt")
     code = f"""

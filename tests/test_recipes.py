@@ -1,5 +1,6 @@
 """Recipes, the training probe and its hints, and the schedules."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,34 +10,38 @@ from conftest import random_labels, tiny_model
 from hf_detr import DetrConfig
 from hf_detr.data import draw_shapes_dataset, load_detection_dataset
 from hf_detr.training import (
-    DataSummary,
-    TrainingProbe,
+    build_processor,
     build_schedule,
     choose_recipe,
-    explain_overfit,
-    hint,
     parse_finetune_args,
+    resolve_recipe,
     summarize,
 )
-from hf_detr.training.diagnosis import count_duplicates
-from hf_detr.training.recipes import choose_stride
+from hf_detr.training.recipes import DataSummary, choose_stride
+from hf_detr.training.training_advice import explain_overfit, training_advice
+from hf_detr.training.training_probe import TrainingProbe, count_duplicates
 
-SMALL = DataSummary(num_images=200, num_objects=1000, num_classes=12, most_objects=8, object_side=0.1)
-PHOTOS = DataSummary(num_images=5000, num_objects=30000, num_classes=3, most_objects=40, object_side=0.2)
+SMALL = DataSummary(num_images=200, num_objects=1000, num_classes=12, max_objects=8, object_side=0.1)
+PHOTOS = DataSummary(num_images=5000, num_objects=30000, num_classes=3, max_objects=40, object_side=0.2)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    folder = draw_shapes_dataset(tmp_path_factory.mktemp("drawn"), num_train=12, num_val=1, progress=False)
+    return load_detection_dataset(folder, "train", progress=False)
 
 
 # -- recipes ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_summary_is_of_the_annotations(tmp_path):
-    folder = draw_shapes_dataset(tmp_path, num_train=12, num_val=1, progress=False)
-    dataset = load_detection_dataset(folder, "train", progress=False)
+def test_the_summary_is_of_the_annotations(drawn):
+    dataset = drawn
     summary = summarize(dataset)
     rows = [(row["width"], row["height"], row["objects"]) for row in dataset]
     sides = sorted((w * h) ** 0.5 / min(W, H) for W, H, objects in rows for _, _, w, h in objects["bbox"])
     assert summary.num_images == 12
     assert summary.num_objects == len(sides)
-    assert summary.most_objects == max(len(objects["bbox"]) for *_, objects in rows)
+    assert summary.max_objects == max(len(objects["bbox"]) for *_, objects in rows)
     assert sum(side < summary.object_side for side in sides) == pytest.approx(len(sides) / 4, abs=1)
 
 
@@ -70,8 +75,8 @@ def test_what_is_chosen(name, start, expected):
     ("name", "start", "message"),
     [
         ("finetune", "scratch", "Name one with --model"),
-        ("paper", "checkpoint", "Take finetune"),
-        ("small-data", "checkpoint", "Take finetune"),
+        ("paper", "checkpoint", "Use --recipe finetune"),
+        ("small-data", "checkpoint", "Use --recipe finetune"),
         ("best", "scratch", "auto, paper, paper-500, small-data, finetune"),
     ],
 )
@@ -185,7 +190,7 @@ def test_the_probe_by_hand():
     model = Answers(logits, boxes).train()
     rows = [{"pixel_values": torch.zeros(1, 3, 8, 8), "labels": labels}]
     probe = TrainingProbe(rows, lambda some: some[0], 4)
-    first = probe.look(model)
+    first = probe.measure(model)
     assert model.training
     assert first["matched_iou"] == pytest.approx((1 + 1 + 0.5) / 3, abs=1e-3)
     assert first["class_error"] == pytest.approx(1 / 3, abs=1e-3)
@@ -195,19 +200,19 @@ def test_the_probe_by_hand():
     model.boxes = boxes.clone()
     model.boxes[1, 0], model.boxes[1, 2] = boxes[1, 2], boxes[1, 0]
     model.told.data[1, 0], model.told.data[1, 2] = logits[1, 2].clone(), logits[1, 0].clone()
-    second = probe.look(model)
+    second = probe.measure(model)
     assert second["changed_matches"] == pytest.approx(1 / 3, abs=1e-3)
     assert second["never_matched"] == 0
     resumed = TrainingProbe(rows, lambda some: some[0], 4)
     resumed.load_state_dict(probe.state_dict())
-    assert resumed.look(model)["changed_matches"] == 0
+    assert resumed.measure(model)["changed_matches"] == 0
 
 
 def test_the_probe_looks_at_real_models_and_at_no_objects():
     model = tiny_model(query_type="anchor").train()
     batch = {"pixel_values": torch.randn(2, 3, 64, 64), "pixel_mask": torch.ones(2, 64, 64)}
     rows = [batch | {"labels": random_labels([0, 0])}]
-    assert TrainingProbe(rows, lambda some: some[0], 4).look(model)["matched_iou"] == 0
+    assert TrainingProbe(rows, lambda some: some[0], 4).measure(model)["matched_iou"] == 0
     assert model.training
 
 
@@ -229,7 +234,7 @@ def line(ap50, **changes):
 @pytest.mark.parametrize(
     ("figures", "words"),
     [
-        ({"matched_iou": 0.9, "class_error": 0.02}, "by heart"),
+        ({"matched_iou": 0.9, "class_error": 0.02}, "overfits"),
         ({"matched_iou": 0.7, "class_error": 0.5}, "labels"),
         ({"changed_matches": 0.8}, "a new model with anchors"),
         ({"duplicates": 0.5}, "repeat"),
@@ -240,26 +245,26 @@ def line(ap50, **changes):
     ],
 )
 def test_stuck_training_gets_a_hint_that_fits(figures, words):
-    assert words in hint([line(0.1, **figures)] * 6, query_type="learned", stride=16)
+    assert words in training_advice([line(0.1, **figures)] * 6, query_type="learned", stride=16)
 
 
 def test_hints_fit_the_model():
-    text = hint([line(0.1, changed_matches=0.8)] * 6, query_type="anchor", stride=8)
+    text = training_advice([line(0.1, changed_matches=0.8)] * 6, query_type="anchor", stride=8)
     assert "anchors" not in text
-    assert "feature_stride" not in hint([line(0.1, matched_iou=0.3)] * 6, query_type="anchor", stride=8)
+    assert "feature_stride" not in training_advice([line(0.1, matched_iou=0.3)] * 6, query_type="anchor", stride=8)
 
 
 def test_training_that_goes_well_gets_none():
     facts = {"query_type": "anchor", "stride": 16}
-    assert hint([line(0.1)] * 4, **facts) is None  # too early to say
-    assert hint([line(0.05 * step) for step in range(8)], **facts) is None
-    assert hint([line(0.7)] * 9, **facts) is None
+    assert training_advice([line(0.1)] * 4, **facts) is None  # too early to say
+    assert training_advice([line(0.05 * step) for step in range(8)], **facts) is None
+    assert training_advice([line(0.7)] * 9, **facts) is None
 
 
 @pytest.mark.parametrize(
     ("losses", "figures", "facts", "words"),
     [
-        ((9, 5, 5, 5), {}, {"most_objects": 30}, "30 objects"),
+        ((9, 5, 5, 5), {}, {"max_objects": 30}, "30 objects"),
         ((5, 4, 8, 9), {}, {}, "Lower --learning_rate"),
         ((9, 8, 6, 4), {}, {}, "still falling"),
         ((9, 5, 5, 5), {"matched_iou": 0.5}, {"object_pixels": 10.0}, "10 pixels"),
@@ -270,42 +275,61 @@ def test_training_that_goes_well_gets_none():
 )
 def test_what_cannot_be_overfitted_is_explained(losses, figures, facts, words):
     history = [line(0.3, **figures) | {"loss": float(loss)} for loss in losses]
-    known = {"object_pixels": 40.0, "stride": 16, "most_objects": 4, "num_queries": 10} | facts
+    known = {"object_pixels": 40.0, "stride": 16, "max_objects": 4, "num_queries": 10} | facts
     assert words in explain_overfit(history, **known)
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------
 
 
+def resolve(drawn, argv):
+    args = parse_finetune_args("", argv)
+    return args, resolve_recipe(args, drawn, build_processor(args))
+
+
 def test_fields_of_the_config_are_read_and_refused(capsys):
     args = parse_finetune_args("", ["--set", "num_queries=7", "query_type=learned", "prior_probability=null"])
-    assert args.set == {"num_queries": 7, "query_type": "learned", "prior_probability": None}
+    assert args.model.config_fields() == {"num_queries": 7, "query_type": "learned", "prior_probability": None}
     for wrong in ("num_querys=7", "num_queries", "id2label={}"):
         with pytest.raises(SystemExit):
             parse_finetune_args("", ["--set", wrong])
         assert f"--set {wrong}" in capsys.readouterr().err
-    for wrong in (["--overfit", "0"], ["--overfit", "3", "--push_to_hub", "me/x"], ["--resume"]):
-        with pytest.raises(SystemExit):
+    wrongs = (
+        ["--overfit", "0"], ["--overfit", "3", "--push_to_hub", "me/x"], ["--resume"], ["--batch_size", "0"],
+        ["--warmup", "2"], ["--warmup", "0.6", "--decay", "0.6"], ["--ema", "1"], ["--lora_rank", "2"], ["--sed", "1"],
+        ["--save_minutes", "-1"], ["--schedule", "none"],
+    )  # fmt: skip
+    for wrong in wrongs:
+        with pytest.raises(SystemExit) as error:
             parse_finetune_args("", wrong)
+        assert error.value.code == 2
 
 
-def test_a_resumed_run_has_its_arguments_and_takes_changes(tmp_path):
-    begun = {"set": {"num_queries": 7, "d_model": 64}, "epochs": 5, "embedded": True, "learning_rate": 0.5}
-    begun = vars(parse_finetune_args("", [])) | begun
-    (tmp_path / "args.json").write_text(json.dumps(begun))
+def test_a_resumed_run_has_its_arguments_and_takes_changes(tmp_path, drawn):
+    args, recipe = resolve(drawn, ["--learning_rate", "0.5", "--epochs", "5", "--set", "num_queries=7", "d_model=64"])
+    (tmp_path / "args.json").write_text(json.dumps(recipe.settings(args)))
     again = ["--output_dir", str(tmp_path), "--resume"]
-    args = parse_finetune_args("", again)
-    assert (args.set, args.epochs, args.embedded, args.learning_rate) == (begun["set"], 5, True, 0.5)
-    args = parse_finetune_args("", [*again, "--epochs", "9", "--set", "num_queries=8"])
-    assert (args.set, args.epochs) == ({"num_queries": 8, "d_model": 64}, 9)
-    for changed in (["--ema", "0.9"], ["--metric", "AP50"]):
+    args, same = resolve(drawn, again)
+    assert args.embedded
+    assert dataclasses.replace(same, description=recipe.description) == recipe
+    assert (same.config["num_queries"], same.config["d_model"], same.epochs, same.learning_rate) == (7, 64, 5, 0.5)
+    args, changed = resolve(drawn, [*again, "--epochs", "9", "--set", "num_queries=8"])
+    assert (changed.config, changed.epochs) == (recipe.config | {"num_queries": 8}, 9)
+    for wrong in (["--ema", "0.9"], ["--metric", "AP50"]):
         with pytest.raises(SystemExit):
-            parse_finetune_args("", [*again, *changed])
+            parse_finetune_args("", [*again, *wrong])
 
 
-def test_overfitting_takes_away_what_stands_in_its_way():
-    args = parse_finetune_args("", ["--overfit", "4", "--epochs", "7"])
-    assert (args.epochs, args.augmentation, args.weight_decay, args.decay) == (7, "none", 0.0, 0.0)
-    assert args.chosen == ["epochs"]
+def test_overfitting_takes_away_what_stands_in_its_way(drawn):
+    args, recipe = resolve(drawn, ["--overfit", "4", "--epochs", "7"])
+    assert (recipe.epochs, recipe.augmentation, recipe.weight_decay, recipe.decay) == (7, "none", 0.0, 0.0)
+    assert args.recipe.given() == {"epochs": 7}
     assert args.embedded
     assert not parse_finetune_args("", ["--dataset", "x"]).embedded
+
+
+def test_arguments_and_what_the_recipe_decides_do_not_change(drawn):
+    args, recipe = resolve(drawn, [])
+    for part, name in ((args, "data"), (args.run, "seed"), (args.recipe, "epochs"), (recipe, "epochs")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, name, 1)

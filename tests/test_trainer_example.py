@@ -1,47 +1,36 @@
 """transformers' `Trainer` on our data and model: the example, and that every epoch is augmented anew."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import transformers
 from conftest import tiny_model
+from script_runner import run_script
 
-from hf_detr import DetrForDetection, DetrImageProcessor
+from hf_detr import DetrForDetection, DetrImageProcessor, data
 from hf_detr.data import AugmentedDataset, DetectionCollator, draw_shapes_dataset, load_detection_dataset
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "finetune_trainer.py"
-# the example with fewer images to draw; everything else is as its user has it
-SMALL = """
-import runpy, sys
-from pathlib import Path
-from hf_detr import data
-draw = data.draw_shapes_dataset
-def draw_few(folder):
-    sys.stdout.write("" if Path(folder).exists() else "drawing\\n")
-    return draw(folder, num_train=24, num_val=10, progress=False)
-data.draw_shapes_dataset = draw_few
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
-def run(*command, cwd):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+def draw_few():
+    """Fewer images; everything else is as its user has it."""
+    draw = data.draw_shapes_dataset
+
+    def few(folder):
+        sys.stdout.write("" if Path(folder).exists() else "drawing\n")
+        return draw(folder, num_train=24, num_val=10, progress=False)
+
+    data.draw_shapes_dataset = few
 
 
-@pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")])
-def test_the_trainer_trains_the_same_recipe_and_leaves_a_checkpoint(tmp_path, launcher):
-    (tmp_path / "small.py").write_text(SMALL)
-    output = run(*launcher, "small.py", EXAMPLE, "--epochs", "2", "--output_dir", "out", cwd=tmp_path)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_trainer_trains_the_same_recipe_and_leaves_a_checkpoint(tmp_path, processes):
+    options = {"processes": processes, "setup": draw_few}
+    code, output = run_script(EXAMPLE, "--epochs", "2", "--output_dir", "out", cwd=tmp_path, **options)
+    assert code == 0, output
     assert "Recipe small-data" in output
     assert output.count("drawing") == 1, "others wait for the first process"
     found = json.loads((tmp_path / "out" / "eval_results.json").read_text())

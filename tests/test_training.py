@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import random_labels, tiny_model
+from script_runner import run_script
 
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
 from hf_detr.data import DetectionCollator, draw_shapes_dataset, id2label, load_detection_dataset
@@ -39,26 +39,34 @@ def test_all_cores_are_used_unless_told_otherwise(monkeypatch):
     assert use_all_cores() == 1
 
 
-def _loss_of_one_process(rank, counts, port, results):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=len(counts))
-    torch.manual_seed(0)
-    logits, boxes = torch.randn(2, len(counts), 6, 6), torch.rand(2, len(counts), 6, 4) * 0.5 + 0.2
-    labels = random_labels(counts)
-    _, terms = set_loss(logits[:, rank : rank + 1], boxes[:, rank : rank + 1], labels[rank : rank + 1])
-    results[rank] = {name: value.item() for name, value in terms.items()}
+COUNTS = ([3, 1], [4, 0])
+
+
+def losses_of_one_process(rank, folder):
+    dist.init_process_group("gloo")
+    losses = []
+    for counts in COUNTS:
+        torch.manual_seed(0)
+        logits, boxes = torch.randn(2, len(counts), 6, 6), torch.rand(2, len(counts), 6, 4) * 0.5 + 0.2
+        labels = random_labels(counts)
+        _, terms = set_loss(logits[:, rank : rank + 1], boxes[:, rank : rank + 1], labels[rank : rank + 1])
+        losses.append({name: value.item() for name, value in terms.items()})
+    torch.save(losses, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("counts", [[3, 1], [4, 0]])
-def test_box_losses_do_not_grow_with_the_number_of_processes(counts):
-    """PEERS.md defect 3: averaged over processes, the terms are those of one process with the whole batch."""
-    with mp.Manager() as manager:
-        results = manager.dict()
-        port = 20000 + os.getpid() % 20000
-        mp.spawn(_loss_of_one_process, (counts, port, results), nprocs=2)
-        results = dict(results)
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("losses")
+    code, said = run_script(losses_of_one_process, folder, cwd=folder, processes=2)
+    assert code == 0, said
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", range(len(COUNTS)))
+def test_box_losses_do_not_grow_with_the_number_of_processes(losses, case):
+    """Averaged over processes, the terms are those of one process with the global batch."""
+    counts, results = COUNTS[case], [of_rank[case] for of_rank in losses]
     torch.manual_seed(0)
     logits, boxes = torch.randn(2, 2, 6, 6), torch.rand(2, 2, 6, 4) * 0.5 + 0.2
     _, whole = set_loss(logits, boxes, random_labels(counts))

@@ -1,155 +1,232 @@
-"""The command line of `examples/finetune.py`."""
+"""The command line of `examples/finetune.py` as frozen dataclasses."""
 
-import argparse
 import json
 import os
+from argparse import Action, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
 from ..model.configuration_hf_detr import DetrConfig
 from .optimization import SCHEDULES
-from .recipes import RECIPES
+from .recipes import AUGMENTATIONS, RECIPES
 
-TRAINING_VALUES = (
-    "epochs", "batch_size", "learning_rate", "backbone_learning_rate", "weight_decay", "schedule", "warmup", "decay",
-    "augmentation", "eval_every",
-)  # fmt: skip
-COUNTS = (
-    "epochs", "batch_size", "eval_every", "gradient_accumulation_steps", "save_total_limit", "logging_steps",
-    "early_stopping", "lora_rank", "image_size",
-)  # fmt: skip
-FIXED = ("ema", "overfit", "embedded")  # a run has them or not
-# to learn a few images by heart nothing may stand in the way
-OVERFIT = {
-    "epochs": 400,
-    "eval_every": 20,
-    "augmentation": "none",
-    "weight_decay": 0.0,
-    "schedule": "wsd",
-    "decay": 0.0,
-}
+METRICS = ("AP", "AP50", "AP75", "AR100")
 
 
-def parse_finetune_args(description: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments; values of the recipe that were not given are None.
+def option(help: str, default: Any = None, **metadata: Any) -> Any:
+    """A field of an argument dataclass; `metadata` goes to `argparse` (`choices`, `metavar`)."""
+    return HfArg(help=help, default=default, metadata=metadata)
 
-    Also set: `embedded` (the main job: drawn data and the small model), `chosen` (which values of the recipe the user
-    gave), `base_model` and `datasets` (Hub ids for the model card), and `set` as a dict. With `--resume` everything is
-    as the run began, but for what is given again.
 
-    Raises:
-        SystemExit: something is wrong; argparse says what.
+@dataclass(frozen=True)
+class DataArguments:
+    dataset: str | None = option("annotated folder or Hub id; default: draw shapes into data/shapes")
+    image_size: int | None = option("shortest edge in pixels, default 800 (shapes: 96 x 96)")
+    overfit: int | None = option("train on N images only, until the model has memorized them", metavar="N")
+    quick: bool = option("2 epochs on 64 images, as a smoke test", False)
+    num_workers: int | None = option("processes that load images, default 2 (shapes: 0)")
+
+    def __post_init__(self) -> None:
+        _check_at_least_one(self, "image_size", "overfit")
+
+    @property
+    def location(self) -> str:
+        """The folder or the Hub id; where no data set was named, the folder for the drawn one."""
+        return self.dataset or ("data/shapes-quick" if self.quick else "data/shapes")
+
+    @property
+    def name(self) -> str:
+        """Short name for cards and metrics."""
+        return dataset_name(self.location)
+
+    @property
+    def loader_workers(self) -> int:
+        """Drawn images stay in memory, where worker processes would only compete with the model for the cores."""
+        return self.num_workers if self.num_workers is not None else 2 if self.dataset else 0
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    model: str | None = option("checkpoint to start from, a folder or a Hub id")
+    backbone: str | None = option("without --model: timm network to start from, default resnet50")
+    backbone_weights: str | None = option('a local file, or "none" for random weights; default: from the Hub')
+    set: list[str] | None = field(default=None, metadata={"help": "fields of DetrConfig", "metavar": "FIELD=VALUE"})
+    lora_rank: int | None = option("train LoRA adapters of this rank and the heads only", metavar="R")
+    gradient_checkpointing: bool = option("recompute activations: less memory, more time", False)
+    compile: bool = option("torch.compile backbone, encoder and decoder", False)
+
+    def __post_init__(self) -> None:
+        _check_at_least_one(self, "lora_rank")
+        if self.lora_rank and not self.model:
+            raise ValueError("--lora_rank adapts a trained detector: name one with --model")
+        self.config_fields()
+
+    def config_fields(self) -> dict[str, Any]:
+        """`--set` as fields of [`DetrConfig`] and their values."""
+        return dict(_parse_config_field(text) for text in self.set or ())
+
+
+@dataclass(frozen=True)
+class RecipeArguments:
+    """What was given on the command line; None where the recipe decides."""
+
+    _argument_group_name = "recipe: chooses a value, and prints its reason, where none is given here"
+    recipe: str = option("default: auto", "auto", choices=RECIPES)
+    epochs: int | None = option("passes over the training images")
+    batch_size: int | None = option("images per process and batch")
+    learning_rate: float | None = option("of all but the backbone")
+    backbone_learning_rate: float | None = option("of the backbone")
+    weight_decay: float | None = option("of weight matrices; biases, norms and queries have none")
+    schedule: str | None = option("wsd: warm-up, stable, decay; step: the paper's", choices=SCHEDULES)
+    warmup: float | None = option("fraction of all steps in which the learning rate rises")
+    decay: float | None = option("fraction of all steps, at the end, in which it falls (step: is a tenth)")
+    augmentation: str | None = option("of the training images", choices=AUGMENTATIONS)
+    eval_every: int | None = option("epochs between evaluations; the last epoch is always evaluated")
+
+    def __post_init__(self) -> None:
+        _check_at_least_one(self, "epochs", "batch_size", "eval_every")
+        for name in ("warmup", "decay"):
+            if not 0 <= (getattr(self, name) or 0) <= 1:
+                raise ValueError(f"--{name} is a fraction of all steps, between 0 and 1")
+        if (self.warmup or 0) + (self.decay or 0) > 1:
+            raise ValueError("--warmup and --decay are fractions of all steps, together at most 1")
+
+    def given(self) -> dict[str, Any]:
+        """The values that replace the recipe's."""
+        return {name: value for name, value in asdict(self).items() if name != "recipe" and value is not None}
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    output_dir: str | None = option("default: the next free runs/NAME-N; the same command again continues the run")
+    resume: bool = option("continue the run in --output_dir with its arguments, except those given now", False)
+    mixed_precision: str | None = option("default: bf16 where it is fast", choices=("no", "bf16", "fp16"))
+    gradient_accumulation_steps: int = HfArg(
+        default_factory=lambda: int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")),
+        help="batches per optimizer step",
+    )
+    auto_batch_size: bool = option("reduce the batch size until it fits, and accumulate gradients instead", False)
+    ema: float | None = option("average the weights; evaluate and save the average; such as 0.9998", metavar="DECAY")
+    metric: str = option("selects the best checkpoint, default AP", "AP", choices=METRICS)
+    early_stopping: int | None = option("stop after N evaluations without improvement", metavar="N")
+    save_minutes: float = option("between checkpoints within an epoch, default 15", 15)
+    save_total_limit: int = option("checkpoints to keep, default 1", 1, metavar="N")
+    on_nan: str = option("what to do with a step that is not finite", "stop", choices=("stop", "skip"))
+    seed: int = option("of weights, batches and augmentation, default 0", 0)
+    report_to: list[str] | None = field(
+        default=None, metadata={"help": "tensorboard, wandb, trackio, ... (see Accelerate)", "metavar": "TRACKER"}
+    )
+    logging_steps: int = option("optimizer steps between lines to the trackers, default 50", 50)
+    push_to_hub: str | None = option("push the best checkpoint and its model card", metavar="REPO_ID")
+    hub_private: bool = option("make the repository private if it is new", False)
+    license: str | None = option("for the model card, an identifier of the Hub such as apache-2.0")
+
+    def __post_init__(self) -> None:
+        _check_at_least_one(self, "gradient_accumulation_steps", "save_total_limit", "logging_steps", "early_stopping")
+        if self.save_minutes < 0:
+            raise ValueError("--save_minutes must not be negative")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError("--ema is a decay between 0 and 1, such as 0.9998")
+
+
+@dataclass(frozen=True)
+class FinetuneArguments:
+    """All of them.
+
+    Args:
+        saved: of a run that continues with `--resume`: its `args.json`; otherwise empty.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--dataset", help="annotated folder or Hub id; default: draw shapes into data/shapes")
-    add("--model", help="checkpoint to start from, a folder or a Hub id")
-    add("--backbone", help="without --model: timm network to start from, default resnet50")
-    add("--backbone_weights", help='a local file, or "none" for random; default: from the Hub')
-    add("--output_dir", help="default: the next free runs/NAME-N; the same command again goes on with a run")
-    add("--resume", action="store_true", help="go on with the run in --output_dir, as it began but for what is given")
-    add("--overfit", type=int, metavar="N", help="learn N images by heart, to see that all is sound")
-    add("--quick", action="store_true", help="2 epochs on 64 images, to see that all works")
-    add("--image_size", type=int, help="shortest edge in pixels, default 800 (shapes: 96 x 96)")
-    add("--mixed_precision", choices=("no", "bf16", "fp16"), help="default: bf16 where it is fast")
-    add("--gradient_accumulation_steps", type=int, default=_accumulation(), help="batches in an optimizer step")
-    add("--auto_batch_size", action="store_true", help="smaller batches until they fit, and more of them a step")
-    add("--gradient_checkpointing", action="store_true", help="less memory, more time")
-    add("--compile", action="store_true", help="torch.compile backbone, encoder and decoder")
-    add("--lora_rank", type=int, metavar="R", help="train adapters of this rank and the heads, not the transformer")
-    add("--ema", type=float, metavar="DECAY", help="average the weights, evaluate and save the average; such as 0.9998")
-    add("--metric", choices=("AP", "AP50", "AP75", "AR100"), default="AP", help="which the best checkpoint is best in")
-    add("--early_stopping", type=int, metavar="N", help="stop after N evaluations without a better one")
-    add("--save_minutes", type=float, default=15, help="save to resume so often within an epoch, and after each")
-    add("--save_total_limit", type=int, default=1, metavar="N", help="checkpoints to resume from that are kept")
-    add("--on_nan", choices=("stop", "skip"), default="stop", help="what to do with a step that is not finite")
-    add("--num_workers", type=int, help="processes that load images, default 2 (shapes: 0)")
-    add("--seed", type=int, default=0)
-    add("--report_to", nargs="+", metavar="TRACKER", help="tensorboard, wandb, trackio, ... (see Accelerate)")
-    add("--logging_steps", type=int, default=50, help="optimizer steps between lines to the trackers")
-    add("--push_to_hub", metavar="REPO_ID", help="push the best checkpoint and its model card")
-    add("--hub_private", action="store_true", help="make the repository private if it is new")
-    add("--license", help="for the model card, an identifier of the Hub such as apache-2.0")
-    recipe = parser.add_argument_group("recipe", "chooses what is not given here, and says why").add_argument
-    recipe("--recipe", choices=RECIPES, default="auto")
-    recipe("--set", nargs="+", metavar="FIELD=VALUE", help="fields of DetrConfig")
-    recipe("--epochs", type=int)
-    recipe("--batch_size", type=int, help="images per process and step")
-    recipe("--learning_rate", type=float)
-    recipe("--backbone_learning_rate", type=float)
-    recipe("--weight_decay", type=float)
-    recipe("--schedule", choices=SCHEDULES, help="wsd: up, level, down; step: the paper's")
-    recipe("--warmup", type=float, help="share of all steps in which the rate rises")
-    recipe("--decay", type=float, help="share of all steps, at the end, in which it falls or is low")
-    recipe("--augmentation", choices=("paper", "flip", "turns", "none"))
-    recipe("--eval_every", type=int, help="epochs between evaluations; the last one always has one")
-    args = parser.parse_args(argv)
-    begun: dict[str, Any] = {}
-    if args.resume:
-        if not args.output_dir or not (Path(args.output_dir) / "args.json").is_file():
-            parser.error("--resume needs the --output_dir of a run that was begun")
-        begun = json.loads((Path(args.output_dir) / "args.json").read_text())
-        parser.set_defaults(**begun | {"resume": True, "output_dir": args.output_dir, "set": None})
-        args = parser.parse_args(argv)
-        changed = [name for name in FIXED if bool(begun.get(name)) != bool(getattr(args, name))]
-        changed += [name for name in ("lora_rank", "metric", "model") if begun.get(name) != getattr(args, name)]
-        if changed:
-            parser.error(f"--{changed[0]} cannot change within a run. Begin another from its checkpoint with --model")
-        if args.batch_size != begun["batch_size"]:
-            args.found = None
+
+    data: DataArguments
+    model: ModelArguments
+    recipe: RecipeArguments
+    run: RunArguments
+    saved: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.data.overfit and self.run.push_to_hub:
+            raise ValueError("--overfit memorizes a few images; there is nothing to push")
+
+    @property
+    def embedded(self) -> bool:
+        """The main job: drawn images and a small model."""
+        return bool(self.saved.get("embedded", not (self.data.dataset or self.model.model or self.model.backbone)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat, by the names of the command line, with the Hub ids that a model card names."""
+        flat = asdict(self.data) | asdict(self.model) | asdict(self.recipe) | asdict(self.run)
+        model, dataset = self.model.model, self.data.dataset
+        return flat | {
+            "embedded": self.embedded,
+            "base_model": model if model and not Path(model).exists() else None,
+            "datasets": [dataset] if dataset and not Path(dataset).exists() else None,
+        }
+
+
+PARTS = (DataArguments, ModelArguments, RecipeArguments, RunArguments)
+
+
+def parse_finetune_args(description: str | None, argv: Sequence[str] | None = None) -> FinetuneArguments:
+    """Parse the command line, by default that of this process. With `--resume` the defaults are the arguments with
+    which the run was started. Mistakes end the process with a message, as `argparse` does."""
+    parser = HfArgumentParser(
+        PARTS, description=description, formatter_class=_HelpFormatter, usage="%(prog)s [options]"
+    )
+    saved: dict[str, Any] = {}
+    first, _ = parser.parse_known_args(argv)
+    if first.resume:
+        file = Path(first.output_dir or "") / "args.json"
+        if not first.output_dir or not file.is_file():
+            parser.error("--resume needs the --output_dir of a run that was started")
+        saved = json.loads(file.read_text())
+        names = {argument.name for part in PARTS for argument in fields(part)} - {"set"}
+        parser.set_defaults(**{name: value for name, value in saved.items() if name in names})
     try:
-        args.set = begun.get("set", {}) | dict(_read_field(text) for text in args.set or ())
+        *parts, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        if unknown:
+            raise ValueError(f"unrecognized arguments: {' '.join(unknown)}")
+        args = FinetuneArguments(*parts, saved=saved)
+        if saved:
+            _check_unchanged(args)
     except ValueError as error:
         parser.error(str(error))
-    _check(args, parser)
-    return args if args.resume else _complete(args, parser)
-
-
-def _accumulation() -> int:
-    """As `accelerate config` or `accelerate launch` was told."""
-    return int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
-
-
-def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    for name in COUNTS:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
-    for name in ("warmup", "decay"):
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name} is a share of all steps, between 0 and 1")
-    if (args.warmup or 0) + (args.decay or 0) > 1:
-        parser.error("--warmup and --decay are shares of all steps, together at most 1")
-    if args.save_minutes < 0:
-        parser.error("--save_minutes must not be negative")
-    if args.lora_rank and not args.model:
-        parser.error("--lora_rank adapts a trained detector: name one with --model")
-    if args.ema is not None and not 0 < args.ema < 1:
-        parser.error("--ema is a decay between 0 and 1, such as 0.9998")
-
-
-def _complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    args.chosen = [name for name in TRAINING_VALUES if getattr(args, name) is not None]
-    if args.overfit is not None:
-        if args.overfit < 1:
-            parser.error("--overfit needs at least one image")
-        if args.push_to_hub:
-            parser.error("--overfit learns by heart; there is nothing to push")
-        for name, value in OVERFIT.items():
-            setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    if args.quick:
-        args.epochs, args.eval_every = 2, 1
-    args.found = None  # batch size and accumulation that --auto_batch_size has found
-    args.embedded = not (args.dataset or args.model or args.backbone)
-    if args.num_workers is None:  # drawn images stay in memory, and the cores are busy with the model
-        args.num_workers = 2 if args.dataset else 0
-    # for the model card: where the weights are from, if others can get them there
-    args.base_model = args.model if args.model and not Path(args.model).exists() else None
-    args.datasets = [args.dataset] if args.dataset and not Path(args.dataset).exists() else None
     return args
 
 
-def _read_field(text: str) -> tuple[str, Any]:
+class _HelpFormatter(RawDescriptionHelpFormatter):
+    """Shows each option once, without the spelling with hyphens and the value of flags that `HfArgumentParser` adds."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        if action.nargs == "?":
+            return action.option_strings[0]
+        spellings, action.option_strings = action.option_strings, action.option_strings[:1]
+        try:
+            return super()._format_action_invocation(action)
+        finally:
+            action.option_strings = spellings
+
+
+def _check_unchanged(args: FinetuneArguments) -> None:
+    """Raise ValueError where an argument cannot change within a run."""
+    saved, now = args.saved, args.to_dict()
+    changed = [name for name in ("ema", "overfit") if bool(saved.get(name)) != bool(now[name])]
+    changed += [name for name in ("lora_rank", "metric", "model") if saved.get(name) != now[name]]
+    if changed:
+        raise ValueError(f"--{changed[0]} cannot change within a run. Start another from its checkpoint with --model")
+
+
+def _check_at_least_one(arguments: Any, *names: str) -> None:
+    for name in names:
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1")
+
+
+def _parse_config_field(text: str) -> tuple[str, Any]:
     """`num_queries=50` to a name and a value."""
     name, equals, value = text.partition("=")
     if not equals or name not in DetrConfig.__dataclass_fields__ or name in ("id2label", "label2id", "num_labels"):
@@ -158,3 +235,8 @@ def _read_field(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
+
+
+def dataset_name(path: str | Path) -> str:
+    """For folders and cards."""
+    return Path(path).resolve().name if Path(path).exists() else str(path).replace("/", "-")

@@ -1,4 +1,4 @@
-"""The largest batch that fits into memory, found by trying, without a change of what is trained."""
+"""The largest batch size that fits into memory, without changing the optimizer step."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,25 +10,50 @@ from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size, send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from ..model.loss import LossNormalizers
+from ..data import DetectionCollator, image_sizes, resized_sizes
+from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
+from .normalizers import loss_normalizers
+from .optimization import parameter_groups
+from .run_recipe import RunRecipe
+
+
+def fit_batch_size(
+    recipe: RunRecipe, model: DetrForDetection, train_set: Any, processor: DetrImageProcessor, accelerator: Accelerator
+) -> tuple[int, int]:
+    """The batch size that fits into memory, and the number of such batches per optimizer step, which together give the
+    global batch of the recipe.
+
+    Args:
+        model: not yet prepared.
+        train_set: in the schema of `hf_detr.data`, without augmentation.
+
+    Raises:
+        torch.OutOfMemoryError: not even one image fits; the message suggests what to change.
+    """
+    sizes = resized_sizes(image_sizes(train_set), processor.size)
+
+    def build_optimizer(copy: DetrForDetection) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameter_groups(copy, 0.0, 0.0, 0.0), fused=True)
+
+    trial = trial_step(model, build_optimizer, train_set, sizes, DetectionCollator(processor), accelerator)
+    found = find_batch_size(trial, recipe.batch_size, accelerator)
+    return found, recipe.gradient_accumulation_steps * (recipe.batch_size // found)
 
 
 def find_batch_size(try_step: Callable[[int], object], wanted: int, accelerator: Accelerator) -> int:
-    """The largest divisor of `wanted` with which a step fits into the memory of every process. All processes have to
-    come here, and all get the same number.
+    """The largest divisor of `wanted` with which a step fits into the memory of every process. To be called on all
+    processes together; all of them get the same number.
 
-    With it, `wanted // found` times as many steps of gradient accumulation keep the global batch as it was (but for the
-    evening out of the last ones, see `DistributedBatches`). On
-    a CPU memory is rarely refused: the system stops a process that takes too much, and nothing can be tried.
+    On a CPU an allocation rarely fails: the operating system kills a process that uses too much memory instead.
 
     Args:
-        try_step: runs a step with this many images and raises as PyTorch does where memory runs out; see
+        try_step: runs a step with this many images and raises PyTorch's error where memory runs out; see
             [`trial_step`].
-        wanted: images per process and step that the recipe asks for.
+        wanted: images per process and batch of the recipe.
 
     Raises:
-        RuntimeError: not even one image fits; it says what helps.
+        torch.OutOfMemoryError: not even one image fits; the message suggests what to change.
     """
     divisors = iter([size for size in range(wanted - 1, 0, -1) if wanted % size == 0])
 
@@ -39,16 +64,16 @@ def find_batch_size(try_step: Callable[[int], object], wanted: int, accelerator:
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            # without what it holds on to: the tensors of the step in its traceback
+            # a new error, since the traceback of this one holds the tensors of the step
             failed = RuntimeError(str(error.args[0]))
         clear_device_cache(garbage_collection=True)
-        # where it fits here but not elsewhere, all go on with the next size together
+        # all processes continue with the next size where one has failed
         flag = torch.tensor(int(failed is not None), device=accelerator.device)
         if int(accelerator.reduce(flag, reduction="sum")):
-            raise failed or RuntimeError("CUDA out of memory. In another process.")
+            raise failed or RuntimeError("CUDA out of memory. In another process.")  # Accelerate matches the text
         return batch_size
 
-    # the sizes are tried from the largest down; 0, after the last one, makes Accelerate give up
+    # from the largest to the smallest; 0, after the last one, ends the search
     search = find_executable_batch_size(
         attempt, starting_batch_size=wanted, reduce_batch_size_fn=lambda: next(divisors, 0)
     )
@@ -57,31 +82,30 @@ def find_batch_size(try_step: Callable[[int], object], wanted: int, accelerator:
     except RuntimeError as error:
         if "No executable batch size found" not in str(error):
             raise
-        raise RuntimeError(
+        raise torch.OutOfMemoryError(
             "Not even one image fits into memory. Smaller images (--image_size), a coarser feature map (--set "
-            "feature_stride=32), gradient checkpointing, --mixed_precision bf16, or a smaller backbone take less."
+            "feature_stride=32), --gradient_checkpointing, --mixed_precision bf16 or a smaller --backbone need less."
         ) from None
 
 
 def trial_step(
     model: DetrForDetection,
-    optimizer_of: Callable[[DetrForDetection], torch.optim.Optimizer],
+    build_optimizer: Callable[[DetrForDetection], torch.optim.Optimizer],
     rows: Any,
     sizes: Sequence[tuple[int, int]],
     collate: Callable[[Sequence[Any]], Mapping[str, Any]],
     accelerator: Accelerator,
 ) -> Callable[[int], None]:
-    """For [`find_batch_size`]: a step as expensive as any of the training, on a copy of the model.
+    """For [`find_batch_size`]: a function that runs the most expensive training step on a copy of the model.
 
-    It takes the tallest, the widest and otherwise the largest images, which are padded together, then runs forward,
-    backward and optimizer in the precision of `accelerator`. The model, its gradients and PyTorch's random numbers stay
-    as they were, and the copy is freed. Not in it: the buffers in which DistributedDataParallel exchanges gradients,
-    about the size of the weights that train.
+    Its batch has the tallest, the widest and otherwise the largest images. Forward, backward and optimizer run in the
+    precision of `accelerator`. The model, its gradients and PyTorch's random state are unchanged, and the copy is
+    freed. The gradient buffers of DistributedDataParallel, about the size of the trained weights, are not included.
 
     Args:
         model: not yet prepared.
-        optimizer_of: makes the optimizer of the copy.
-        rows: training images without augmentation, which crops and shrinks them.
+        build_optimizer: for the copy.
+        rows: training images without augmentation, which makes them smaller.
         sizes: (height, width) of each after the resize, see `hf_detr.data.resized_sizes`.
         collate: makes a batch of them.
     """
@@ -90,16 +114,16 @@ def trial_step(
     tallest, widest = (max(numbers, key=lambda index: sizes[index][axis]) for axis in (0, 1))
 
     def step(batch_size: int) -> None:
-        # of a small data set some images come twice
+        # a small data set is repeated
         repeated = (largest * -(-batch_size // len(largest)))[:batch_size]
         chosen = repeated if batch_size < 2 else [tallest, widest, *repeated[: batch_size - 2]]
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             batch = send_to_device(collate([rows[index] for index in chosen]), accelerator.device)
             copy = deepcopy(model).to(accelerator.device).train()
-            optimizer = optimizer_of(copy)
-            # counted here alone: a process that runs out of memory would leave the others waiting
-            normalizers = LossNormalizers.from_counts(copy.count_for_loss(**batch), 1)
+            optimizer = build_optimizer(copy)
+            # of this process only: the others would wait for one that runs out of memory
+            normalizers = loss_normalizers(copy, [batch])
             with accelerator.autocast():
                 loss = copy(**batch, normalizers=normalizers).loss
             loss.backward()

@@ -1,4 +1,4 @@
-"""Checkpoints that are there as a whole or not at all, whatever happens while they are written."""
+"""Checkpoints to resume from, written atomically."""
 
 import errno
 import json
@@ -21,17 +21,17 @@ _NAME = re.compile(r"checkpoint-(\d+)(-epoch-\d+)?$")
 
 
 class Progress:
-    """What has to survive an interruption besides weights, optimizer, schedule and random numbers.
+    """What a checkpoint holds besides weights, optimizer, schedule and random states.
 
-    Args:
-        epoch: whole epochs that are done.
-        batches: that each process has learned from in the epoch after that.
-        step: optimizer steps that were taken.
-        meter: figures of the epoch so far, as [`Meter.state_dict`] gives them; `seconds` it took.
+    Attributes:
+        epoch: completed epochs.
+        batches: batches of the current epoch that each process has trained on.
+        step: optimizer steps so far.
+        meter: figures of the current epoch, see [`EpochMeter.state_dict`].
         best: highest value of the metric so far; `best_epoch`: its epoch.
-        evaluations: the lines of the log that have one.
-        skipped: steps that were left out for numbers that were not finite.
-        spread: over what an epoch is spread: processes, batch size, accumulated batches, seed.
+        evaluations: lines of the log with an evaluation.
+        skipped: steps that were skipped because loss or gradients were not finite.
+        spread: what the batches of an epoch depend on: processes, batch size, accumulated batches, seed.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,6 @@ class Progress:
         self.batches = 0
         self.step = 0
         self.meter: dict[str, Any] | None = None
-        self.seconds = 0.0
         self.best = -1.0
         self.best_epoch = 0
         self.evaluations: list[dict[str, float]] = []
@@ -53,19 +52,18 @@ class Progress:
         vars(self).update(state)
 
     def end_epoch(self) -> None:
-        self.epoch, self.batches, self.meter, self.seconds = self.epoch + 1, 0, None, 0.0
+        self.epoch, self.batches, self.meter = self.epoch + 1, 0, None
 
-    def note_evaluation(self, line: dict[str, float], metric: str) -> bool:
-        """Whether it is as good as the best so far."""
+    def add_evaluation(self, line: dict[str, float], metric: str) -> bool:
+        """Whether it is at least as good as the best so far."""
         self.evaluations.append(line)
         if line[metric] > self.best:
             self.best_epoch = int(line["epoch"])
-        as_good = line[metric] >= self.best
+        is_best = line[metric] >= self.best
         self.best = max(self.best, line[metric])
-        return as_good
+        return is_best
 
-    def without_improvement(self) -> int:
-        """Evaluations since the best one."""
+    def evaluations_since_best(self) -> int:
         return sum(line["epoch"] > self.best_epoch for line in self.evaluations)
 
 
@@ -80,8 +78,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def use_plain_weights(accelerator: Accelerator, model: nn.Module, companions: Sequence[Any]) -> None:
-    """Have Accelerate save and load the weights under the model's own names, whatever is wrapped around it, so that a
-    run may go on with one process instead of several, and `from_pretrained` reads its checkpoints.
+    """Make Accelerate save and load weights under the names of the unwrapped model, so that a run can continue with
+    another number of processes, and `from_pretrained` reads its checkpoints.
 
     Args:
         model: not wrapped.
@@ -89,7 +87,7 @@ def use_plain_weights(accelerator: Accelerator, model: nn.Module, companions: Se
     """
 
     def save(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
-        weights.clear()  # what is left there, Accelerate would write
+        weights.clear()  # Accelerate writes what remains in it
         if accelerator.is_main_process:
             state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
             save_file(state, Path(folder) / WEIGHTS, metadata={"format": "pt"})
@@ -104,20 +102,20 @@ def use_plain_weights(accelerator: Accelerator, model: nn.Module, companions: Se
     accelerator.register_load_state_pre_hook(load)
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, history: Progress, keep: int) -> Path:
-    """Write `folder/checkpoint-STEP`, or `checkpoint-STEP-epoch-N` at the end of an epoch: all that Accelerate knows of
-    the run. It has another name until it is complete and on the disk; then the oldest beyond `keep` go. All processes
-    have to come here.
+def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, keep: int) -> Path:
+    """Save the state of Accelerate as `folder/checkpoint-STEP`, or `checkpoint-STEP-epoch-N` at the end of an epoch.
+    The folder gets its name when it is complete and on the disk; then the oldest checkpoints beyond `keep` are deleted.
+    To be called on all processes together.
 
     Raises:
-        SystemExit: it cannot be written, as on a full disk; the checkpoints before are still there.
+        OSError: it cannot be written, for example because the disk is full; earlier checkpoints are kept.
     """
-    name = f"checkpoint-{history.step}" + ("" if history.batches else f"-epoch-{history.epoch}")
+    name = f"checkpoint-{progress.step}" + ("" if progress.batches else f"-epoch-{progress.epoch}")
     target, partial = folder / name, folder / (name + PARTIAL)
     if any_process(target.exists(), accelerator):
         return target
     if accelerator.is_main_process:
-        for left in folder.glob(f"checkpoint-*{PARTIAL}"):  # by a run that was killed while saving
+        for left in folder.glob(f"checkpoint-*{PARTIAL}"):  # of a run that was killed while saving
             shutil.rmtree(left, ignore_errors=True)
     accelerator.wait_for_everyone()
     for write, everywhere in ((accelerator.save_state, True), (sync_all, False)):
@@ -125,14 +123,14 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, history: Progress, k
         try:
             if everywhere or accelerator.is_main_process:
                 write(partial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # the writers turn the first into the others
-            if accelerator.is_fsdp2:  # in the middle of what all processes do together
-                raise SystemExit(_cannot_save(target, str(error), folder)) from error
+        except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors wrap OSError in the others
+            if accelerator.is_fsdp2:  # other processes wait in a collective operation and cannot be told
+                raise OSError(_cannot_save(target, str(error), folder)) from error
             failure = str(error)
         if any_process(failure is not None, accelerator):
             if accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise SystemExit(_cannot_save(target, failure or "another process failed", folder))
+            raise OSError(_cannot_save(target, failure or "another process failed", folder))
     if accelerator.is_main_process:
         partial.rename(target)
         sync(folder)
@@ -143,16 +141,37 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, history: Progress, k
     return target
 
 
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, progress: Progress, spread: dict[str, int]) -> None:
+    """Restore everything that is registered with Accelerate, `progress` among it.
+
+    Args:
+        spread: what the batches of an epoch depend on now, see [`Progress`].
+
+    Raises:
+        ValueError: the checkpoint is from the middle of an epoch with other batches.
+    """
+    accelerator.load_state(str(checkpoint))
+    different = ", ".join(f"{k} {v}, now {spread[k]}" for k, v in progress.spread.items() if v != spread[k])
+    if different and progress.batches:
+        raise ValueError(
+            f"{checkpoint} was saved in the middle of an epoch, whose remaining batches depend on: {different}"
+        )
+    if different:
+        accelerator.print(f"Different from the beginning of the run: {different}")
+    batches = f" and {progress.batches} batches" if progress.batches else ""
+    accelerator.print(f"Resumed after epoch {progress.epoch}{batches}")
+
+
 def _cannot_save(target: Path, why: str, folder: Path) -> str:
     left = newest_checkpoint(folder)
     text = f"{target} cannot be saved: {why}."
     if str(errno.ENOSPC) in why or "space" in why.lower():
         text += f" {shutil.disk_usage(folder).free / 2**20:.0f} MB are free."
-    return f"{text} {f'{left} is whole; make room and start again with the same command.' if left else ''}"
+    return f"{text} {f'{left} is complete; free some space and start the same command again.' if left else ''}"
 
 
 def any_process(mine: bool, accelerator: Accelerator) -> bool:
-    """Whether it is so on some process; all of them have to ask."""
+    """Whether `mine` is true on any process; to be called on all of them together."""
     if accelerator.num_processes == 1:
         return mine
     flag = torch.tensor([float(mine)], device=accelerator.device)
@@ -160,7 +179,7 @@ def any_process(mine: bool, accelerator: Accelerator) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder such that it is never there in part under its name."""
+    """Delete a folder; it loses its name before its files, so that no incomplete folder has the name."""
     doomed = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -168,14 +187,14 @@ def remove(folder: Path) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """Wait until a folder with all that is in it is on the disk."""
+    """Wait until a folder and its files are on the disk."""
     for path in (*folder.iterdir(), folder):
         sync(path)
 
 
 def replace_files(source: Path, target: Path) -> None:
-    """Move the files of a folder over those of another, each at once and the weights first; a new folder is there as a
-    whole. The source is gone then."""
+    """Move the files of a folder over those of another, each of them atomically and the weights first. If the target
+    does not exist, the folder is moved at once."""
     sync_all(source)
     if not target.exists():
         source.rename(target)
@@ -186,14 +205,14 @@ def replace_files(source: Path, target: Path) -> None:
 
 
 def trim_log(path: Path, last_epoch: int) -> None:
-    """Take out of a log what was written after the checkpoint that the run goes on from."""
+    """Remove the lines of a log that were written after the checkpoint from which a run continues."""
     if not path.exists():
         return
     kept = []
     for text in path.read_text().splitlines():
         try:
             line = json.loads(text)
-        except ValueError:  # cut off
+        except ValueError:  # incomplete, the run was killed while writing it
             continue
         if line["epoch"] <= last_epoch:
             kept.append(text)

@@ -5,14 +5,14 @@ from copy import deepcopy
 from ..model.modeling_hf_detr import DetrForDetection
 from ..runtime.extras import import_extra
 
-# The linear maps of the transformer. `input_projection`, a 1x1 convolution, is one more: behind a frozen backbone it is
-# what can choose other features, and by rank it costs little of the half million weights that it has.
+# All linear maps of the transformer, and `input_projection`, a 1x1 convolution that selects features of the frozen
+# backbone.
 TARGETS = (
     r"model\.(encoder|decoder)\.layers\.\d+\.(self_attn|encoder_attn|mlp)\.(\w+_proj|fc\d)|model\.input_projection"
 )
-# Trained in full: what depends on the classes or may start at random (see `resize_class_head`, `resize_queries` and
-# options that the checkpoint did not have), and is small or has no full rank to be low against.
-TRAINED_IN_FULL = (
+# Not adapted but trained: small modules, among them those that depend on the classes or may be new (random) in a
+# checkpoint that is adapted.
+FULLY_TRAINED = (
     "class_labels_classifier",
     "bbox_predictor",
     "query_position_embeddings",
@@ -23,20 +23,19 @@ TRAINED_IN_FULL = (
 
 
 def add_lora(model: DetrForDetection, rank: int) -> DetrForDetection:
-    """Freeze a trained detector but for low-rank updates of its transformer, and its heads; in place.
+    """Add low-rank adapters to the transformer of a trained detector and freeze its weights, in place.
 
-    Every linear map W of the transformer's attention and feed-forward layers, and the input projection, becomes
-    W + 2·B·A, with B (outputs, rank) zero at first, so that predictions begin as they were. Class head, box head,
-    object queries, and what exists in training only train in full. All else is frozen: the backbone, whose batch norms
-    no longer gather statistics either; norms; and what knows geometry only (position embeddings, and the small
-    networks of the anchor decoder).
+    Every linear map W of attention and feed-forward layers, and the input projection, becomes W + 2·B·A, with B
+    (outputs, rank) initially zero, so that predictions are unchanged at first. Class head, box head, object queries and
+    modules that exist in training only are trained fully. Everything else is frozen: the backbone with the statistics
+    of its batch norms, layer norms, position embeddings and the position networks of the anchor decoder.
 
     Args:
-        model: from a checkpoint. One with random weights has nothing to adapt.
+        model: from a checkpoint.
         rank: of the updates, such as 8 or 16.
 
     Returns:
-        the model, still a [`DetrForDetection`] with everything that has, but checkpoints are written of [`merged`].
+        the same model, still a [`DetrForDetection`]. Save [`merge_lora`] of it as a checkpoint.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -46,20 +45,20 @@ def add_lora(model: DetrForDetection, rank: int) -> DetrForDetection:
     if rank < 1:
         raise ValueError(f"The rank of LoRA must be at least 1, got {rank}.")
     if hasattr(model, "peft_config"):
-        raise ValueError("The model has adapters already. Merge them first: `merged(model)`.")
-    # injected, not wrapped: names and attributes stay those of the model, for the optimizer's groups and for evaluation
+        raise ValueError("The model has adapters already. Merge them first: `merge_lora(model)`.")
+    # injected instead of wrapped: names and attributes of the model stay, for parameter groups and evaluation
     peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS), model)
     for name, parameter in model.named_parameters():
         parts = name.split(".")
-        parameter.requires_grad_("lora_" in name or not set(parts).isdisjoint(TRAINED_IN_FULL))
+        parameter.requires_grad_("lora_" in name or not set(parts).isdisjoint(FULLY_TRAINED))
     model.model.backbone.freeze_batch_norm()
     model.config.freeze_batch_norm = True
     return model
 
 
-def merged(model: DetrForDetection) -> DetrForDetection:
-    """A copy with the updates of [`add_lora`] added into the weights: a plain model to save, which loads without PEFT.
-    `model` is not touched."""
+def merge_lora(model: DetrForDetection) -> DetrForDetection:
+    """A copy with the adapters of [`add_lora`] merged into its weights: a plain model that is saved and loaded without
+    PEFT. `model` is unchanged."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     plain = deepcopy(model)

@@ -1,6 +1,8 @@
-"""Figures of many steps, and where they are shown."""
+"""Means of figures over the steps of an epoch, and images for the trackers."""
 
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,8 @@ from torch import Tensor
 
 
 class Meter:
-    """Means over steps and processes of figures that come as scalars on the device; nothing crosses to the host before
-    the mean is asked for."""
+    """Means over steps and processes of scalars on the device. Nothing is copied to the host before the means are
+    computed."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -28,7 +30,7 @@ class Meter:
         self.steps += 1
 
     def means(self) -> dict[str, float]:
-        """All processes have to ask."""
+        """To be called on all processes together."""
         if not self.steps:
             return {}
         names = sorted(self.sums)
@@ -37,7 +39,7 @@ class Meter:
         return dict(zip(names, means, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """All processes have to ask, and each gets the mean over them."""
+        """The means over all processes; to be called on all of them together."""
         return {"means": self.means(), "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -46,25 +48,51 @@ class Meter:
         self.sums = {n: torch.tensor(mean * self.steps, device=device) for n, mean in state["means"].items()}
 
 
-def check_trackers(wanted: Sequence[str] | None, accelerator: Accelerator) -> None:
-    """Accelerate leaves out what is not installed without a word.
+class EpochMeter(Meter):
+    """A meter with the duration of what it has measured."""
 
-    Raises:
-        SystemExit: a tracker that was asked for is not installed.
-    """
-    there = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
-    missing = {str(name) for name in wanted or ()} - {"all", *there}
-    if missing:
-        raise SystemExit(f"--report_to {' '.join(sorted(missing))}: not installed. Install it, or leave it out.")
+    def clear(self) -> None:
+        super().clear()
+        self.start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.start = time.perf_counter() - state.get("seconds", 0.0)
+
+    def figures(self, scheduler: Any) -> dict[str, float]:
+        """Learning rates, images per second, and means of what was added, rounded."""
+        means, seconds = self.means(), self.seconds
+        images = means.pop("images", 0.0) * self.steps * self.accelerator.num_processes
+        rates = scheduler.get_last_lr()
+        line = {"learning_rate": rates[0]} | ({"backbone_learning_rate": rates[-1]} if rates[-1] != rates[0] else {})
+        return line | {"images_per_second": round(images / seconds, 1)} | {n: round(v, 4) for n, v in means.items()}
 
 
-def log_picture(accelerator: Accelerator, name: str, picture: Image.Image, step: int) -> None:
-    """Show a picture in all trackers that can; on the main process."""
+def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int) -> None:
+    """Send an image to all trackers that show images. For the main process."""
     for tracker in accelerator.trackers:
         if tracker.name == "trackio":
             import trackio
 
-            tracker.log({name: trackio.Image(np.asarray(picture))}, step=step)
+            tracker.log({name: trackio.Image(np.asarray(image))}, step=step)
         elif hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({name: np.asarray(picture)[None]}, step=step, **layout)
+            tracker.log_images({name: np.asarray(image)[None]}, step=step, **layout)
+
+
+def describe_epoch(line: Mapping[str, float], epochs: int) -> str:
+    """A line of the log for the console."""
+    text = f"epoch {line['epoch']:3}/{epochs}  {line['seconds']:6.1f} s  loss {line.get('loss', math.nan):7.4f}"
+    terms = (name for name in ("loss_ce", "loss_bbox", "loss_giou") if name in line)
+    text += "".join(f"  {name.removeprefix('loss_')} {line[name]:.3f}" for name in terms)
+    if "AP" in line:
+        text += f"  AP {line['AP']:.4f}  AP50 {line['AP50']:.4f}  IoU {line['matched_iou']:.2f}"
+        text += f"  changed matches {line['changed_matches']:.0%}" if "changed_matches" in line else ""
+    return text

@@ -1,4 +1,4 @@
-"""When a number is not finite: where it came from, and what to look at later."""
+"""Where a loss or gradient that is not finite comes from."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.loss import LossNormalizers
 from ..model.modeling_hf_detr import DetrForDetection
+from .normalizers import loss_normalizers
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or a gradient is NaN or infinite, and training was told to stop at that."""
+    """A loss or a gradient is NaN or infinite, and training stops."""
 
 
 def _is_finite(value: Any) -> bool:
@@ -27,14 +27,12 @@ def _is_finite(value: Any) -> bool:
 
 @torch.no_grad()
 def first_non_finite(model: DetrForDetection, batch: Mapping[str, Any]) -> str:
-    """Which module's output was the first that is not finite, in words. Runs the model once more; the caller sees to it
-    that dropout draws the same.
+    """A sentence on the first module whose output is not finite. Runs the model once more; to reproduce dropout the
+    caller restores the random state first. One process can call this alone.
 
     Args:
         model: not wrapped.
-        batch: what its `forward` takes.
-
-    No process waits for another here.
+        batch: arguments of its `forward`.
     """
     if not _is_finite(batch["pixel_values"]):
         return "the image itself has values that are not finite"
@@ -45,30 +43,31 @@ def first_non_finite(model: DetrForDetection, batch: Mapping[str, Any]) -> str:
         return f"the weights themselves are no longer finite, among them {broken[0]} ({len(broken)} tensors)"
     found: list[str] = []
 
-    def look(name: str, kind: str) -> Any:
+    def watch(name: str, kind: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if not found and not _is_finite(output):
                 found.append(f"the first output that is not finite is that of {name or 'the model'} ({kind})")
 
         return hook
 
-    hooks = [m.register_forward_hook(look(name, type(m).__name__)) for name, m in model.named_modules()]
+    hooks = [m.register_forward_hook(watch(name, type(m).__name__)) for name, m in model.named_modules()]
     try:
-        normalizers = LossNormalizers.from_counts(model.count_for_loss(**batch), 1)  # without asking other processes
-        with torch.compiler.set_stance("force_eager"):  # hooks do not see into compiled parts
-            model(**batch, normalizers=normalizers)
-    except FloatingPointError as error:  # of the matching
+        with torch.compiler.set_stance("force_eager"):  # hooks of compiled modules are not called
+            model(**batch, normalizers=loss_normalizers(model, [batch]))
+    except FloatingPointError as error:  # raised by the matcher
         found.append(str(error))
     finally:
         for hook in hooks:
             hook.remove()
     return (
-        found[0] if found else "all outputs of the model are finite; it was the backward pass, or the sum of the loss"
+        found[0]
+        if found
+        else "all outputs of the model are finite, so it came from the backward pass or the sum of the loss"
     )
 
 
 def save_batch(path: Path, batch: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
-    """Keep a batch for inspection: `torch.load(path)` gives what the model was given, and `about`."""
+    """Save the inputs of the model for inspection with `torch.load(path)`, together with `about`."""
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def on_host(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the training loop needs besides the model: parameter groups, schedule, averaged weights and precision."""
+"""Parameter groups, learning rate schedules, averaged weights and precision."""
 
 from typing import Any, TypeAlias
 
@@ -18,9 +18,9 @@ SCHEDULES = (
 def parameter_groups(
     model: nn.Module, learning_rate: float, backbone_learning_rate: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Groups for AdamW: the transformer with its heads, and the backbone, which gets a rate of its own (paper, section
-    A.4). Of each, what has one dimension (biases, weights of norms) and embeddings (object queries) are a group without
-    weight decay: nothing draws them to 0. Frozen parameters are in no group, and no group is empty."""
+    """Groups for AdamW: the backbone has its own learning rate (paper, section A.4), and parameters with one dimension
+    (biases, weights of norms) and embeddings (object queries) have no weight decay. Frozen parameters are in no group,
+    and no group is empty."""
     embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -29,16 +29,17 @@ def parameter_groups(
             groups.setdefault((".backbone." in f".{name}", not decays), []).append(parameter)
     return [
         {
-            "params": groups[in_backbone, spared],
+            "params": groups[in_backbone, no_decay],
             "lr": backbone_learning_rate if in_backbone else learning_rate,
-            "weight_decay": 0.0 if spared else weight_decay,
+            "weight_decay": 0.0 if no_decay else weight_decay,
         }
-        for in_backbone, spared in sorted(groups)
+        for in_backbone, no_decay in sorted(groups)
     ]
 
 
 def preferred_precision() -> str:
-    """`"bf16"` where the hardware multiplies bfloat16 matrices natively, else `"no"`, in Accelerate's words."""
+    """A value for Accelerate's `mixed_precision`: `"bf16"` where the hardware multiplies bfloat16 matrices natively,
+    else `"no"`."""
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     return "bf16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "no"
@@ -47,12 +48,14 @@ def preferred_precision() -> str:
 def build_schedule(
     optimizer: torch.optim.Optimizer, kind: str, *, warmup: float, decay: float, total_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate over all optimizer steps; it rises linearly in the first `warmup` share of them.
+    """A schedule of the learning rate over `total_steps` optimizer steps.
 
     Args:
-        kind: one of `SCHEDULES`: `"wsd"` stays, and in the last `decay` share falls linearly to 0; `"step"` is a tenth
-            in the last `decay` share (the paper's); the others are those of transformers' `get_scheduler`, in which
-            `decay` has no part.
+        kind: one of `SCHEDULES`: `"wsd"` (warm-up, stable, decay) falls linearly to 0 at the end; `"step"` (the
+            paper's) is a tenth of the rate at the end; the others are those of transformers' `get_scheduler`, which do
+            not use `decay`.
+        warmup: fraction of the steps, at the beginning, in which the rate rises linearly.
+        decay: fraction of the steps, at the end, in which it falls or is low.
     """
     rising, falling = round(warmup * total_steps), round(decay * total_steps)
 
@@ -73,9 +76,9 @@ def build_schedule(
 
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """The exponential moving average of the weights, `ema += (1 - d) (weights - ema)` after each step, as a model of
-    its own (`.module`). `d` grows to `decay` as `(1 + n) / (10 + n)` with the number of steps, so that the first,
-    random weights are soon forgotten. Buffers, such as statistics of batch norm, are the model's."""
+    """The exponential moving average of the weights, `ema += (1 - d) (weights - ema)` after each step, as a separate
+    model (`.module`). `d` grows to `decay` as `(1 + n) / (10 + n)` with the number n of steps, so that initial weights
+    lose their influence soon. Buffers, such as statistics of batch norm, are copied from the model."""
 
     @torch.no_grad()
     def update(averages: Tensors, weights: Tensors, steps: Tensor | int) -> None:

@@ -1,4 +1,4 @@
-"""How to train on a given data set from a given start: every value with its reason, each to be overridden."""
+"""Training recipes: hyperparameters for a data set and a starting point, each with the reason for its value."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,32 +9,33 @@ import numpy as np
 
 Start = Literal["checkpoint", "backbone", "scratch"]
 RECIPES = ("auto", "paper", "paper-500", "small-data", "finetune")
+AUGMENTATIONS = ("paper", "flip", "turns", "none")
 
 IMAGES_SEEN = {"checkpoint": 30_000, "backbone": 60_000, "scratch": 100_000}
-MOST_TOKENS = 1500  # attention among the cells of the feature map costs their number squared
+MAX_TOKENS = 1500  # locations of the feature map; the cost of self-attention grows with their square
 STRIDES = (8, 16, 32)  # of most backbones
 SMALL_IMAGE = 200  # pixels of the longest side up to which batches of 32 fit anywhere
 
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What a recipe has to know of a data set.
+    """Statistics of a data set that a recipe depends on.
 
     Args:
-        most_objects: in one image.
-        object_side: a quarter of the objects is smaller, as a share of the image's shortest side; the side of a box is
-            the root of its area.
+        max_objects: largest number of objects in one image.
+        object_side: first quartile of the side of the objects, relative to the shorter side of their image. The side of
+            a box is the square root of its area.
     """
 
     num_images: int
     num_objects: int
     num_classes: int
-    most_objects: int
+    max_objects: int
     object_side: float
 
 
 def summarize(dataset: Any) -> DataSummary:
-    """Of a data set in the schema of `hf_detr.data`; reads the annotations, not the images."""
+    """Statistics of a data set in the schema of `hf_detr.data`, from its annotations; no image is opened."""
     objects = dataset["objects"]
     counts = [len(of_image["bbox"]) for of_image in objects]
     sides = [
@@ -46,7 +47,7 @@ def summarize(dataset: Any) -> DataSummary:
         num_images=len(counts),
         num_objects=sum(counts),
         num_classes=len({label for of_image in objects for label in of_image["category"]}),
-        most_objects=max(counts, default=0),
+        max_objects=max(counts, default=0),
         object_side=float(np.quantile(sides, 0.25)) if sides else 1.0,
     )
 
@@ -59,15 +60,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What [`choose_recipe`] chose.
+    """Hyperparameters with reasons, see [`choose_recipe`].
 
     Args:
-        name: one of `RECIPES` but `"auto"`.
-        why: it was this one.
+        name: one of `RECIPES`, but not `"auto"`.
+        why: one line on why this recipe was chosen, and for which data.
         model: fields of [`DetrConfig`]; empty if a checkpoint brings its own.
-        training: `epochs`, `batch_size` (images per process and step), `learning_rate`, `backbone_learning_rate`,
-            `weight_decay`, `schedule` (`"wsd"`: up, level, down to 0; `"step"`: a tenth after two thirds), `warmup` and
-            `decay` (shares of all steps), `augmentation`, `eval_every` (epochs).
+        training: `epochs`, `batch_size` (images per process and batch), `learning_rate`, `backbone_learning_rate`,
+            `weight_decay`, `schedule` (`"wsd"`: warm-up, stable, decay to 0; `"step"`: a tenth after two thirds),
+            `warmup` and `decay` (fractions of all steps), `augmentation`, `eval_every` (epochs).
     """
 
     name: str
@@ -76,11 +77,11 @@ class Recipe:
     training: dict[str, Choice]
 
     def values(self, part: Literal["model", "training"], overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of a part, with those of `overrides` in their place; what the recipe does not know is added."""
+        """The values of one part, updated with `overrides`, which may have further names."""
         return {name: choice.value for name, choice in getattr(self, part).items()} | dict(overrides)
 
     def describe(self, overrides: Mapping[str, Any]) -> str:
-        """A block to read: every value and its reason; those in `overrides` are marked."""
+        """A table to print: every value and its reason, with those in `overrides` marked as yours."""
         lines = [f"Recipe {self.name}: {self.why}"]
         choices = self.model | self.training
         for name, choice in choices.items():
@@ -101,34 +102,41 @@ def choose_recipe(
     strides: Sequence[int] = STRIDES,
     upright: bool = True,
 ) -> Recipe:
-    """The recipe of this name for this data and start; `"auto"` is `"finetune"` from a checkpoint and `"small-data"`
-    otherwise, whatever the size: what learns from few images learns faster from many, too. `"paper"` is for those who
-    want the paper, with the 300 epochs of its comparisons, and `"paper-500"` with the 500 of its best models.
+    """The recipe of this name for this data set and starting point.
+
+    `"auto"` is `"finetune"` from a checkpoint and `"small-data"` otherwise, for data sets of any size: what makes
+    training converge on few images also makes it converge faster on many. `"paper"` reproduces the paper with the 300
+    epochs of its ablations, `"paper-500"` with the 500 epochs of its best models.
 
     Args:
-        start: `"checkpoint"`: a trained detector; `"backbone"`: pretrained backbone, the rest random; `"scratch"`.
-        image_size: shortest and longest side in pixels that the model will see.
-        strides: that the backbone has, in pixels a cell.
-        upright: the images have an up and a down, as photos do.
+        start: `"checkpoint"`: a trained detector; `"backbone"`: a pretrained backbone, everything else random;
+            `"scratch"`: everything random.
+        image_size: shortest and longest side of the images after the resize, in pixels.
+        strides: of the feature levels of the backbone, in pixels.
+        upright: whether the images have an up and a down, as photographs do.
 
     Raises:
-        ValueError: there is no such recipe, or it does not fit the start.
+        ValueError: there is no such recipe, or it does not fit the starting point.
     """
     if name not in RECIPES:
-        raise ValueError(f"There is no recipe {name!r}; there are {', '.join(RECIPES)}.")
+        raise ValueError(f"Unknown recipe {name!r}. Choose one of {', '.join(RECIPES)}.")
     if name == "finetune" and start != "checkpoint":
-        raise ValueError("The recipe finetune is for a trained detector. Name one with --model, or take small-data.")
+        raise ValueError(
+            "The recipe finetune needs a trained detector. Name one with --model, or use --recipe small-data."
+        )
     if name in ("small-data", "paper", "paper-500") and start == "checkpoint":
-        raise ValueError(f"The recipe {name} builds a model, but --model brings one. Take finetune.")
+        raise ValueError(
+            f"The recipe {name} builds a new model, but --model names a trained one. Use --recipe finetune."
+        )
     size = f"{data.num_images:,} images with {data.num_objects:,} objects of {data.num_classes} classes"
     if name in ("paper", "paper-500"):
         training = _paper_training(500 if name == "paper-500" else 300)
-        return Recipe(name, f"asked for; {size}", _random_backbone() if start == "scratch" else {}, training)
-    chosen = "chosen by auto" if name == "auto" else "asked for"
+        return Recipe(name, f"requested; {size}", _random_backbone() if start == "scratch" else {}, training)
+    chosen = "chosen by auto" if name == "auto" else "requested"
     begins = {
         "checkpoint": "from a trained detector",
-        "backbone": "from a pretrained backbone, the rest is random",
-        "scratch": "everything starts at random",
+        "backbone": "from a pretrained backbone, everything else is random",
+        "scratch": "all weights are random",
     }[start]
     model = {} if start == "checkpoint" else _model(data, start, image_size, strides)
     name = "finetune" if start == "checkpoint" else "small-data"
@@ -137,47 +145,49 @@ def choose_recipe(
 
 def _random_backbone() -> dict[str, Choice]:
     return {
-        "freeze_batch_norm": Choice(False, "a random backbone has no statistics to keep"),
-        "frozen_stages": Choice(-1, "a random backbone trains as a whole"),
+        "freeze_batch_norm": Choice(False, "a random backbone has no statistics to preserve"),
+        "frozen_stages": Choice(-1, "all stages of a random backbone have to be trained"),
     }
 
 
 def _model(data: DataSummary, start: Start, image_size: tuple[int, int], strides: Sequence[int]) -> dict[str, Choice]:
     side = data.object_side * image_size[0]
     stride = choose_stride(side, image_size, strides)
-    queries = min(300, max(10, math.ceil(2.5 * data.most_objects)))
+    queries = min(300, max(10, math.ceil(2.5 * data.max_objects)))
     model = {
-        "query_type": Choice("anchor", "a query that is a box looks at the right place from the first step"),
-        "dense_loss_coefficient": Choice(1, "every cell of the feature map learns from the objects, not only queries"),
-        "denoising_groups": Choice(3, "queries that know their object teach the decoder before the matching settles"),
-        "class_loss": Choice("iou_aware", "scores tell how good the box is"),
-        "prior_probability": Choice(0.05, "training does not begin with unlearning objects everywhere"),
+        "query_type": Choice("anchor", "queries that are boxes attend to the right location from the first step"),
+        "dense_loss_coefficient": Choice(
+            1, "every location of the feature map is supervised, not only matched queries"
+        ),
+        "denoising_groups": Choice(3, "noised ground-truth boxes train the decoder before the matching is stable"),
+        "class_loss": Choice("iou_aware", "scores reflect the quality of the box"),
+        "prior_probability": Choice(0.05, "initial scores are low, as most queries have no object"),
         "num_queries": Choice(
-            queries, f"2.5 times the most objects in an image ({data.most_objects}), between 10 and 300"
+            queries, f"2.5 times the maximum number of objects per image ({data.max_objects}), between 10 and 300"
         ),
         "feature_stride": Choice(
             stride,
-            f"a quarter of the objects is smaller than {side:.0f} pixels; at most {MOST_TOKENS:,} cells an image",
+            f"a quarter of the objects is smaller than {side:.0f} pixels; at most {MAX_TOKENS:,} locations per image",
         ),
     }
     if start == "scratch":
         model |= _random_backbone() | {
-            "d_model": Choice(128, "a small transformer learns faster from random weights"),
+            "d_model": Choice(128, "a small transformer trains faster from random weights"),
             "encoder_layers": Choice(3, "as d_model"),
             "decoder_layers": Choice(3, "as d_model"),
             "encoder_ffn_dim": Choice(512, "as d_model"),
             "decoder_ffn_dim": Choice(512, "as d_model"),
-            "pre_norm": Choice(True, "bears a high learning rate"),
-            "dropout": Choice(0.0, "augmentation does it at this size"),
+            "pre_norm": Choice(True, "stable at a high learning rate"),
+            "dropout": Choice(0.0, "augmentation is enough regularization at this size"),
         }
     return model
 
 
 def choose_stride(side: float, image_size: tuple[int, int], strides: Sequence[int] = STRIDES) -> int:
-    """The coarsest of the strides at which an object of `side` pixels still covers one and a half cells, unless the
-    feature map gets too long for attention. Strides below 8 are not considered, if there are others."""
+    """The coarsest stride at which an object of `side` pixels still covers one and a half locations, among those whose
+    feature map has at most `MAX_TOKENS` locations. Strides below 8 are used only if the backbone has no others."""
     usable = sorted(stride for stride in strides if stride >= min(8, max(strides)))
-    affordable = [s for s in usable if math.prod(math.ceil(edge / s) for edge in image_size) <= MOST_TOKENS]
+    affordable = [s for s in usable if math.prod(math.ceil(edge / s) for edge in image_size) <= MAX_TOKENS]
     affordable = affordable or usable[-1:]
     return max((stride for stride in affordable if 1.5 * stride <= side), default=affordable[0])
 
@@ -189,24 +199,24 @@ def _training(data: DataSummary, start: Start, image_size: tuple[int, int], upri
     rates = {
         "checkpoint": (1e-4, 1e-5, "the paper's"),
         "backbone": (1e-4, 1e-5, "the paper's"),
-        "scratch": (8e-4, 4.8e-3, "the backbone is new too, and bears a higher rate than the transformer"),
+        "scratch": (8e-4, 4.8e-3, "the backbone is random too, and tolerates a higher rate than the transformer"),
     }
     rate, backbone_rate, why = rates[start]
     if start == "scratch" and not small:
-        rate, backbone_rate, why = 2e-4, 4e-4, "everything is new, and batches are small"
+        rate, backbone_rate, why = 2e-4, 4e-4, "all weights are random, and batches are small"
     return {
         "epochs": Choice(epochs, f"about {seen:,} images seen, between 30 and 500 epochs"),
-        "batch_size": Choice(32 if small else 4, "small images" if small else "as the paper, a process"),
+        "batch_size": Choice(32 if small else 4, "small images" if small else "the paper's, per process"),
         "learning_rate": Choice(rate, why),
         "backbone_learning_rate": Choice(backbone_rate, why),
         "weight_decay": Choice(1e-4, "the paper's"),
-        "schedule": Choice("wsd", "up, level while it learns, down to 0 at the end"),
-        "warmup": Choice(0.03, "share of all steps in which the rate rises"),
-        "decay": Choice(0.35, "share of all steps in which it falls"),
+        "schedule": Choice("wsd", "warm-up, stable, then linear decay to 0"),
+        "warmup": Choice(0.03, "fraction of all steps in which the rate rises"),
+        "decay": Choice(0.35, "fraction of all steps in which it falls"),
         "augmentation": Choice("paper", "crops, flips and scales")
         if upright
-        else Choice("turns", "the images have no up and no down: all mirrorings and quarter turns"),
-        "eval_every": Choice(max(1, epochs // 20), "about twenty times"),
+        else Choice("turns", "the images have no up and no down: all flips and quarter turns"),
+        "eval_every": Choice(max(1, epochs // 20), "about twenty evaluations"),
     }
 
 
@@ -214,14 +224,14 @@ def _paper_training(epochs: int) -> dict[str, Choice]:
     paper = "section A.4"
     high = {300: 200, 500: 400}[epochs]
     return {
-        "epochs": Choice(epochs, f"{paper}; 300 for its comparisons, 500 for its best models"),
-        "batch_size": Choice(4, f"{paper}, a process; 16 of them there"),
+        "epochs": Choice(epochs, f"{paper}; 300 for its ablations, 500 for its best models"),
+        "batch_size": Choice(4, f"{paper}, per process; it used 16 processes"),
         "learning_rate": Choice(1e-4, paper),
         "backbone_learning_rate": Choice(1e-5, paper),
-        "weight_decay": Choice(1e-4, f"{paper}; here not on biases, norms and queries"),
+        "weight_decay": Choice(1e-4, f"{paper}; not on biases, norms and queries here"),
         "schedule": Choice("step", f"{paper}: a tenth after {high} of {epochs} epochs"),
         "warmup": Choice(0.0, paper),
         "decay": Choice(round(1 - high / epochs, 4), paper),
         "augmentation": Choice("paper", paper),
-        "eval_every": Choice(1, "as its code"),
+        "eval_every": Choice(1, "as in its code"),
     }

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write into it, and whether a run in it goes on."""
+"""The folder of a run: which process may write into it, and whether it holds a run to continue."""
 
 import json
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from ..runtime import PARTIAL, hold_lock, replacing
 from .checkpoints import newest_checkpoint, remove
 
-FINISHED = "last"  # the folder of the final weights, the last thing that a run writes
+FINISHED = "last"  # folder of the final weights, which a run writes last
 LOCK = ".lock"
-GRACE = 60  # seconds that a process which was told to stop gets before another may not go on in its place
-# Arguments that may differ when a run goes on: they do not change what is learned.
-FREE = (
+GRACE = 60  # seconds to wait for a process that was asked to stop and still holds the lock
+# Arguments that may differ when a run continues: they do not change its result.
+CHANGEABLE = (
     "output_dir",
     "resume",
     "found",
@@ -29,50 +29,61 @@ FREE = (
 )
 
 
-class Claim(NamedTuple):
-    """A folder that is this run's; if it was begun there, its arguments and the checkpoint to go on from."""
+class RunFolder(NamedTuple):
+    """The folder of this run.
 
-    folder: Path
-    begun: dict[str, Any]
+    Args:
+        arguments: as written to `args.json`; `found` is what the run has found with `--auto_batch_size` before.
+        checkpoint: to continue from, if there is one.
+        lock: an open file; the folder is locked until it is closed. None on all processes but the main one.
+    """
+
+    path: Path
+    arguments: dict[str, Any]
     checkpoint: Path | None
     lock: IO[Any] | None
 
 
-def claim_output_dir(
+def acquire_run_dir(
     output_dir: str | None, name: str, arguments: Mapping[str, Any], accelerator: Accelerator, *, resume: bool
-) -> Claim:
-    """The folder of this run, `output_dir` or the next free `runs/NAME-N`. A run that was begun there goes on with
-    `resume`, or if it was begun with the same arguments, which are in its `args.json`. No other run gets in as long as
-    the claim is held. All processes have to come here, and see the same folder.
+) -> RunFolder:
+    """Create and lock the folder of this run: `output_dir`, or the next free `runs/NAME-N`. A run in it continues with
+    `resume`, or if it was started with the same arguments, which are in its `args.json`. To be called on all processes
+    together; all of them have to see the same folder.
 
     Raises:
-        SystemExit: the folder holds another run, which is never written to, or one that has ended, or some process is
-            writing there; or a machine does not see what the first one writes.
+        FileExistsError: the folder holds another run or other files, which are left alone, or the run has ended.
+        FileNotFoundError: there is nothing to resume, or a machine does not see the files of the first one.
+        TimeoutError: another process holds the lock.
     """
     folder = Path(output_dir) if output_dir else _next_free(name)
-    accelerator.wait_for_everyone()  # everyone has looked before one creates it
+    accelerator.wait_for_everyone()  # all processes have looked for a free folder before one creates it
     lock = _lock(folder) if accelerator.is_main_process else None
-    accelerator.wait_for_everyone()  # a run that ends just now has written all it will
-    checkpoint, begun = None, {}
+    accelerator.wait_for_everyone()  # a run that was ending has written all its files
+    checkpoint, saved = None, {}
     if any(entry.name != LOCK and entry.suffix != PARTIAL for entry in folder.glob("*")):
-        checkpoint = newest_checkpoint(folder)
+        checkpoint, saved = newest_checkpoint(folder), _read_arguments(folder)
         if not resume:
-            begun = _refuse_another_run(folder, arguments)
+            _check_same_run(folder, saved, arguments)
             if (folder / FINISHED).exists():
-                raise SystemExit(f"{folder} holds this run, and it has ended. For more: --resume --epochs N")
-        if resume and checkpoint is None:
-            raise SystemExit(f"{folder} holds no checkpoint to resume from. Start without --resume, in another folder.")
+                raise FileExistsError(f"{folder} holds this run, and it has ended. For more: --resume --epochs N")
+        elif checkpoint is None:
+            raise FileNotFoundError(
+                f"{folder} holds no checkpoint to resume from. Start without --resume, in another folder."
+            )
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process and (folder / FINISHED).exists():  # it is to go on
+    if accelerator.is_main_process and (folder / FINISHED).exists():  # the run is not finished any more
         remove(folder / FINISHED)
-    note_arguments(folder, dict(arguments) | ({"found": begun["found"]} if begun.get("found") else {}), accelerator)
+    same_batch_size = saved.get("batch_size") == arguments.get("batch_size")
+    found = {"found": saved["found"]} if saved.get("found") and same_batch_size else {}
+    write_arguments(folder, dict(arguments) | found, accelerator)
     accelerator.wait_for_everyone()
     if not (folder / "args.json").is_file():
-        raise SystemExit(f"This machine does not see {folder}. Name an --output_dir that all machines share.")
-    return Claim(folder, begun, checkpoint, lock)
+        raise FileNotFoundError(f"This machine does not see {folder}. Name an --output_dir that all machines share.")
+    return RunFolder(folder, dict(arguments) | found, checkpoint, lock)
 
 
-def note_arguments(folder: Path, arguments: Mapping[str, Any], accelerator: Accelerator) -> None:
+def write_arguments(folder: Path, arguments: Mapping[str, Any], accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         with replacing(folder / "args.json") as file:
             json.dump(dict(arguments), file, indent=2)
@@ -85,23 +96,25 @@ def _next_free(name: str) -> Path:
     return Path(f"runs/{name}-{number}")
 
 
-def _refuse_another_run(folder: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the run that was begun there, if they are the same."""
+def _read_arguments(folder: Path) -> dict[str, Any]:
     try:
-        begun: dict[str, Any] = json.loads((folder / "args.json").read_text())
+        arguments: dict[str, Any] = json.loads((folder / "args.json").read_text())
     except (OSError, ValueError):
-        raise SystemExit(f"{folder} is not empty. Name another --output_dir.") from None
+        raise FileExistsError(f"{folder} is not empty. Name another --output_dir.") from None
+    return arguments
+
+
+def _check_same_run(folder: Path, saved: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
     now = json.loads(json.dumps(dict(arguments)))
-    names = sorted({*begun, *now} - set(FREE))
+    names = sorted({*saved, *now} - set(CHANGEABLE))
     different = [
-        f"{name}: {begun.get(name)} there, {now.get(name)} here" for name in names if begun.get(name) != now.get(name)
+        f"{name}: {saved.get(name)} there, {now.get(name)} here" for name in names if saved.get(name) != now.get(name)
     ]
     if different:
-        raise SystemExit(
+        raise FileExistsError(
             f"{folder} holds another run ({'; '.join(different)}). "
             "Name another --output_dir, or --resume the run there."
         )
-    return begun
 
 
 def _lock(folder: Path) -> IO[Any]:
@@ -109,4 +122,4 @@ def _lock(folder: Path) -> IO[Any]:
     try:
         return hold_lock(folder / LOCK, seconds=GRACE)
     except TimeoutError:
-        raise SystemExit(f"Another process trains in {folder}. Stop it, or name another --output_dir.") from None
+        raise TimeoutError(f"Another process trains in {folder}. Stop it, or name another --output_dir.") from None

@@ -1,4 +1,4 @@
-"""FSDP2 through Accelerate: the settings that a detector needs, and the whole weights of a sharded one."""
+"""FSDP2 through Accelerate: the settings that a detector needs, and the full weights of a sharded model."""
 
 import os
 
@@ -8,19 +8,19 @@ from torch import nn
 
 
 def sharding_plugin() -> FullyShardedDataParallelPlugin | None:
-    """`fsdp_plugin` for the `Accelerator`: None unless `accelerate launch` was told to use FSDP.
+    """`fsdp_plugin` for the `Accelerator`: None unless `accelerate launch` was configured for FSDP.
 
-    All is as launched but for the precision. Accelerate's own policy casts whatever goes into the model and comes out
-    of it, the boxes of the labels included, which bfloat16 rounds by pixels; it also casts the box head, which computes
-    in the precision of its weights. Here weights stay float32, and the training step runs in `accelerator.autocast()`,
-    which without FSDP is around the model already.
+    Everything is as launched except the precision. Accelerate's own policy casts all inputs and outputs of the model,
+    including the boxes of the labels, which bfloat16 rounds by pixels, and the box head, which computes in the
+    precision of its weights. Here weights stay float32, and the training step runs in `accelerator.autocast()`, which
+    without FSDP already wraps the model.
 
     Raises:
-        ValueError: FSDP1; or `fsdp_cpu_ram_efficient_loading`, which cannot distribute buffers (frozen batch norm).
+        ValueError: FSDP1; or `fsdp_cpu_ram_efficient_loading`, which does not distribute buffers (frozen batch norm).
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
-    from torch.distributed.fsdp import MixedPrecisionPolicy  # takes its time, and few need it
+    from torch.distributed.fsdp import MixedPrecisionPolicy  # a slow import
 
     if os.environ.get("FSDP_VERSION") != "2":
         raise ValueError("FSDP1 is not supported: set fsdp_version to 2, see examples/accelerate/fsdp2.yaml.")
@@ -33,24 +33,24 @@ def sharding_plugin() -> FullyShardedDataParallelPlugin | None:
 
 
 def check_sharding(accelerator: Accelerator, *, ema: bool, auto_batch_size: bool) -> None:
-    """Refuse what FSDP would do otherwise than it was asked to.
+    """Reject what FSDP does not support.
 
     Raises:
-        SystemExit: the launcher was told to use FSDP, but Accelerate does not shard on this device and would train as
-            without it; or weights are to be averaged, or batches tried out, which takes weights in one piece.
+        ValueError: FSDP was configured, but Accelerate does not shard on this device and would silently train without
+            it; or FSDP is combined with averaged weights or automatic batch sizes, which need unsharded weights.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not accelerator.is_fsdp2:
-        raise SystemExit(f"Accelerate does not shard models on {accelerator.device.type}. Launch without FSDP.")
+        raise ValueError(f"Accelerate does not shard models on {accelerator.device.type}. Launch without FSDP.")
     if ema and accelerator.is_fsdp2:
-        raise SystemExit("--ema averages whole weights, but FSDP cuts them up. Leave one of the two out.")
+        raise ValueError("--ema averages whole weights, but FSDP shards them. Omit one of the two.")
     if auto_batch_size and accelerator.is_fsdp2:
-        raise SystemExit("--auto_batch_size tries batches on a whole model, which FSDP avoids. Leave it out.")
+        raise ValueError("--auto_batch_size tries batches on an unsharded model, which FSDP avoids. Omit it.")
 
 
 def gather_weights(sharded: nn.Module, plain: nn.Module) -> None:
-    """Copy the weights of a model that FSDP2 shards into one of the same config, on every process; all of them have to
-    come here. The copy can then run on some processes only, and as often as each likes: the sharded one gathers its
-    weights from all processes in every forward pass, and would wait for them."""
+    """Copy the weights of a model that FSDP2 shards into an unsharded one of the same config, on every process. To be
+    called on all processes together. The copy can then run on some processes only; the sharded model gathers its
+    weights from all processes in every forward pass."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     plain.load_state_dict(get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True)))

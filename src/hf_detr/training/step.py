@@ -1,4 +1,4 @@
-"""One optimizer step, whatever it is spread over: batches that are accumulated, processes, precisions."""
+"""One optimizer step over accumulated batches and processes, in any precision."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -17,44 +17,46 @@ from torch.optim.swa_utils import AveragedModel
 from ..model.loss import LossNormalizers
 from .checkpoints import any_process
 from .non_finite import NonFiniteError, first_non_finite, image_ids, save_batch
+from .normalizers import loss_normalizers
 
 Batch = dict[str, Any]
-PATIENCE = 20  # steps in a row that may be left out
-MOST_SAVED = 10  # batches that are kept for inspection
+MAX_SKIPPED_IN_A_ROW = 20
+MAX_SAVED_BATCHES = 10  # for inspection
 
 
 def in_groups(loader: Any, size: int) -> Iterator[list[Batch]]:
-    """The batches of a loader, `size` for each optimizer step; the last step may have fewer."""
+    """Lists of `size` batches of a loader, one per optimizer step; the last one may be shorter."""
     batches = iter(loader)
     while group := list(islice(batches, size)):
         yield group
 
 
 def share_buffers(model: nn.Module, accelerator: Accelerator) -> None:
-    """Give all processes the buffers of the first one, in place. Batch norm that is being trained gathers statistics of
-    a process' own images; without this, processes would evaluate different models, and not the one that is saved."""
+    """Copy the buffers of the first process to all others, in place. Trained batch norms collect statistics of the
+    images of their own process; without this, processes would evaluate different models."""
     if accelerator.num_processes > 1:
         for buffer in model.buffers():
             broadcast(buffer, from_process=0)
 
 
 class TrainStep:
-    """Learn from a few batches at once.
+    """An optimizer step over one or several batches per process.
 
-    The loss is that of all images of all batches on all processes together, divided by all of their objects (see
-    [`~hf_detr.model.loss.LossNormalizers`]): in float32 the gradients equal those of one process with one batch.
+    The loss is that of all images of all batches on all processes, divided by the number of all of their objects (see
+    [`~hf_detr.model.loss.LossNormalizers`]): in float32 the gradients equal those of one process with one large batch.
 
     Args:
-        model: as `accelerator.prepare` gave it; `plain` without what Accelerate wraps around it, which is called for
-            what belongs to one process.
-        ema: averages the weights after each step, or None.
-        clip: largest norm of all gradients together (paper's code: 0.1).
-        on_nan: what to do with a loss or gradients that are not finite: `"stop"`, or `"skip"` the step. Either way the
-            batch is saved in `folder/non_finite` and a sentence says where in the model it began. With a gradient
-            scaler (fp16) gradients that overflow are its business: it leaves out the step and scales less.
+        model: as `accelerator.prepare` returned it.
+        plain: the same model, not wrapped.
+        ema: average of the weights, updated after each step, or None.
+        clip: maximum norm of all gradients together (paper's code: 0.1).
+        on_nan: `"stop"` or `"skip"` a step whose loss or gradients are not finite. In both cases the batch is saved in
+            `folder/non_finite`, and a report names the module where it began. With a gradient scaler (fp16) gradients
+            that overflow are left to the scaler, which skips the step and reduces its scale.
 
     Attributes:
-        skipped: steps that were left out; `reports`: a sentence on each, to be said and cleared by the loop.
+        skipped: number of steps that were skipped.
+        reports: a sentence on each of them; the loop prints and clears them.
     """
 
     def __init__(
@@ -79,15 +81,15 @@ class TrainStep:
         self.reports: list[str] = []
 
     def __call__(self, batches: Sequence[Batch], step: int) -> dict[str, Tensor] | None:
-        """The loss terms by name and `gradient_norm` before clipping, scalars without gradient, of this process: means
-        over processes are those of the whole. None if the step was left out.
+        """The loss terms by name and `gradient_norm` before clipping, detached scalars of this process; their means
+        over processes are those of the global batch. None if the step was skipped.
 
         Raises:
-            NonFiniteError: a loss or gradients are not finite, and `on_nan` says stop; or 20 steps in a row were left
-                out. On all processes at once.
+            NonFiniteError: loss or gradients are not finite and `on_nan` is `"stop"`, or 20 steps in a row were
+                skipped; on all processes together.
         """
         normalizers = self._normalizers(batches)
-        # a step that is left out has to bring back what the forward pass changes
+        # a skipped step restores what the forward pass changes
         statistics = [(b, b.clone()) for norm in self.norms if norm.training for b in norm.buffers()]
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
@@ -96,33 +98,35 @@ class TrainStep:
                 random = self._random_state()
                 loss, failure = None, None
                 try:
-                    with self.accelerator.autocast():  # which FSDP2 does not bring along
+                    with self.accelerator.autocast():  # the wrapped model has none under FSDP2
                         outputs = self.model(**batch, normalizers=normalizers)
                     loss = outputs.loss
                     finite = bool(loss.detach().isfinite())
                 except FloatingPointError as error:
                     finite, failure = False, str(error)
-                # before the backward pass, in which processes wait for each other
+                # before the backward pass, a collective operation
                 if any_process(not finite, self.accelerator):
                     what = failure or f"loss {loss}"
-                    self._leave_out(step, statistics, None if finite else batch, random, what)
+                    self._skip(step, statistics, None if finite else batch, random, what)
                     return None
                 self.accelerator.backward(loss)
             for name, value in outputs.loss_dict.items():
                 sums[name] = sums.get(name, 0) + value.detach()
             sums["loss"] = sums.get("loss", 0) + outputs.loss.detach()
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.clip)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # under FSDP each process has a part
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP shards it
         if self.accelerator.scaler is None and not bool(norm.isfinite()):  # the same on all processes
-            self._leave_out(step, statistics, batches[-1], random, f"norm of the gradients {norm.item()}")
+            self._skip(step, statistics, batches[-1], random, f"norm of the gradients {norm.item()}")
             return None
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         if self.accelerator.optimizer_step_was_skipped:  # by the scaler, on all processes
             self.in_a_row += 1
-            if self.in_a_row >= PATIENCE:
-                raise NonFiniteError(f"Step {step}: in {PATIENCE} steps in a row gradients were not finite in fp16.")
+            if self.in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise NonFiniteError(
+                    f"Step {step}: gradients were not finite in fp16 in {MAX_SKIPPED_IN_A_ROW} steps in a row."
+                )
             return sums
         if self.ema is not None:
             self.ema.update_parameters(self.plain)
@@ -142,11 +146,10 @@ class TrainStep:
     def _normalizers(self, batches: Sequence[Batch]) -> LossNormalizers | None:
         accelerator = self.accelerator
         if len(batches) == 1 and accelerator.num_processes == 1:
-            return None  # the model counts by itself
-        counts = torch.stack([self.plain.count_for_loss(**batch) for batch in batches]).sum(0)
-        return LossNormalizers.from_counts(accelerator.reduce(counts, reduction="sum"), accelerator.num_processes)
+            return None  # the model counts its batch itself
+        return loss_normalizers(self.plain, batches, accelerator)
 
-    def _leave_out(
+    def _skip(
         self,
         step: int,
         statistics: list[tuple[Tensor, Tensor]],
@@ -154,7 +157,7 @@ class TrainStep:
         random: Sequence[Tensor],
         what: str,
     ) -> None:
-        """Take back what the step has done so far; stop if that was asked for. `batch` is None where all was finite."""
+        """Undo the step, report it, and stop if requested. `batch` is None where this process was not affected."""
         for buffer, before in statistics:
             buffer.copy_(before)
         self.optimizer.zero_grad()
@@ -164,7 +167,7 @@ class TrainStep:
         report = f"Step {step}: another process met numbers that are not finite."
         if batch is not None:
             report = f"Step {step}, images {image_ids(batch)}: {what}"
-            if self.skipped <= MOST_SAVED:
+            if self.skipped <= MAX_SAVED_BATCHES:
                 name = f"step-{step}-process-{self.accelerator.process_index}.pt"
                 try:
                     report += f" (saved in {save_batch(self.folder / 'non_finite' / name, batch, {'what': what})})"
@@ -176,15 +179,15 @@ class TrainStep:
             self._set_random_state(now)
             for buffer, before in statistics:
                 buffer.copy_(before)
-        self.accelerator.wait_for_everyone()  # a launcher ends the others soon after one has raised
+        self.accelerator.wait_for_everyone()  # the launcher ends the others soon after one has raised
         self.reports.append(report)
         if self.on_nan == "stop":
-            raise NonFiniteError(f"{report} Lower the learning rate, look at the images, or go on with --on_nan skip.")
-        if self.in_a_row >= PATIENCE:
-            raise NonFiniteError(f"{report} {PATIENCE} steps in a row were left out.")
+            raise NonFiniteError(f"{report} Lower the learning rate, check the images, or use --on_nan skip.")
+        if self.in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(f"{report} {MAX_SKIPPED_IN_A_ROW} steps in a row were skipped.")
 
     def _where(self, batch: Batch) -> str:
         if self.accelerator.distributed_type == DistributedType.FSDP:
-            return "where it began is not looked for under FSDP, where all processes have to run the model"
+            return "the module where it began is not searched for under FSDP, where all processes have to run the model"
         with self.accelerator.autocast():
             return first_non_finite(self.plain, batch)

@@ -1,0 +1,298 @@
+"""State of one training run: its folder, progress, checkpoints, evaluations and log."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm.auto import tqdm
+
+from ..data.processor_size import size_range
+from ..evaluation import CocoEvaluator, evaluate_detection, format_metrics
+from ..hub import prepare_repo, push_folder
+from ..model.image_processing_hf_detr import DetrImageProcessor
+from ..model.modeling_hf_detr import DetrForDetection
+from ..runtime import StopRequest, replacing
+from ..visualization import compare_with_truth
+from .arguments import FinetuneArguments
+from .batch_size import fit_batch_size
+from .checkpoints import Progress, any_process, load_checkpoint, save_checkpoint, trim_log, use_plain_weights
+from .meter import EpochMeter, describe_epoch, log_image
+from .model_saving import save_model
+from .run_folder import acquire_run_dir, write_arguments
+from .run_recipe import RunRecipe
+from .setup import describe_run
+from .sharding import gather_weights
+from .step import Batch, TrainStep, in_groups, share_buffers
+from .training_advice import explain_overfit, training_advice
+from .training_probe import TrainingProbe
+
+MEMORIZED_AP50 = 0.9  # from which a model has memorized the images of --overfit
+
+
+class TrainingRun:
+    """Everything around the optimizer steps. It creates the folder of the run and the repository on the Hub, so the
+    arguments have to be checked before. All methods are called on all processes together.
+
+    Attributes:
+        path: folder of the run, with the best model, `last/`, `checkpoint-.../`, `log.jsonl`, `args.json`, ...
+        progress: what was done so far; restored from a checkpoint by `start`.
+        stop: whether this process was asked to stop.
+    """
+
+    def __init__(
+        self, args: FinetuneArguments, recipe: RunRecipe, accelerator: Accelerator, processor: DetrImageProcessor
+    ) -> None:
+        self.args, self.recipe, self.accelerator, self.processor = args, recipe, accelerator, processor
+        self.repo_id: str | None = None
+        if args.run.push_to_hub and accelerator.is_main_process:  # fails now rather than after training
+            self.repo_id = prepare_repo(args.run.push_to_hub, private=args.run.hub_private or None)
+        name = (args.data.name if args.data.dataset else "shapes") + ("-overfit" if args.data.overfit else "")
+        self.folder = acquire_run_dir(
+            args.run.output_dir, name, recipe.settings(args), accelerator, resume=args.run.resume
+        )
+        self.path = self.folder.path
+        self.progress = Progress()
+        self.stop = StopRequest()
+        self.meter = EpochMeter(accelerator)  # of the current epoch
+        self.recent = EpochMeter(accelerator)  # since the last line to the trackers
+        self.last_save = time.monotonic()
+
+    def fit_batch_size(self, model: DetrForDetection, train_set: Any) -> tuple[int, int]:
+        """See [`~hf_detr.training.batch_size.fit_batch_size`]; a run that continues keeps what it has found before."""
+        found = self.folder.arguments.get("found")
+        if not found:
+            found = list(fit_batch_size(self.recipe, model, train_set, self.processor, self.accelerator))
+            write_arguments(self.path, self.folder.arguments | {"found": found}, self.accelerator)
+        self.accelerator.print(
+            f"Batches of {self.recipe.batch_size} asked for; {found[0]} fit, {found[1]} an optimizer step."
+        )
+        return found[0], found[1]
+
+    def describe(self, model: DetrForDetection, train_set: Any, val_set: Any, train_loader: Any) -> str:
+        """What is trained on what and where, to print."""
+        about = describe_run(
+            self.args, self.recipe, model, self.processor, train_set, val_set, train_loader, self.accelerator
+        )
+        return f"{about}Output: {self.path}"
+
+    def start(
+        self,
+        recipe: RunRecipe,
+        model: nn.Module,
+        plain: DetrForDetection,
+        predictor: DetrForDetection,
+        ema: AveragedModel | None,
+        scheduler: Any,
+        probe: TrainingProbe,
+    ) -> None:
+        """Restore the newest checkpoint, if this run continues, and start the trackers.
+
+        Args:
+            recipe: with the batch size that is used.
+            model: as `accelerator.prepare` returned it; `plain` is not wrapped.
+            predictor: the model that is evaluated and saved: `plain`, its average or its unsharded copy.
+
+        Raises:
+            ValueError: the checkpoint is from the middle of an epoch with other batches.
+        """
+        self.recipe, self.model, self.predictor, self.scheduler, self.probe = recipe, model, predictor, scheduler, probe
+        accelerator, progress = self.accelerator, self.progress
+        accelerator.register_for_checkpointing(scheduler, progress, probe, *([ema] if ema else []))
+        if not accelerator.is_fsdp2:
+            use_plain_weights(accelerator, plain, (plain.config, self.processor))
+        spread = {
+            "processes": accelerator.num_processes,
+            "batch_size": recipe.batch_size,
+            "seed": self.args.run.seed,
+            "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+        }
+        if self.folder.checkpoint:
+            load_checkpoint(accelerator, self.folder.checkpoint, progress, spread)
+            accelerator.print(f"Best {self.args.run.metric} so far {progress.best:.4f}")
+        progress.spread = spread
+        if accelerator.is_main_process:  # without a checkpoint, lines of a run that was killed before its first one
+            trim_log(self.path / "log.jsonl", progress.epoch)
+        settings = {k: v for k, v in self.recipe.settings(self.args).items() if isinstance(v, (int, float, str))}
+        accelerator.project_configuration.logging_dir = str(self.path)
+        accelerator.init_trackers("hf_detr", config=settings)
+
+    # -- an epoch -----------------------------------------------------------------------------------------------------
+
+    def steps(self, loader: Any) -> Iterator[list[Batch]]:
+        """Batches of what remains of the current epoch, one list per optimizer step, with a progress bar."""
+        progress, count = self.progress, self.recipe.gradient_accumulation_steps
+        loader.set_epoch(progress.epoch + 1)
+        loader.batch_sampler.skip(progress.batches)
+        self.meter.clear()
+        self.recent.clear()
+        if progress.meter:
+            self.meter.load_state_dict(progress.meter)
+        self.last_save = time.monotonic()
+        yield from tqdm(
+            in_groups(loader, count),
+            total=math.ceil(len(loader) / count),
+            desc=f"Epoch {progress.epoch + 1}",
+            disable=not self.accelerator.is_main_process,
+            leave=False,
+        )
+
+    def record_step(self, batches: Sequence[Batch], terms: dict[str, Tensor] | None, step: TrainStep) -> None:
+        """Count an optimizer step, add up its loss terms (None if it was skipped), and write to the trackers."""
+        progress, accelerator, run = self.progress, self.accelerator, self.args.run
+        progress.step += 1
+        progress.batches += len(batches)
+        progress.skipped = step.skipped
+        while step.reports:
+            tqdm.write(step.reports.pop())
+        if terms is not None:
+            terms["images"] = torch.tensor(sum(len(b["labels"]) for b in batches), device=accelerator.device)
+            self.meter.add(terms)
+            self.recent.add(terms)
+        if run.report_to and progress.step % run.logging_steps == 0:
+            figures = self.recent.figures(self.scheduler)
+            accelerator.log({f"train/{name}": value for name, value in figures.items()}, step=progress.step)
+            self.recent.clear()
+
+    def checkpoint_due(self) -> bool:
+        """Within an epoch: the last checkpoint is old, or some process was asked to stop."""
+        due = not self.args.data.overfit and time.monotonic() - self.last_save > 60 * self.args.run.save_minutes
+        return any_process(due or self.stop.requested, self.accelerator)
+
+    def save_checkpoint(self) -> None:
+        """Save a checkpoint to resume from; none with `--overfit`, which takes minutes only."""
+        if self.args.data.overfit:
+            return
+        if self.progress.batches:
+            self.progress.meter = self.meter.state_dict()
+        save_checkpoint(self.accelerator, self.path, self.progress, keep=self.args.run.save_total_limit)
+        self.last_save = time.monotonic()
+
+    def should_stop(self) -> bool:
+        """Whether some process was asked to stop; called after a checkpoint was saved."""
+        if not any_process(self.stop.requested, self.accelerator):
+            return False
+        resume = "" if self.args.data.overfit else f" and saved. Continue with --output_dir {self.path} --resume"
+        self.accelerator.print(f"Stopped after step {self.progress.step}{resume}")
+        self.accelerator.end_training()
+        return True
+
+    def epoch_figures(self) -> dict[str, float]:
+        """The line of the epoch for the log: means of the loss terms, learning rates, images per second."""
+        line = {"epoch": self.progress.epoch + 1, "step": self.progress.step, "seconds": round(self.meter.seconds, 1)}
+        return line | self.meter.figures(self.scheduler)
+
+    def end_epoch(self, line: dict[str, float]) -> None:
+        """Write the line to the log, the trackers and the console, and save a checkpoint."""
+        self.progress.end_epoch()
+        self.accelerator.log(line, step=self.progress.step)
+        if self.accelerator.is_main_process:
+            with (self.path / "log.jsonl").open("a") as log:
+                log.write(json.dumps(line) + "\n")
+            if "AP" in line or not self.args.data.overfit:
+                tqdm.write(describe_epoch(line, self.recipe.epochs))
+            if "AP" in line and not self.args.data.overfit:
+                stride, query_type = self.predictor.model.backbone.stride, self.predictor.config.query_type
+                advice = training_advice(self.progress.evaluations, query_type=query_type, stride=stride)
+                if advice:
+                    tqdm.write(f"Stuck? {advice}")
+        self.save_checkpoint()
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def measure_probe(self, *, evaluated: bool) -> dict[str, float]:
+        """Give the predictor the current weights and buffers, and measure some training images with it (on the main
+        process; empty on others). With `--overfit` only in epochs that are evaluated."""
+        if self.accelerator.is_fsdp2:
+            gather_weights(self.model, self.predictor)
+        share_buffers(self.predictor, self.accelerator)
+        if not self.accelerator.is_main_process or not (evaluated or not self.args.data.overfit):
+            return {}
+        with self.accelerator.autocast():
+            return self.probe.measure(self.predictor)
+
+    def evaluate(self, val_loader: Any, val_set: Any, line: dict[str, float]) -> dict[str, float]:
+        """AP, AP50 and the metric of the predictor. The model is saved if it is the best so far.
+
+        Args:
+            line: figures of the epoch, see `epoch_figures`.
+        """
+        accelerator, metric = self.accelerator, self.args.run.metric
+        with accelerator.autocast():
+            evaluator = self._evaluator(self.predictor, val_loader, val_set)
+        metrics = evaluator.compute()
+        result = {name: metrics[name] for name in dict.fromkeys(("AP", "AP50", metric))}
+        if self.progress.add_evaluation(line | result, metric):
+            split = "train" if self.args.data.overfit else "val"
+            about = {"epoch": line["epoch"], "dataset": self.args.data.name, "num_images": len(val_set), "split": split}
+            self._save_model(self.path, metrics | about)
+        if accelerator.is_main_process and accelerator.trackers:
+            image = compare_with_truth(val_set, evaluator.detections())
+            log_image(accelerator, "validation", image, self.progress.step)
+        return result
+
+    def _evaluator(self, model: DetrForDetection, val_loader: Any, val_set: Any) -> CocoEvaluator:
+        progress = self.accelerator.is_main_process
+        return evaluate_detection(model, val_loader, val_set, self.processor, progress=progress)
+
+    def ends_early(self) -> bool:
+        """The images of `--overfit` are memorized, or there was no improvement for `--early_stopping` evaluations."""
+        patience = self.args.run.early_stopping
+        if self.args.data.overfit:
+            return self.memorized()
+        if patience and self.progress.evaluations_since_best() >= patience:
+            self.accelerator.print(f"No better {self.args.run.metric} in {patience} evaluations: training ends here.")
+            return True
+        return False
+
+    def memorized(self) -> bool:
+        evaluations = self.progress.evaluations
+        return bool(evaluations) and evaluations[-1]["AP50"] > MEMORIZED_AP50
+
+    # -- results ------------------------------------------------------------------------------------------------------
+
+    def _save_model(self, target: Path, metrics: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            save_model(self.predictor, self.processor, metrics, target, self.path / ".weights.partial")
+
+    def finish(self, val_loader: Any, val_set: Any) -> None:
+        """Evaluate the best model as it is saved, in float32, which is how evaluate.py and the pipeline run it; push it
+        if requested; save the last model."""
+        accelerator, path = self.accelerator, self.path
+        self.stop.end()
+        accelerator.wait_for_everyone()
+        best = DetrForDetection.from_pretrained(path).to(accelerator.device)
+        metrics = json.loads((path / "metrics.json").read_text())  # before it is replaced
+        evaluator = self._evaluator(best, val_loader, val_set)
+        metrics |= evaluator.compute()
+        if accelerator.is_main_process:
+            with replacing(path / "metrics.json") as file:
+                json.dump(metrics, file, indent=2)
+            compare_with_truth(val_set, evaluator.detections()).save(path / "validation.png")
+        accelerator.print(f"\nBest checkpoint, epoch {metrics['epoch']}\n{format_metrics(metrics)}\n\nSaved in {path}")
+        if self.progress.skipped:
+            accelerator.print(f"{self.progress.skipped} steps were skipped; their batches are in {path / 'non_finite'}")
+        if self.repo_id:
+            address = push_folder(path, self.repo_id, private=self.args.run.hub_private or None)
+            accelerator.print(f"Pushed: {address}")
+        last = self.progress.evaluations[-1]
+        self._save_model(path / "last", {name: last[name] for name in ("epoch", "AP", "AP50", self.args.run.metric)})
+        if self.args.data.overfit and accelerator.is_main_process:
+            print(self._describe_overfit(), flush=True)
+        accelerator.wait_for_everyone()  # a launcher ends all processes soon after one has failed
+        accelerator.end_training()
+
+    def _describe_overfit(self) -> str:
+        data, config, evaluations = self.recipe.data, self.predictor.config, self.progress.evaluations
+        result = f"AP50 {evaluations[-1]['AP50']:.2f} on {data.num_images} images after {self.progress.step} steps"
+        if self.memorized():
+            return f"Overfit: yes, {result}: labels, model and learning rate work together."
+        pixels, stride = data.object_side * size_range(self.processor.size)[0], self.predictor.model.backbone.stride
+        sizes = {"object_pixels": pixels, "stride": stride, "max_objects": data.max_objects}
+        return f"Overfit: NO, {result}. {explain_overfit(evaluations, num_queries=config.num_queries, **sizes)}"
