@@ -32,7 +32,8 @@ from hf_detr import DetrForDetection, DetrImageProcessor
 from hf_detr.data import id2label
 from hf_detr.evaluation import evaluate_detection, format_metrics
 from hf_detr.hub import hash_of_weights, prepare_repo, push_folder
-from hf_detr.runtime import StopRequest, end_with_launcher, replacing
+from hf_detr.runtime import StopRequest, end_with_launcher
+from hf_detr.runtime import atomic_write as replacing
 from hf_detr.training import (
     DataSummary,
     Meter,

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, Image
 from tqdm.auto import tqdm
 
-from ..runtime.files import replacing
+from ..runtime.files import atomic_write as replacing
 from .schema import category_ids, id2label
 
 

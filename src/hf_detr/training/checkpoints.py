@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..runtime import PARTIAL, replacing, sync
+from ..runtime import PARTIAL, sync
+from ..runtime import atomic_write as replacing
 
 WEIGHTS = "model.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)(-epoch-\d+)?$")

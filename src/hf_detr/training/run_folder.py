@@ -7,7 +7,9 @@ from typing import IO, Any, NamedTuple
 
 from accelerate import Accelerator
 
-from ..runtime import PARTIAL, hold_lock, replacing
+from ..runtime import PARTIAL
+from ..runtime import acquire_lock as hold_lock
+from ..runtime import atomic_write as replacing
 from .checkpoints import newest_checkpoint, remove
 
 FINISHED = "last"  # the folder of the final weights, the last thing that a run writes
