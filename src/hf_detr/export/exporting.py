@@ -129,8 +129,8 @@ class _Job:
             self.report(f'Padding changes the results of "{name}" in spite of masks. Exporting a graph without masks.')
         if not export["padding_exact"]:
             self.report(
-                "padding_exact: false. Results of the graph for an image depend on its padding. load_exported runs images "
-                "of equal size together; other users of the graph have to do the same."
+                "padding_exact: false. Results of the graph for an image depend on its padding. load_exported runs "
+                "images of equal size together; other users of the graph have to do the same."
             )
         return export | {"check": result.record(TOLERANCE)}
 
