@@ -2,8 +2,8 @@
 
     python benchmarks/throughput.py [--dtype bfloat16] [--batch_size 4] [--num_workers 1]
 
-100 generated JPEG images of mixed sizes and orientations. Both models are a ResNet-50 DETR with the same random weights.
-Both sides decode, resize, predict and return boxes in pixels, alternating in one process after one warm-up round. Ours
+100 generated JPEG images of mixed sizes and orientations. Both models are a ResNet-50 DETR with the same weights. Both
+sides decode, resize, predict and return boxes in pixels, alternating in one process after one warm-up round. Ours
 does what `examples/predict.py` does between the work list and the shards; transformers' pipeline only supports batch
 size 1 for images of different sizes.
 """

@@ -2,8 +2,8 @@
 
     python benchmarks/tiles.py --model CHECKPOINT [--tile 160] [--overlap 0.3]
 
-The drawings have sides of 2,000 pixels and contain many shapes of 20 to 40 pixels and a few large ones, drawn like those
-of the embedded data set. The checkpoint must be trained on that data set (`examples/finetune.py` without arguments). A
+The drawings have sides of 2,000 pixels and contain many shapes of 20 to 40 pixels and a few large ones, as in the
+embedded data set. The checkpoint must be trained on that data set (`examples/finetune.py` without arguments). A
 shape is found if it is matched to a box of its class with a score above the threshold and an IoU of at least 0.5.
 """
 
