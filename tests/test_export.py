@@ -84,7 +84,7 @@ def exported(request, export_of):
 
 @pytest.fixture
 def few_cases(monkeypatch):
-    """Compare on four batches; `test_export_json_tells_what_was_compared` covers the full list."""
+    """Compare on four batches; `test_export_json_describes_the_comparison` covers the full list."""
     check_cases = exporting.check_cases
     monkeypatch.setattr(exporting, "check_cases", lambda *args: check_cases(*args)[2:6])
 
@@ -150,16 +150,16 @@ def test_a_pipeline_takes_an_export_in_place_of_the_model(exported):
     assert again(images[0], threshold=0.25) == detector(images[0], threshold=0.25)
 
 
-def test_export_json_tells_what_was_compared(exported):
-    told = json.loads((exported.folder / "export.json").read_text())
-    assert told["format"] == exported.folder.name
-    assert (told["precision"], told["padding_exact"]) == ("float32", True)
-    assert told["check"]["tolerance"] == 1e-4
-    assert 0 < told["check"]["largest_difference"] < 1e-4
-    cases = [(case["batch"], case["height"], case["width"], case["padded"]) for case in told["check"]["cases"]]
+def test_export_json_describes_the_comparison(exported):
+    content = json.loads((exported.folder / "export.json").read_text())
+    assert content["format"] == exported.folder.name
+    assert (content["precision"], content["padding_exact"]) == ("float32", True)
+    assert content["check"]["tolerance"] == 1e-4
+    assert 0 < content["check"]["largest_difference"] < 1e-4
+    cases = [(case["batch"], case["height"], case["width"], case["padded"]) for case in content["check"]["cases"]]
     assert len(set(cases)) == 20
     assert {case[0] for case in cases} == {1, 2, 3}
-    assert told["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert content["versions"]["torch"] == torch.__version__.split("+")[0]
 
 
 @torch.no_grad()
@@ -257,17 +257,17 @@ def test_the_example_quantises_measures_ap_and_stores_both(
     printed = capsys.readouterr().out
     for words in ("float32 against PyTorch", "int8 against PyTorch", "Calibrated on 3 of 4 images", "a drop of"):
         assert words in printed
-    told = json.loads((out / "export.json").read_text())
-    assert (told["precision"], told["calibration"]) == ("int8", {"images": 3, "unread": 1, "in_folder": 4})
-    assert told["check"]["largest_difference"] < 1e-4 < told["int8_check"]["largest_difference"]
+    content = json.loads((out / "export.json").read_text())
+    assert (content["precision"], content["calibration"]) == ("int8", {"images": 3, "unread": 1, "in_folder": 4})
+    assert content["check"]["largest_difference"] < 1e-4 < content["int8_check"]["largest_difference"]
     assert 'element_type="i8"' in (out / "model.xml").read_text()
     dataset = load_detection_dataset(data, "val", id2label=NAMES)
     loader = DataLoader(dataset, batch_size=3, collate_fn=DetectionCollator(processor()))
     for name, tested in (("before", model), ("after", load_exported(out))):
         again = evaluate_detection(tested, loader, dataset, processor(), progress=False).compute()
-        assert again["AP"] == pytest.approx(told["evaluation"][name]["AP"], abs=2e-3)
-    drop = told["evaluation"]["before"]["AP"] - told["evaluation"]["after"]["AP"]
-    assert told["evaluation"]["drop"] == drop
+        assert again["AP"] == pytest.approx(content["evaluation"][name]["AP"], abs=2e-3)
+    drop = content["evaluation"]["before"]["AP"] - content["evaluation"]["after"]["AP"]
+    assert content["evaluation"]["drop"] == drop
 
 
 def test_the_example_explains_errors_in_one_sentence(monkeypatch, tmp_path):
@@ -282,10 +282,10 @@ def test_the_example_explains_errors_in_one_sentence(monkeypatch, tmp_path):
 @torch.no_grad()
 def test_squeeze_and_excitation_runs_images_of_equal_size_together(few_cases, tmp_path):
     model = spread(tiny_model(**(SMALL | {"backbone": "test_efficientnet"})))
-    said = []
-    told = export_model(model, processor(), tmp_path / "out", graph_format="torch", report=said.append)
-    assert told["padding_exact"] is False
-    assert any("padding_exact: false" in line for line in said)
+    messages = []
+    content = export_model(model, processor(), tmp_path / "out", graph_format="torch", report=messages.append)
+    assert content["padding_exact"] is False
+    assert any("padding_exact: false" in line for line in messages)
     loaded = load_exported(tmp_path / "out")
     pixel_values, pixel_mask = padded_batch([(64, 100), (97, 90), (64, 100)])
     expected = model(pixel_values, pixel_mask)
@@ -354,7 +354,7 @@ def test_an_export_cleans_up_after_a_kill(monkeypatch, export_of, tmp_path):
 
 
 def test_what_cannot_be_written_with_padding_masked_is_written_without(monkeypatch, few_cases, tmp_path):
-    model, said = spread(tiny_model(**SMALL)), []
+    model, messages = spread(tiny_model(**SMALL)), []
     trace = exporting.trace
 
     def fail_with_masks(*args, mask_padding, **kwargs):
@@ -363,9 +363,9 @@ def test_what_cannot_be_written_with_padding_masked_is_written_without(monkeypat
         return trace(*args, mask_padding=mask_padding, **kwargs)
 
     monkeypatch.setattr(exporting, "trace", fail_with_masks)
-    told = export_model(model, processor(), tmp_path / "out", graph_format="torch", report=said.append)
-    assert told["padding_exact"] is False
-    assert 'masked padding failed for "resnet10t" (RuntimeError: no such operator)' in said[0]
+    content = export_model(model, processor(), tmp_path / "out", graph_format="torch", report=messages.append)
+    assert content["padding_exact"] is False
+    assert 'masked padding failed for "resnet10t" (RuntimeError: no such operator)' in messages[0]
     pixel_values, pixel_mask = padded_batch(BATCHES[0])
     with torch.no_grad():
         assert_equal(load_exported(tmp_path / "out")(pixel_values, pixel_mask), model(pixel_values, pixel_mask))
@@ -388,7 +388,7 @@ def test_a_folder_of_something_else_is_refused_before_anything_is_computed(expor
         export_model(model, processor(), tmp_path, graph_format="torch")
     with pytest.raises(ValueError, match="no images"):
         export_model(model, processor(), tmp_path / "out", graph_format="onnx", calibration=tmp_path)
-    with pytest.raises(FileNotFoundError, match="calibrate"):
+    with pytest.raises(FileNotFoundError, match="calibration images does not exist"):
         export_model(model, processor(), tmp_path / "out", graph_format="onnx", calibration=tmp_path / "none")
     with pytest.raises(ValueError, match=r"onnx, openvino, torch"):
         export_model(model, processor(), tmp_path / "out", graph_format="tflite")
@@ -397,7 +397,7 @@ def test_a_folder_of_something_else_is_refused_before_anything_is_computed(expor
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_loading_says_what_is_wrong_with_a_folder(export_of, tmp_path):
+def test_loading_explains_what_is_wrong_with_a_folder(export_of, tmp_path):
     good = export_of("openvino").folder
     assert is_exported(good)
     assert not is_exported(tmp_path)

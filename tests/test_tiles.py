@@ -52,9 +52,9 @@ def test_invalid_tilings_are_refused(size, overlap):
 
 # -- one box for each object -------------------------------------------------------------------------------------------
 
-WHOLE = (0, 0, 180, 100)
+FULL = (0, 0, 180, 100)
 LEFT, RIGHT = (0, 0, 100, 100), (80, 0, 180, 100)
-VIEWS = [WHOLE, LEFT, RIGHT]
+VIEWS = [FULL, LEFT, RIGHT]
 
 
 def merge(*found):
@@ -83,8 +83,8 @@ def test_an_object_in_two_tiles_is_one():
 
 
 def test_a_fragment_is_dropped_next_to_the_complete_box():
-    whole, part = [70, 40, 95, 60], [80, 40, 95, 60]
-    assert merge([], [(0, 0.6, whole)], [(0, 0.99, part)]) == [(0, 0.6, whole)]
+    complete, fragment = [70, 40, 95, 60], [80, 40, 95, 60]
+    assert merge([], [(0, 0.6, complete)], [(0, 0.99, fragment)]) == [(0, 0.6, complete)]
     sliver = [80, 40, 83, 60]  # barely inside the tile
     assert merge([], [(0, 0.6, [60, 40, 83, 60])], [(0, 0.99, sliver)]) == [(0, 0.6, [60, 40, 83, 60])]
 
@@ -195,10 +195,10 @@ def test_tiles_find_small_objects_and_large_ones_once():
     detector = SpotFinder()
     image = LoadedImage(0, "drawing", (400, 308), detector.preprocess(pixels), pixels)
     found = {}
-    for name, tiling in (("whole", None), ("tiles", Tiling(100, 0.25))):
+    for name, tiling in (("full", None), ("tiles", Tiling(100, 0.25))):
         [prediction] = predict_batch(detector, [image], 0.5, tiling, batch_size=4)
         found[name] = sorted(tuple(round(value) for value in box) for box in prediction.boxes.tolist())
-    assert found["whole"] == [large]
+    assert found["full"] == [large]
     assert found["tiles"] == sorted([*small, large])
     tiles = len(Tiling(100, 0.25).tiles(400, 308))
     assert detector.batches == [1, 1] + [4] * (tiles // 4) + ([tiles % 4] if tiles % 4 else [])
