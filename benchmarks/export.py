@@ -3,11 +3,11 @@
     python benchmarks/export.py
     python benchmarks/export.py --quick
 
-DETR R50 with random weights, one image of 800 x 1066 that fills its frame. Both sides are opened and run in turn in one
-process: ONNX Runtime in float32, OpenVINO in float32 and in bfloat16. transformers' model goes the way its users take:
-`torch.onnx.export`, and `openvino.convert_model` of `torch.export`'s program, batch and sizes free, with
-`pixel_mask` as an input. Padded batches of two are timed as well, ours only: transformers' graph lets padding into
-the image.
+DETR R50 with random weights, one image of 800 x 1066 without padding. Both sides run alternately in one process: ONNX
+Runtime in float32, OpenVINO in float32 and in bfloat16. transformers' model is exported as its users would do it:
+`torch.onnx.export`, and `openvino.convert_model` of `torch.export`'s program, with dynamic batch and image sizes and
+`pixel_mask` as an input. Padded batches of two are timed for ours only, because padding changes the results of
+transformers' graph.
 """
 
 import argparse
@@ -33,7 +33,7 @@ TINY = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_di
 
 
 class Graph(torch.nn.Module):
-    """The two outputs that detection needs, so that a graph has no others."""
+    """Only the two outputs that detection needs."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def open_transformers(folder: Path, runtime: str, dtype: str) -> Callable[[np.nd
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="a tiny model and image, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and image, to test the script")
     args = parser.parse_args()
     use_all_cores()
     torch.manual_seed(0)
@@ -85,8 +85,8 @@ def main() -> None:
     pair_mask = torch.ones(2, height, width, dtype=torch.int64)
     pair_mask[1, height * 3 // 4 :] = 0
     rows, padded = {}, {}
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         (folder / "theirs").mkdir()
         for runtime in ("onnx", "openvino"):
             export_model(ours, processor, folder / runtime, graph_format=runtime)
@@ -99,7 +99,7 @@ def main() -> None:
             mine = load_exported(folder / runtime, dtype)
             other = open_transformers(folder / "theirs", runtime, {"float32": "f32", "bfloat16": "bf16"}[dtype])
             difference = np.abs(mine(values, mask).logits.numpy() - other(values.numpy(), mask.numpy())).max()
-            rows[f"{name}, differ by {difference:.0e}"] = compare(
+            rows[f"{name}, difference {difference:.0e}"] = compare(
                 lambda mine=mine: mine(values, mask),
                 lambda other=other: other(values.numpy(), mask.numpy()),
                 args.repeats,
@@ -107,15 +107,13 @@ def main() -> None:
             padded[name] = median(lambda mine=mine: mine(pair, pair_mask), args.repeats)
             del mine, other
     print_table(f"1 image of {height} x {width}, {ours.config.backbone}", rows)
-    print(
-        f"\n2 images in a frame of {height} x {width}, one with padding, ours ({machine()})\n\n| case | ms |\n|---|---|"
-    )
+    print(f"\n2 images padded to {height} x {width}, ours ({machine()})\n\n| case | ms |\n|---|---|")
     for name, milliseconds in padded.items():
         print(f"| {name} | {milliseconds:.1f} |")
 
 
 def median(run: Callable[[], object], repeats: int) -> float:
-    """In ms, after two rounds to warm up."""
+    """In ms, after two warm-up rounds."""
     times = []
     for _ in range(repeats + 2):
         started = time.perf_counter()

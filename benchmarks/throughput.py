@@ -1,11 +1,11 @@
-"""Images a second over a folder of photos, from the file to boxes: ours against transformers' pipeline.
+"""Images per second over a folder, from files to boxes: this package against transformers' pipeline.
 
     python benchmarks/throughput.py [--dtype bfloat16] [--batch_size 4] [--num_workers 1]
 
-100 JPEG photos of mixed sizes and orientations, drawn for the purpose. Both models are a ResNet-50 DETR with the same
-random weights; both sides decode, resize, predict and give boxes in pixels, in turn in one process, after one round to
-warm up. Ours does what `examples/predict.py` does between the work list and the shards; transformers' pipeline takes
-images of different sizes one by one only.
+100 generated JPEG images of mixed sizes and orientations. Both models are a ResNet-50 DETR with the same weights. Both
+sides decode, resize, predict and return boxes in pixels, alternating in one process after one warm-up round. Ours
+does what `examples/predict.py` does between the work list and the shards; transformers' pipeline only supports batch
+size 1 for images of different sizes.
 """
 
 import argparse
@@ -28,15 +28,15 @@ from hf_detr.interop import to_transformers
 from hf_detr.prediction import load_batches, predict_batch
 from hf_detr.speed import prepare_for_inference
 
-# (width, height), with their share in 20 photos
+# (width, height) to its number of images in 20
 SIZES = {(640, 480): 6, (480, 640): 4, (500, 375): 3, (375, 500): 2, (1920, 1080): 2, (1080, 1920): 1, (1600, 1200): 1,
          (640, 427): 1}  # fmt: skip
 
 
-def draw_photos(folder: Path, count: int, scale: float) -> list[str]:
-    """Gradients with noise, which compress about as photos do, and rectangles."""
+def draw_images(folder: Path, count: int, scale: float) -> list[str]:
+    """Gradients with noise, which compress about as well as photos, and rectangles."""
     rng = np.random.default_rng(0)
-    sizes = [size for size, share in SIZES.items() for _ in range(share)]
+    sizes = [size for size, number in SIZES.items() for _ in range(number)]
     paths = []
     for number in range(count):
         width, height = (round(side * scale) for side in sizes[int(rng.integers(len(sizes)))])
@@ -55,7 +55,7 @@ def draw_photos(folder: Path, count: int, scale: float) -> list[str]:
 
 
 class Timed:
-    """Counts the seconds inside a model's forward pass."""
+    """Measures the seconds inside a model's forward pass."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.seconds = 0.0
@@ -83,7 +83,7 @@ def run_ours(detector: Any, paths: list[str], batch_size: int, num_workers: int)
 
 
 def largest_difference(ours: list[list[dict[str, Any]]], theirs: list[list[dict[str, Any]]]) -> float:
-    """Of scores, in the order of queries; boxes are cut to whole pixels on their side."""
+    """Of scores, in the order of queries; transformers rounds boxes to integers."""
     return max(
         abs(a["score"] - b["score"])
         for mine, other in zip(ours, theirs, strict=True)
@@ -93,13 +93,13 @@ def largest_difference(ours: list[list[dict[str, Any]]], theirs: list[list[dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of our side")
-    parser.add_argument("--compile", action="store_true", help="our side")
-    parser.add_argument("--batch_size", type=int, default=1, help="of our side; transformers' takes one size only")
-    parser.add_argument("--num_workers", type=int, default=0, help="our threads that read ahead")
-    parser.add_argument("--their_workers", type=int, default=0, help="processes of transformers' loader")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of both sides")
-    parser.add_argument("--quick", action="store_true", help="a few small photos and a small model, to try the script")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of ours")
+    parser.add_argument("--compile", action="store_true", help="compile our model")
+    parser.add_argument("--batch_size", type=int, default=1, help="of ours; transformers' is 1")
+    parser.add_argument("--num_workers", type=int, default=0, help="our reading threads")
+    parser.add_argument("--their_workers", type=int, default=0, help="loader processes of transformers")
+    parser.add_argument("--repeats", type=int, default=3, help="measured rounds of both sides")
+    parser.add_argument("--quick", action="store_true", help="a few small images and a small model, to test the script")
     args = parser.parse_args()
     torch.manual_seed(0)
     fields = {"encoder_layers": 1, "decoder_layers": 1, "backbone": "resnet18"} if args.quick else {}
@@ -114,13 +114,13 @@ def main() -> None:
         "object-detection", model=theirs, image_processor=transformers.DetrImageProcessor(size=size), device="cpu"
     )
     with tempfile.TemporaryDirectory() as name:
-        paths = draw_photos(Path(name), 8 if args.quick else 100, 0.25 if args.quick else 1.0)
+        paths = draw_images(Path(name), 8 if args.quick else 100, 0.25 if args.quick else 1.0)
         clocks = {"ours": Timed(ours), "theirs": Timed(theirs)}
         sides = {
             "ours": lambda: run_ours(our_pipeline, paths, args.batch_size, args.num_workers),
             "theirs": lambda: list(their_pipeline(paths, threshold=0.0, num_workers=args.their_workers)),
         }
-        results, rates, shares = {}, {"ours": [], "theirs": []}, {"ours": [], "theirs": []}
+        results, rates, fractions = {}, {"ours": [], "theirs": []}, {"ours": [], "theirs": []}
         for round_number in range(args.repeats + 1):
             for side, run in sides.items():
                 clocks[side].seconds = 0.0
@@ -129,22 +129,22 @@ def main() -> None:
                 seconds = time.perf_counter() - started
                 if round_number:
                     rates[side].append(len(paths) / seconds)
-                    shares[side].append(clocks[side].seconds / seconds)
+                    fractions[side].append(clocks[side].seconds / seconds)
     difference = largest_difference(results["ours"], results["theirs"])
-    print(f"\nscores differ by {difference:.1g} at most")
+    print(f"\nmaximum difference of scores: {difference:.1g}")
     if args.dtype == "float32" and difference > 1e-3:
-        raise SystemExit("The two sides do not compute the same.")
+        raise SystemExit("The results of the two sides differ.")
     print(
-        f"\n{len(paths)} photos, {args.repeats} rounds ({machine()})\n\n"
-        "| | images/s | the model's share of the time |\n|---|---|---|"
+        f"\n{len(paths)} images, {args.repeats} rounds ({machine()})\n\n"
+        "| | images/s | fraction of time in the model |\n|---|---|---|"
     )
     ours_is = f"ours, {args.dtype}{', compiled' if args.compile else ''}, batch size {args.batch_size}"
-    names = {"ours": f"{ours_is}, {args.num_workers} threads that read", "theirs": "transformers, float32"}
+    names = {"ours": f"{ours_is}, {args.num_workers} reading threads", "theirs": "transformers, float32"}
     for side, label in names.items():
         values = rates[side]
         spread = (max(values) - min(values)) / 2
-        share = f"{statistics.median(shares[side]):.0%}" if side == "ours" or not args.their_workers else ""
-        print(f"| {label} | {statistics.median(values):.2f} ± {spread:.2f} | {share} |")
+        fraction = f"{statistics.median(fractions[side]):.0%}" if side == "ours" or not args.their_workers else ""
+        print(f"| {label} | {statistics.median(values):.2f} ± {spread:.2f} | {fraction} |")
     print(f"\nratio {statistics.median(rates['ours']) / statistics.median(rates['theirs']):.1f}x")
 
 

@@ -5,31 +5,32 @@
     python examples/predict.py FOLDER --model CHECKPOINT --tile 800 --overlap 0.25
     python examples/predict.py clip.mp4 --model CHECKPOINT
 
-Leaves in the output folder:
+Files in the output folder, for images:
 
     detections.json    COCO results: image_id, category_id, bbox [x, y, width, height] in pixels, score
-    images.json        COCO's images and categories to these ids, and the files that could not be read
-    shards/*.parquet   the same while it goes: file, width, height, and lists of scores, labels, label_ids and boxes
-                       (x_min, y_min, x_max, y_max in pixels); error tells why a file could not be read
+    images.json        the matching COCO images and categories, and the files that could not be read
+    shards/*.parquet   the same, written during prediction: file, width, height, and lists of scores, labels, label_ids
+                       and boxes (x_min, y_min, x_max, y_max in pixels); error tells why a file could not be read
     FILE.png           pictures with boxes, by default for up to 1,000 images
 
-Ids are those of the folder's annotations, if it has any, else positions in the sorted list of images, from 0; class ids
-likewise. After a kill or SIGTERM, the same command goes on, on any number of processes; only images that were in no
-shard yet are done again. Which images belong to the job is decided when it first starts. Threads, batches and shards
-may change between starts; what decides about the results may not.
+Image and category ids come from the folder's COCO annotations if it has any; otherwise they are positions in the sorted
+list of images, from 0, and class ids. After a kill or SIGTERM, the same command resumes the job, on any number of
+processes; only images that are in no shard are predicted again. The images of a job are fixed when it first starts. The
+number of threads and the sizes of batches and shards may change between starts; options that affect results may not.
 
-Of a video, in one process:
+For a video (one process only):
 
-    clip.mp4           the video with boxes: the frames as shown, their times, and the audio
-    clip.jsonl         a line a frame: frame (from 0), time in seconds, and objects as the pipeline gives them (score,
-                       label, box with xmin, ymin, xmax, ymax in pixels of the frame as shown)
-    clip.job.json      the settings, and at the end what was found and what could not be read
+    clip.mp4           the video with boxes, with the times of its frames and its audio
+    clip.jsonl         one line per frame: frame (from 0), time in seconds, and objects in the format of the pipeline
+                       (score, label, box with xmin, ymin, xmax, ymax in pixels of the frame as displayed)
+    clip.job.json      the settings; at the end also the number of frames and objects, and what could not be read
 
-Neither of the first two is there before it is whole; the same command goes on after the frames that were done.
+The first two are written atomically. The same command resumes after the frames that were done.
 """
 
 import argparse
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,24 +58,24 @@ from hf_detr.prediction import (
     open_video_job,
     predict_batch,
 )
-from hf_detr.runtime import Everyone, StopRequest, end_with_launcher
+from hf_detr.runtime import LongBarrier, StopRequest, end_with_launcher
 from hf_detr.speed import prepare_for_inference
 from hf_detr.training import use_all_cores
 from hf_detr.visualization import draw_detections
 
-MOST_PICTURES = 1000  # drawn without being asked for
+MAX_PICTURES = 1000  # images that are drawn by default
 
 
 def main() -> None:
     args = parse_args()
     if args.tiling is not None:
-        PIL.Image.MAX_IMAGE_PIXELS = None  # who asks for tiles has images as large as Pillow suspects
+        PIL.Image.MAX_IMAGE_PIXELS = None  # tiles are for images that exceed this limit
     end_with_launcher()
     accelerator = Accelerator()
     use_all_cores(accelerator.num_processes)
     if is_video(args.images) and accelerator.num_processes > 1:
-        raise SystemExit("A video is predicted by one process. Start it without a launcher, or with --num_processes 1.")
-    with accelerator.main_process_first():  # the others find it in the cache
+        raise SystemExit("A video is predicted by one process. Run without a launcher, or with --num_processes 1.")
+    with foreseeable_errors(), accelerator.main_process_first():  # the other processes load from the cache
         model = DetrForDetection.from_pretrained(args.model)
         processor = DetrImageProcessor.from_pretrained(args.model)
     dtype = getattr(torch, args.dtype) if args.dtype else model.dtype
@@ -87,7 +88,7 @@ def main() -> None:
         "object-detection", model=model, image_processor=processor, device=args.device or accelerator.device
     )
     if args.num_workers is None:
-        # on a CPU, the model keeps all cores busy, and reading ahead only takes some away
+        # on a CPU, the model uses all cores, and threads that read would slow it down
         args.num_workers = 0 if detector.device.type == "cpu" else 2
     if is_video(args.images):
         predict_video(args, detector, settings)
@@ -97,48 +98,48 @@ def main() -> None:
 
 
 def predict_images(args: argparse.Namespace, accelerator: Accelerator, detector, settings: dict[str, Any]) -> None:
-    everyone = Everyone()
-    id2label = detector.model.config.id2label
+    barrier = LongBarrier()
     if not accelerator.is_main_process:
-        everyone.wait()
-    try:
-        job = open_job(args.output_dir, args.images, settings, id2label, is_main=accelerator.is_main_process)
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+        barrier.wait()
+    with foreseeable_errors():
+        id2label = detector.model.config.id2label
+        job = open_job(args.output_dir, args.images, settings, id2label, process_index=accelerator.process_index)
     if accelerator.is_main_process:
-        everyone.wait()
+        barrier.wait()
     if job.finished:
         if accelerator.is_main_process:
-            print(f"Done already, nothing was changed: {job.detections_file}")
+            print(f"Already done, nothing was changed: {job.detections_file}")
         return
 
-    images = job.pending(accelerator.num_processes, accelerator.process_index)
-    everyone.wait()  # nobody writes while others still look at what is left
+    with foreseeable_errors():
+        images = job.pending(accelerator.num_processes, accelerator.process_index)
+    barrier.wait()  # no shard is written before all processes have listed the pending images
     stop = StopRequest()
     if detect(args, accelerator, job, detector, images, stop):
         if accelerator.is_main_process:
-            print("Stopped; what is done is in the shards. The same command goes on from here.", flush=True)
+            print("Stopped; results so far are in the shards. The same command resumes the job.", flush=True)
         raise SystemExit(stop.exit_code)
     stop.end()
-    everyone.wait()  # all shards are written
+    barrier.wait()  # all shards are written
     if accelerator.is_main_process:
-        summary = merge_shards(job)
+        with foreseeable_errors():
+            summary = merge_shards(job)
         print(f"{summary.objects} objects in {summary.images} images: {job.detections_file}")
-        for path, reason in summary.unread:
+        for path, reason in summary.errors:
             print(f"not read: {path}: {reason}")
-        if summary.unreadable > len(summary.unread):
-            print(f"{summary.unreadable - len(summary.unread)} more could not be read: {job.images_file}")
+        if summary.unreadable > len(summary.errors):
+            print(f"{summary.unreadable - len(summary.errors)} more could not be read: {job.images_file}")
 
 
 def detect(
     args: argparse.Namespace, accelerator: Accelerator, job: PredictionJob, detector, images, stop: StopRequest
 ) -> bool:
-    """Predict these images, this process' share of what is left. Whether it was asked to stop before the end."""
+    """Predict this process' part of the pending images. True if it was asked to stop before the end."""
     id2label = detector.model.config.id2label
     label2id = {name: index for index, name in id2label.items()}
-    pictures = job.num_images <= MOST_PICTURES if args.pictures is None else args.pictures
+    pictures = job.num_images <= MAX_PICTURES if args.pictures is None else args.pictures
     if accelerator.is_main_process:
-        print(f"{job.num_images} images; ids from {job.ids_from or 'their order'}; pictures: {pictures}", flush=True)
+        print(f"{job.num_images} images; ids from {job.ids_from or 'sorted order'}; pictures: {pictures}", flush=True)
     batches = load_batches(
         detector, job.image_folder, images,
         batch_size=args.batch_size, num_workers=args.num_workers, pictures=pictures, tiles=args.tiling is not None,
@@ -162,19 +163,17 @@ def detect(
 
 
 def predict_video(args: argparse.Namespace, detector, settings: dict[str, Any]) -> None:
-    try:
+    with foreseeable_errors():
         reader = VideoReader(args.images)
         job = open_video_job(args.output_dir, args.images, settings, pictures=args.pictures is not False)
-    except (ImportError, OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
     if job.result is not None:
-        print(f"Done already, nothing was changed: {job.records}")
+        print(f"Already done, nothing was changed: {job.records}")
         return
     stop = StopRequest()
     with reader:
         summary = detect_in_frames(args, job, detector, reader, stop)
     if summary is None:
-        print(f"Stopped; there is no video yet. The same command goes on from here: {job.records}", flush=True)
+        print(f"Stopped; there is no video yet. The same command resumes the job: {job.records}", flush=True)
         raise SystemExit(stop.exit_code)
     stop.end()
     print(f"{summary.objects} objects in {summary.frames} frames: {job.records}")
@@ -185,13 +184,14 @@ def predict_video(args: argparse.Namespace, detector, settings: dict[str, Any]) 
 def detect_in_frames(
     args: argparse.Namespace, job: VideoJob, detector, reader: VideoReader, stop: StopRequest
 ) -> VideoSummary | None:
-    """Numbers of the video, whose outputs are whole then; None if it was asked to stop before the end."""
+    """Predict, draw and record all frames. None if it was asked to stop before the end."""
     id2label = detector.model.config.id2label
     label2id = {name: index for index, name in id2label.items()}
     output = VideoOutput(job, reader)
     batches = load_frames(
         detector, reader,
-        batch_size=args.batch_size, num_workers=args.num_workers, known=output.known, tiles=args.tiling is not None,
+        batch_size=args.batch_size, num_workers=args.num_workers,
+        num_done=output.num_recorded, tiles=args.tiling is not None,
     )  # fmt: skip
     with output, closing(batches), tqdm(total=reader.num_frames, desc="Detecting", unit="frame") as bar:
         for batch in batches:
@@ -208,27 +208,34 @@ def detect_in_frames(
         return output.finish()
 
 
+@contextmanager
+def foreseeable_errors() -> Iterator[None]:
+    """Turn errors about arguments, files and missing packages into one sentence and exit code 1."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", type=Path, help="an image, a folder that is searched for images, or a video")
-    parser.add_argument("--model", required=True, help="checkpoint, a folder or a Hub id")
+    parser.add_argument("images", type=Path, help="an image, a folder (searched recursively), or a video")
+    parser.add_argument("--model", required=True, help="checkpoint: a folder or a Hub id")
     parser.add_argument("--output_dir", type=Path, default=Path("predictions"))
-    parser.add_argument("--threshold", type=float, default=0.5, help="least score of a detection")
-    parser.add_argument("--tile", type=int, help="look at large images in tiles of this many pixels as well")
-    parser.add_argument("--overlap", type=float, default=0.25, help="of tiles, as a part of their side")
-    parser.add_argument("--batch_size", type=int, default=1, help="images, frames or tiles a process and step")
-    parser.add_argument(
-        "--num_workers", type=int, help="threads a process that read images ahead; default: 2, and 0 on a CPU"
-    )
-    parser.add_argument("--shard_size", type=int, default=512, help="images a process between two writes")
+    parser.add_argument("--threshold", type=float, default=0.5, help="minimum score of a detection")
+    parser.add_argument("--tile", type=int, help="also detect in tiles of this many pixels (for large images)")
+    parser.add_argument("--overlap", type=float, default=0.25, help="overlap of tiles, as a fraction of their side")
+    parser.add_argument("--batch_size", type=int, default=1, help="images, frames or tiles per forward pass")
+    parser.add_argument("--num_workers", type=int, help="reading threads per process; default: 2, and 0 on a CPU")
+    parser.add_argument("--shard_size", type=int, default=512, help="images per shard")
     parser.add_argument(
         "--pictures",
         action=argparse.BooleanOptionalAction,
-        help=f"default: for up to {MOST_PICTURES:,} images, and for videos",
+        help=f"draw boxes; default: for up to {MAX_PICTURES:,} images, and for videos",
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as the checkpoint is stored")
-    parser.add_argument("--compile", action="store_true", help="with torch.compile: the first images take minutes")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the best there is")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: that of the checkpoint")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile; the first images take minutes")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: an accelerator if available")
     args = parser.parse_args()
     try:
         args.tiling = Tiling(args.tile, args.overlap) if args.tile is not None else None

@@ -23,7 +23,7 @@ from torch import nn
 from hf_detr import DetrForDetection
 from hf_detr.data import DistributedBatches
 from hf_detr.model.boxes import iou
-from hf_detr.model.loss import LossNormalizers, count_for_loss
+from hf_detr.model.loss import LossNormalizers
 from hf_detr.runtime import StopRequest
 from hf_detr.training import TrainStep, add_lora, build_ema, build_schedule, exit_on_error, parameter_groups
 from hf_detr.training.checkpoints import (
@@ -78,32 +78,22 @@ def test_processes_and_accumulation_do_not_change_a_step(tmp_path):
 
 
 def test_what_the_loss_is_divided_by_is_known_before_it():
-    counts = count_for_loss([3, 0, 20], num_queries=12, eos_coefficient=0.1, device=torch.device("cpu"))
+    counts = tiny_model().count_for_loss(random_labels([3, 0, 20]))
     # 3 + 0 + 12 queries are matched, 36 - 15 are not
     assert counts.tolist() == pytest.approx([23, 15 + 0.1 * 21, 3])
     half = LossNormalizers.from_counts(counts, num_processes=2)
     assert [half.boxes.item(), half.images.item()] == pytest.approx([11.5, 1.5])
-    nothing = LossNormalizers.from_counts(torch.tensor([0.0, 1.2, 1.0, 0.0]), num_processes=4)
-    assert [nothing.boxes.item(), nothing.cells.item()] == [0.25, 0.25]
+    nothing = LossNormalizers.from_counts(torch.tensor([0.0, 1.2, 1.0]), num_processes=4)
+    assert nothing.boxes.item() == 0.25
 
 
-@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
-def test_the_size_of_features_is_known_without_computing_them(backbone):
-    network = tiny_model(backbone=backbone, frozen_stages=-1).model.backbone
-    before = set(network.state_dict())
-    for size in ((64, 96), (80, 64), (48, 64)) if backbone == "test_resnet" else ((160, 160),):
-        features = network(torch.zeros(1, 3, *size))[0]
-        assert network.feature_sizes(torch.zeros(2, 3, *size)) == [tuple(features.shape[2:])] * 2
-    assert set(network.state_dict()) == before
-
-
-def test_cells_that_are_counted_before_are_those_of_the_loss():
+def test_normalizers_that_are_counted_before_are_those_of_the_loss():
     model = tiny_model(dense_loss_coefficient=1.0, feature_stride=16, dropout=0.0).train()
     batch = batch_of([3, 0, 2])
     batch["pixel_mask"][0, 48:], batch["pixel_mask"][2, :, 32:] = 0, 0
     batch["pixel_values"] *= batch["pixel_mask"][:, None]
     alone = model(**batch).loss_dict
-    given = model(**batch, normalizers=LossNormalizers.from_counts(model.count_for_loss(**batch), 1)).loss_dict
+    given = model(**batch, normalizers=LossNormalizers.from_counts(model.count_for_loss(batch["labels"]), 1)).loss_dict
     for name, value in alone.items():
         assert given[name].item() == pytest.approx(value.item(), rel=1e-6), name
 
@@ -121,7 +111,7 @@ def test_norms_biases_and_queries_do_not_decay():
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            spared = "bias" in name or "norm" in name or "quer" in name.split(".")[1] or "denoising_content" in name
+            spared = "bias" in name or "norm" in name or "quer" in name.split(".")[1] or "class_embedding" in name
             spared = spared or parameter.ndim == 1
             assert decays.pop(id(parameter)) == (0.0 if spared else 1e-2), name
     assert not decays

@@ -77,8 +77,8 @@ def test_predictions_begin_as_they_were(adapted):
 def test_what_is_frozen_holds_still_and_what_trains_moves(adapted):
     before, _, _, model = adapted
     now = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
-    heads = ("class_labels_classifier", "bbox_predictor", "query_position_embeddings", "further_query_groups",
-             "dense_head", "denoising_content")  # fmt: skip
+    heads = ("class_labels_classifier", "bbox_predictor", "query_position_embeddings", "extra_query_groups",
+             "dense_head", "denoising")  # fmt: skip
     for name, tensor in before.items():
         if name.endswith("num_batches_tracked"):
             continue

@@ -11,7 +11,7 @@ from script_runner import run_script
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
 from hf_detr.data import DetectionCollator, draw_shapes_dataset, id2label, load_detection_dataset
 from hf_detr.evaluation import evaluate_detection
-from hf_detr.model.loss import set_loss
+from hf_detr.model.loss import DetrLoss
 from hf_detr.training import parameter_groups, use_all_cores
 
 
@@ -49,7 +49,8 @@ def losses_of_one_process(rank, folder):
         torch.manual_seed(0)
         logits, boxes = torch.randn(2, len(counts), 6, 6), torch.rand(2, len(counts), 6, 4) * 0.5 + 0.2
         labels = random_labels(counts)
-        _, terms = set_loss(logits[:, rank : rank + 1], boxes[:, rank : rank + 1], labels[rank : rank + 1])
+        own = slice(rank, rank + 1)
+        terms = DetrLoss(tiny_config(num_queries=6))(logits[:, own], boxes[:, own], labels[own]).loss_dict
         losses.append({name: value.item() for name, value in terms.items()})
     torch.save(losses, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -69,7 +70,7 @@ def test_box_losses_do_not_grow_with_the_number_of_processes(losses, case):
     counts, results = COUNTS[case], [of_rank[case] for of_rank in losses]
     torch.manual_seed(0)
     logits, boxes = torch.randn(2, 2, 6, 6), torch.rand(2, 2, 6, 4) * 0.5 + 0.2
-    _, whole = set_loss(logits, boxes, random_labels(counts))
+    whole = DetrLoss(tiny_config(num_queries=6))(logits, boxes, random_labels(counts)).loss_dict
     for name in ("loss_bbox", "loss_giou", "loss_bbox_0", "loss_giou_0"):
         mean = (results[0][name] + results[1][name]) / 2
         assert mean == pytest.approx(whole[name].item(), rel=1e-5), name

@@ -1,24 +1,23 @@
-"""Videos through `examples/predict.py` and `hf_detr.prediction`: what is found and kept, and ends that come early."""
+"""Videos in `examples/predict.py` and `hf_detr.prediction`: results, kept properties, damaged files, and early ends."""
 
-import importlib.util
 import json
 import os
 import signal
 import sys
 from fractions import Fraction
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import save_tiny_checkpoint
+from predict_example import PredictExample
 from transformers import pipeline
 
-from hf_detr.prediction import VideoReader, VideoWriter, load_frames
+from hf_detr.prediction import VideoReader, load_frames, open_video_job
+from hf_detr.prediction.video_writer import VideoWriter
 
 av = pytest.importorskip("av")
 
-PREDICT = Path(__file__).parents[1] / "examples" / "predict.py"
 RATE, TIME_BASE = Fraction(30000, 1001), Fraction(1, 90000)
 STEP = 3003  # of TIME_BASE between two frames at RATE
 
@@ -82,36 +81,25 @@ def records_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.fixture
-def predict(checkpoint, monkeypatch, capsys):
-    """`examples/predict.py` with these arguments, in this process: what it prints. `predict.module` is the script."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    spec = importlib.util.spec_from_file_location("predict_example", PREDICT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def run(*arguments):
-        command = [str(PREDICT), *map(str, arguments), "--model", str(checkpoint)]
-        command += [] if "--threshold" in arguments else ["--threshold", "0.25"]
-        monkeypatch.setattr(sys, "argv", command)
-        capsys.readouterr()
-        module.main()
-        return capsys.readouterr().out
-
-    run.module = module
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+@pytest.fixture(scope="module")
+def predict(checkpoint):
+    return PredictExample(checkpoint)
 
 
-# -- what a video leaves -----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def predicted(predict, tmp_path_factory):
+    """A clip of 12 frames with sound, the output folder of its prediction, and what was printed."""
+    folder = tmp_path_factory.mktemp("predicted")
+    clip, out = make_clip(folder / "clip.mp4"), folder / "out"
+    return clip, out, predict(clip, "--output_dir", out, "--batch_size", "5", "--num_workers", "2")
 
 
-def test_records_are_what_the_pipeline_finds_in_each_frame(predict, checkpoint, tmp_path):
-    clip = make_clip(tmp_path / "clip.mp4")
-    text = predict(clip, "--output_dir", tmp_path / "out", "--batch_size", "5", "--num_workers", "2")
-    records, (times, frames) = records_of(tmp_path / "out" / "clip.jsonl"), decode(clip)
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def test_records_are_what_the_pipeline_finds_in_each_frame(predicted, checkpoint):
+    clip, out, text = predicted
+    records, (times, frames) = records_of(out / "clip.jsonl"), decode(clip)
     assert [record["frame"] for record in records] == list(range(12))
     np.testing.assert_allclose([record["time"] for record in records], times, rtol=0, atol=1e-4)
     detector = pipeline("object-detection", model=str(checkpoint), device="cpu")
@@ -126,10 +114,9 @@ def test_records_are_what_the_pipeline_finds_in_each_frame(predict, checkpoint, 
     assert f"{objects} objects in 12 frames" in text
 
 
-def test_the_video_keeps_size_rate_times_and_sound(predict, tmp_path):
-    clip = make_clip(tmp_path / "clip.mp4")
-    predict(clip, "--output_dir", tmp_path / "out")
-    made = tmp_path / "out" / "clip.mp4"
+def test_the_video_keeps_size_rate_times_and_sound(predicted):
+    clip, out, _ = predicted
+    made = out / "clip.mp4"
     times, frames = decode(made)
     np.testing.assert_allclose(times, decode(clip)[0], rtol=0, atol=1e-4)
     assert frames[0].shape == (64, 96, 3)
@@ -151,16 +138,12 @@ def test_times_of_a_variable_rate_are_kept(predict, tmp_path):
     np.testing.assert_allclose(recorded, seconds, rtol=0, atol=1e-4)
 
 
-def test_in_tiles_small_objects_are_looked_at_and_recorded(predict, tmp_path):
-    clip = make_clip(tmp_path / "clip.mp4", frames=3, audio=False)
-    options = ("--tile", "48", "--batch_size", "2")
-    predict(clip, "--output_dir", tmp_path / "tiled", *options)
-    predict(clip, "--output_dir", tmp_path / "plain")
-    tiled, plain = (records_of(tmp_path / name / "clip.jsonl") for name in ("tiled", "plain"))
-    assert len(tiled) == len(plain) == 3
+def test_tiles_find_more_objects(predict, predicted, tmp_path):
+    clip, out, _ = predicted
+    predict(clip, "--output_dir", tmp_path, "--tile", "48", "--batch_size", "2", "--no-pictures")
+    tiled, plain = (records_of(folder / "clip.jsonl") for folder in (tmp_path, out))
+    assert len(tiled) == len(plain) == 12
     assert sum(len(record["objects"]) for record in tiled) > sum(len(record["objects"]) for record in plain)
-    with pytest.raises(SystemExit, match="tile was 48 and is 32"):
-        predict(clip, "--output_dir", tmp_path / "tiled", "--tile", "32")
 
 
 @pytest.mark.skipif(not hasattr(av.video.stream.VideoStream, "set_display_rotation"), reason="PyAV is too old")
@@ -176,7 +159,7 @@ def test_a_turned_video_is_read_as_players_show_it(tmp_path, turned):
 
 
 def write_again(clip, path):
-    """Frames and audio as they are read, and what could not be copied."""
+    """Copy all frames and the audio, and return the problems."""
     with VideoReader(clip) as reader:
         items = list(reader)
         first = next(item for item in items if hasattr(item, "pixels"))
@@ -201,7 +184,7 @@ def test_a_turned_video_is_written_upright(tmp_path):
 
 @pytest.mark.parametrize(("space", "full"), [(1, False), (2, False), (5, True), (6, False), (9, False)])
 def test_colours_are_kept(tmp_path, space, full):
-    """BT.709, unsaid, and others, in the usual and in the full range of values."""
+    """BT.709, unspecified, and others, in limited and full range."""
     with av.open(str(tmp_path / "clip.mp4"), "w") as out:
         video = out.add_stream("libx264", rate=25, options={"crf": "5"})
         video.width, video.height, video.pix_fmt = 96, 64, "yuv420p"
@@ -245,7 +228,7 @@ def test_a_stream_that_does_not_begin_at_zero_keeps_sound_and_frames_together(tm
     assert apart[0] == pytest.approx(apart[1], abs=0.001)
 
 
-def test_sound_that_mp4_cannot_hold_is_left_out_and_said(tmp_path):
+def test_sound_that_mp4_does_not_support_is_dropped_and_reported(tmp_path):
     with av.open(str(tmp_path / "clip.mkv"), "w") as out:
         video, sound = out.add_stream("mpeg4", rate=25), out.add_stream("tta", rate=44100, layout="stereo")
         video.width, video.height, video.pix_fmt = 96, 64, "yuv420p"
@@ -256,14 +239,14 @@ def test_sound_that_mp4_cannot_hold_is_left_out_and_said(tmp_path):
             out.mux(sound.encode(samples))
         for stream in (video, sound):
             out.mux(stream.encode())
-    assert write_again(tmp_path / "clip.mkv", tmp_path / "made.mp4") == ["audio is left out: MP4 does not hold tta"]
+    assert write_again(tmp_path / "clip.mkv", tmp_path / "made.mp4") == ["audio is dropped: MP4 does not support tta"]
     assert len(decode(tmp_path / "made.mp4")[1]) == 5
 
 
 # -- damaged files -----------------------------------------------------------------------------------------------------
 
 
-def test_of_a_truncated_video_what_is_there_is_kept_and_the_rest_reported(predict, tmp_path):
+def test_a_truncated_video_is_predicted_to_its_end_and_reported(predict, tmp_path):
     clip = make_clip(tmp_path / "clip.mp4", frames=40, audio=False, options={"movflags": "faststart"})
     content = clip.read_bytes()
     clip.write_bytes(content[: len(content) * 6 // 10])
@@ -276,7 +259,7 @@ def test_of_a_truncated_video_what_is_there_is_kept_and_the_rest_reported(predic
     assert any("it ends after" in problem for problem in about["result"]["problems"])
 
 
-def test_a_truncated_matroska_says_how_far_it_goes(tmp_path):
+def test_the_end_of_a_truncated_matroska_is_reported(tmp_path):
     clip = make_clip(tmp_path / "clip.mkv", frames=60, audio=False)
     content = clip.read_bytes()
     clip.write_bytes(content[: len(content) // 2])
@@ -286,7 +269,7 @@ def test_a_truncated_matroska_says_how_far_it_goes(tmp_path):
     assert any("of 2.0 seconds" in problem for problem in reader.problems)
 
 
-def test_damage_in_the_middle_is_counted_and_what_follows_read(tmp_path):
+def test_damaged_frames_are_counted_and_later_ones_read(tmp_path):
     clip = make_clip(tmp_path / "clip.mp4", frames=40, audio=False, options={"movflags": "faststart"})
     content = bytearray(clip.read_bytes())
     middle = len(content) // 2
@@ -299,22 +282,21 @@ def test_damage_in_the_middle_is_counted_and_what_follows_read(tmp_path):
     assert all(a.pts < b.pts for a, b in pairwise(frames))
 
 
-def test_what_is_no_video_is_refused_and_nothing_left(predict, tmp_path):
+def test_a_file_that_is_not_a_video_is_refused_and_nothing_written(predict, tmp_path):
     (tmp_path / "clip.mp4").write_bytes(b"no video at all" * 100)
     with pytest.raises(SystemExit, match=r"clip.mp4 cannot be read as a video"):
         predict(tmp_path / "clip.mp4", "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(SystemExit, match="There is no"):
-        predict(tmp_path / "nowhere.mp4", "--output_dir", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.mp4 does not exist"):
+        VideoReader(tmp_path / "nowhere.mp4")
 
 
-# -- ends that come early, and outputs of others -----------------------------------------------------------------------
+# -- early ends, and outputs of other jobs -----------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_a_stopped_video_is_not_there_and_goes_on_where_it_was(predict, tmp_path, monkeypatch):
-    clip, out = make_clip(tmp_path / "clip.mp4", frames=20), tmp_path / "out"
-    predict(clip, "--output_dir", tmp_path / "reference", "--batch_size", "2")
+def test_a_stopped_job_leaves_no_video_and_resumes_after_its_records(predict, predicted, tmp_path, monkeypatch):
+    (clip, reference, _), out = predicted, tmp_path / "out"
     module, drawn = predict.module, []
     draw, detect = module.draw_detections, module.predict_batch
 
@@ -328,49 +310,47 @@ def test_a_stopped_video_is_not_there_and_goes_on_where_it_was(predict, tmp_path
     try:
         predict(clip, "--output_dir", out, "--batch_size", "2")
     except SystemExit as end:
-        code = end.code  # and no more of it: its traceback would hold the lock of the job
+        code = end.code  # not `end` itself, whose traceback would keep the lock of the job
     assert code == 143
     assert not (out / "clip.mp4").exists()
     assert not (out / "clip.mp4.partial").exists()
     partial = out / "clip.jsonl.partial"
     assert len(records_of(partial)) == 8
-    partial.write_text(partial.read_text()[:-20])  # as a kill may leave them
+    partial.write_text(partial.read_text()[:-20])  # as after a kill
     (out / "clip.mp4.partial").write_bytes(b"half a video")
-    looked_at = []
+    predicted_frames = []
 
-    def note(detector, batch, *arguments):
-        looked_at.extend(image.image_id for image in batch)
+    def record(detector, batch, *arguments):
+        predicted_frames.extend(image.image_id for image in batch)
         return detect(detector, batch, *arguments)
 
-    monkeypatch.setattr(module, "predict_batch", note)
+    monkeypatch.setattr(module, "predict_batch", record)
     predict(clip, "--output_dir", out, "--batch_size", "3")
-    assert looked_at == list(range(7, 20))
-    ours, theirs = (records_of(path / "clip.jsonl") for path in (out, tmp_path / "reference"))
+    assert predicted_frames == list(range(7, 12))
+    ours, theirs = (records_of(path / "clip.jsonl") for path in (out, reference))
     for a, b in zip(ours, theirs, strict=True):
         assert (a["frame"], a["time"]) == (b["frame"], b["time"])
         assert [x["label"] for x in a["objects"]] == [x["label"] for x in b["objects"]]
-    assert len(decode(out / "clip.mp4")[0]) == 20
+    assert len(decode(out / "clip.mp4")[0]) == 12
     assert sound_of(out / "clip.mp4") == sound_of(clip)
     assert not list(out.glob("*.partial"))
 
 
-def test_outputs_are_never_those_of_another_job(predict, tmp_path):
-    clip = make_clip(tmp_path / "clip.mp4", frames=2)
+def test_outputs_of_another_job_are_never_overwritten(predict, predicted):
+    clip, out, _ = predicted
     before = clip.read_bytes()
-    with pytest.raises(SystemExit, match=r"clip.mp4 exists and is of no job. Name another --output_dir"):
-        predict(clip, "--output_dir", tmp_path)
+    with pytest.raises(ValueError, match=r"clip.mp4 already exists but does not belong to .* Use another --output_dir"):
+        open_video_job(clip.parent, clip, {})
     assert clip.read_bytes() == before
-    predict(clip, "--output_dir", tmp_path / "out")
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("clip*")}
-    assert "Done already" in predict(clip, "--output_dir", tmp_path / "out", "--batch_size", "2")
-    with pytest.raises(SystemExit, match=r"threshold was 0.25 and is 0.3"):
-        predict(clip, "--output_dir", tmp_path / "out", "--threshold", "0.3")
-    with pytest.raises(SystemExit, match="dtype was 'float32' and is 'bfloat16'"):
-        predict(clip, "--output_dir", tmp_path / "out", "--dtype", "bfloat16")
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("clip*")} == made
+    made = {path: path.stat().st_mtime_ns for path in out.glob("clip*")}
+    assert "Already done" in predict(clip, "--output_dir", out, "--batch_size", "2")
+    differences = "threshold was 0.25 and is 0.3; dtype was 'float32' and is 'bfloat16'; tile was None and is 32"
+    with pytest.raises(SystemExit, match=differences):
+        predict(clip, "--output_dir", out, "--threshold", "0.3", "--dtype", "bfloat16", "--tile", "32")
+    assert {path: path.stat().st_mtime_ns for path in out.glob("clip*")} == made
 
 
-def test_without_pictures_there_are_records_only(predict, tmp_path):
+def test_without_pictures_only_records_are_written(predict, tmp_path):
     predict(make_clip(tmp_path / "clip.mp4", frames=2), "--output_dir", tmp_path / "out", "--no-pictures")
     assert sorted(path.name for path in (tmp_path / "out").glob("clip*")) == ["clip.job.json", "clip.jsonl"]
 
@@ -394,9 +374,9 @@ def test_few_frames_are_in_memory(checkpoint, tmp_path, monkeypatch, num_workers
     made = []
     frame = VideoReader._frame
     monkeypatch.setattr(VideoReader, "_frame", lambda self, *given: made.append(given[0]) or frame(self, *given))
-    with VideoReader(make_clip(tmp_path / "clip.mp4", frames=40)) as reader:
-        assert reader.num_frames == 40
+    with VideoReader(make_clip(tmp_path / "clip.mp4", frames=16)) as reader:
+        assert reader.num_frames == 16
         for number, batch in enumerate(load_frames(detector, reader, batch_size=2, num_workers=num_workers), start=1):
             assert [image.image_id for image in batch.images] == [item.index for item in batch.frames]
             assert len(made) <= 2 * (number + (2 if num_workers else 0))
-    assert made == list(range(40))
+    assert made == list(range(16))

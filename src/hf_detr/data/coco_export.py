@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, Image
 from tqdm.auto import tqdm
 
-from ..runtime.files import replacing
+from ..runtime.files import atomic_write
 from .schema import category_ids, id2label
 
 
@@ -84,6 +84,6 @@ def write_coco(
         "annotations": annotations,
     }
     target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as file:
+    with atomic_write(target) as file:
         json.dump(content, file)
     return target

@@ -11,7 +11,7 @@ from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 from tqdm.auto import tqdm
 
-from ..runtime.files import replacing
+from ..runtime.files import atomic_write
 from .checks import quick_checks
 from .findings import drop_few_invalid, log_warnings, raise_on_errors
 from .formats import files_elsewhere, find_annotations
@@ -122,7 +122,7 @@ class CachedFolder:
 
 def _write_json(file: Path, content: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as partial:
+    with atomic_write(file) as partial:
         json.dump(content, partial)
 
 

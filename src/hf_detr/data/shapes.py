@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
-from ..runtime.files import replacing
+from ..runtime.files import atomic_write as replacing
 
 CLASSES = ("rectangle", "ellipse", "triangle")
 MIN_SIDE, MAX_SIDE = 96, 160

@@ -1,4 +1,5 @@
-"""Does an export give what the model gives? Over a grid of batch, size and padding, none of which it was traced at."""
+"""Comparison of an export with its model over a grid of batch sizes, image sizes and padding that excludes the shape it
+was traced with."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -13,14 +14,14 @@ if TYPE_CHECKING:
     from ..model.modeling_hf_detr import DetrForDetection
     from .exported_model import ExportedDetr
 
-TOLERANCE = 1e-4  # of float32
+TOLERANCE = 1e-4  # for float32
 COMPARED = ("logits", "pred_boxes", "scores", "boxes")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A batch of noise: `batch` images in a frame of `height` x `width` pixels, filling it or, if `padded`, of
-    different sizes and all smaller than it."""
+    """A batch of `batch` random images of `height` x `width` pixels; if `padded`, images of different smaller sizes
+    padded to it."""
 
     batch: int
     height: int
@@ -28,7 +29,7 @@ class Case:
     padded: bool
 
     def inputs(self, channels: int) -> tuple[Tensor, Tensor]:
-        """`pixel_values` and `pixel_mask`, the same at every call."""
+        """`pixel_values` and `pixel_mask`, deterministic."""
         generator = torch.Generator().manual_seed(self.batch * self.height + self.width)
         pixel_values = torch.randn(self.batch, channels, self.height, self.width, generator=generator)
         pixel_mask = torch.zeros(self.batch, self.height, self.width, dtype=torch.int64)
@@ -40,9 +41,11 @@ class Case:
 
 
 def check_cases(stride: int, working_size: tuple[int, int]) -> list[Case]:
-    """Args:
-    stride: of the backbone; the small sizes are some cells of it, and no multiples.
-    working_size: (height, width) that the processor makes of a photo.
+    """Small sizes of a few feature map locations, most of them not multiples of the stride, and the working size.
+
+    Args:
+        stride: of the backbone.
+        working_size: (height, width) of a typical image after the processor's resize.
     """
     unit = max(stride, 32)
     sizes = [(5 * unit, 3 * unit), (3 * unit - 5, 7 * unit + 1), (6 * unit + 9, 5 * unit - 3)]
@@ -52,12 +55,12 @@ def check_cases(stride: int, working_size: tuple[int, int]) -> list[Case]:
 
 @dataclass
 class CheckResult:
-    """Largest differences between an export and its model, relative to the larger of 1 and the largest value of the
-    tensor; of `boxes`, both in shares of the image.
+    """Maximum absolute differences between the outputs of an export and its model, divided by the largest absolute
+    value of the tensor if that exceeds 1. `boxes` are compared relative to the image size.
 
     Attributes:
-        cases: each case with its difference in each output.
-        unpadded, padded: the largest of the cases without and with padding.
+        cases: each case with the difference of each output.
+        unpadded, padded: maximum over the cases without and with padding.
     """
 
     cases: list[dict[str, Any]]
@@ -68,7 +71,7 @@ class CheckResult:
         return self.unpadded <= tolerance and self.padded <= tolerance
 
     def record(self, tolerance: float | None) -> dict[str, Any]:
-        """For `export.json`."""
+        """The entry in `export.json`."""
         largest = max(self.unpadded, self.padded)
         return {"tolerance": tolerance, "largest_difference": largest, "cases": self.cases}
 
@@ -84,7 +87,7 @@ class CheckResult:
 
 @torch.no_grad()
 def compare(exported: "ExportedDetr", model: "DetrForDetection", cases: list[Case]) -> CheckResult:
-    """Run both on the same batches.
+    """Run an export and its model on the same batches.
 
     Args:
         model: in eval mode, float32, on the CPU.

@@ -1,4 +1,4 @@
-"""An exported model in the place of the model: loading it takes its runtime and no weights of ours."""
+"""Exported models with the interface of the original model. Loading one needs its runtime, but no checkpoint."""
 
 import json
 import os
@@ -29,11 +29,11 @@ def output_names(post_process: bool) -> list[str]:
 
 @dataclass
 class ExportedOutput(DetrDetectionOutput):
-    """`logits` and `pred_boxes` of an exported model; if post-processing is in its graph, the detections as well.
+    """`logits` and `pred_boxes` of an exported model, and the detections if its graph includes post-processing.
 
     Args:
         scores, labels: (B, Q), of the best class of each query.
-        boxes: (B, Q, 4), xyxy within the image, in pixels of `target_sizes`, or in [0, 1] without these.
+        boxes: (B, Q, 4), xyxy clipped to the image, in pixels of `target_sizes`, or in [0, 1] without target sizes.
     """
 
     scores: Tensor | None = None
@@ -42,70 +42,71 @@ class ExportedOutput(DetrDetectionOutput):
 
 
 class ExportedDetr:
-    """An exported model that is called like [`DetrForDetection`], and stands in its place in
-    `pipeline("object-detection")` and [`~hf_detr.evaluation.evaluate_detection`]. [`load_exported`] makes it.
+    """An exported model that is called like [`DetrForDetection`], and can replace it in `pipeline("object-detection")`
+    and [`~hf_detr.evaluation.evaluate_detection`]. Create it with [`load_exported`].
 
-    It computes on the CPU, wherever its inputs are, and gives its outputs where they are. There is no loss, and no
-    training mode.
+    It computes on the CPU, and returns outputs on the device of its inputs. It has no loss and no training mode.
 
     Attributes:
         config: of the model that was exported.
-        dtype: of `pixel_values`, always float32; what is computed in is a matter of [`load_exported`].
-        export: what is known about the export: the contents of `export.json`.
+        dtype: of `pixel_values`, always float32; the dtype of computation is an argument of [`load_exported`].
+        export: contents of `export.json`.
         training: False.
     """
 
     training = False
     dtype = torch.float32
     device = torch.device("cpu")
-    input_modalities = ("image",)  # read where a pipeline is printed
+    input_modalities = ("image",)  # used by the repr of pipelines
 
-    def __init__(self, config: DetrConfig, export: dict[str, Any], run: Run, computes_in: torch.dtype | None) -> None:
+    def __init__(self, config: DetrConfig, export: dict[str, Any], run: Run, compute_dtype: torch.dtype | None) -> None:
         self.config = config
         self.export = export
         self._run = run
-        self._computes_in = computes_in
+        self._compute_dtype = compute_dtype
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process opens the folder itself."""
-        return load_exported, (os.path.abspath(self.config.name_or_path), self._computes_in)
+        """Pickled as the path of its folder, which another process opens again."""
+        return load_exported, (os.path.abspath(self.config.name_or_path), self._compute_dtype)
 
     def __repr__(self) -> str:
         return f"ExportedDetr({self.config.name_or_path!r}, {self.export['format']}, {self.export['precision']})"
 
     def can_generate(self) -> bool:
-        """transformers' pipelines ask; a detector does not generate text."""
+        """False; called by transformers' pipelines."""
         return False
 
     def to(self, *args: Any, **kwargs: Any) -> "ExportedDetr":
-        """Changes nothing: see above. Pipelines call it."""
+        """Has no effect; called by pipelines."""
         return self
 
     def eval(self) -> "ExportedDetr":
-        """Changes nothing."""
+        """Has no effect."""
         return self
 
     def train(self, mode: bool = True) -> "ExportedDetr":
-        """Raises:
-        ValueError: `mode` is True.
+        """
+        Raises:
+            ValueError: `mode` is True.
         """
         if mode:
-            raise ValueError("An exported model cannot be trained. Train the model and export it again.")
+            raise ValueError("An exported model cannot be trained. Train the original model and export it again.")
         return self
 
     def __call__(
         self, pixel_values: Tensor, pixel_mask: Tensor | None = None, target_sizes: Tensor | None = None
     ) -> ExportedOutput:
-        """Args:
+        """
+        Args:
             pixel_values: (B, C, H, W), normalised, padded at the bottom and the right.
             pixel_mask: (B, H, W), 1 = image, 0 = padding; None if nothing is padded.
-            target_sizes: (B, 2), height and width of each image in pixels, for `boxes`. Only where post-processing is
-                in the graph.
+            target_sizes: (B, 2), height and width of each image in pixels, for `boxes`; only if the graph includes
+                post-processing.
 
         Raises:
             ValueError: the inputs do not fit the model or each other.
         """
-        target_sizes = None if target_sizes is None else torch.as_tensor(target_sizes)  # also a list of pairs
+        target_sizes = None if target_sizes is None else torch.as_tensor(target_sizes)  # may be a list of pairs
         self._check(pixel_values, pixel_mask, target_sizes)
         inputs = {"pixel_values": pixel_values.detach().float().cpu()}
         if pixel_mask is None:
@@ -123,7 +124,7 @@ class ExportedDetr:
     def _check(self, pixel_values: Tensor, pixel_mask: Tensor | None, target_sizes: Tensor | None) -> None:
         check_images(pixel_values, pixel_mask, self.config.num_channels)
         if target_sizes is not None and not self.export["post_processing"]:
-            raise ValueError("`target_sizes` is for exports with post-processing in the graph; this one has none.")
+            raise ValueError("`target_sizes` needs an export with post-processing in the graph; this one has none.")
         if target_sizes is not None and target_sizes.shape != (len(pixel_values), 2):
             raise ValueError(
                 f"`target_sizes` must be ({len(pixel_values)}, 2), height and width of each image, got "
@@ -135,14 +136,14 @@ class ExportedDetr:
         smallest = self.export["smallest_side"]
         if min(height, width) < smallest:
             raise ValueError(
-                f"This export takes images of {smallest} pixels and more on both sides, got {height} x {width}."
+                f"This export needs images of at least {smallest} pixels on both sides, got {height} x {width}."
             )
 
     def _by_size(self, inputs: dict[str, Tensor]) -> list[Tensor]:
-        """Images of equal size together and without their padding, which would change the result."""
+        """Run images of equal size together and without their padding, which would change the results."""
         sizes = image_sizes(inputs["pixel_mask"])
         if sizes is None:
-            raise ValueError("This export takes masks that are one rectangle at the top left each.")
+            raise ValueError("This export needs masks that are one rectangle at the top left per image.")
         for size in sizes:
             self._check_size(*size)
         outputs: list[Tensor] = []
@@ -153,44 +154,44 @@ class ExportedDetr:
             part["pixel_mask"] = part["pixel_mask"][:, :height, :width].contiguous()
             found = self._run(part)
             outputs = outputs or [value.new_empty(len(sizes), *value.shape[1:]) for value in found]
-            for whole, value in zip(outputs, found, strict=True):
-                whole[indices] = value
+            for output, value in zip(outputs, found, strict=True):
+                output[indices] = value
         return outputs
 
 
 def is_exported(path: str | Path) -> bool:
-    """Whether a folder holds an exported model."""
+    """Whether a folder contains an exported model."""
     return (Path(path) / EXPORT_FILE).is_file()
 
 
 def load_exported(path: str | Path, dtype: torch.dtype | str | None = None) -> ExportedDetr:
-    """An exported model in the place of the model:
+    """Load an exported model, for example for a pipeline:
 
         detector = pipeline("object-detection", model=load_exported("exports/r50"), image_processor="exports/r50")
 
     Args:
-        path: folder that `examples/export.py` or [`export_model`] has written.
-        dtype: what OpenVINO computes in, `torch.bfloat16` or `torch.float16` where the processor has it; the others
-            compute in what they were exported in. None: float32, or int8 if it was quantised.
+        path: folder written by `examples/export.py` or [`export_model`].
+        dtype: OpenVINO's dtype of computation, `torch.bfloat16` or `torch.float16` if the CPU supports it; other
+            formats always compute in the exported precision. None: float32, or int8 if it was quantised.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is not an export, or damaged, or cannot compute in this `dtype`.
-        ImportError: the runtime is not installed; the extra that has it is named.
+        FileNotFoundError: the folder does not exist.
+        ValueError: it is not an export, is damaged, or cannot compute in this `dtype`.
+        ImportError: the runtime is not installed; the message names the extra that installs it.
     """
     folder, dtype = Path(path), named_dtype(dtype)
     export = _read_export(folder)
     config = DetrConfig.from_pretrained(folder)
-    config.name_or_path = str(folder)  # where a pipeline looks for the image processor
+    config.name_or_path = str(folder)  # pipelines load the image processor from here
     return ExportedDetr(config, export, open_graph(folder, export["format"], dtype), dtype)
 
 
 def _read_export(folder: Path) -> dict[str, Any]:
     if not folder.exists():
-        raise FileNotFoundError(f"There is no {folder}.")
-    advice = "examples/export.py makes an export of a checkpoint."
+        raise FileNotFoundError(f"{folder} does not exist.")
+    advice = "Export a checkpoint with examples/export.py."
     if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; name the folder of the export. {advice}")
+        raise ValueError(f"{folder} is a file; pass the folder of the export. {advice}")
     try:
         export: dict[str, Any] = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -198,10 +199,10 @@ def _read_export(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{folder / EXPORT_FILE} is damaged: {error}") from error
     if not isinstance(export, dict) or export.get("format") not in GRAPH_FILES:
-        raise ValueError(f"{folder / EXPORT_FILE} is not from hf_detr, or from a version that knows more formats.")
+        raise ValueError(f"{folder / EXPORT_FILE} was not written by hf_detr, or by a newer version.")
     missing = {"precision", "post_processing", "padding_exact", "smallest_side"} - export.keys()
     if missing:
-        raise ValueError(f"{folder / EXPORT_FILE} is damaged: it lacks {', '.join(sorted(missing))}.")
+        raise ValueError(f"{folder / EXPORT_FILE} is damaged: it has no {', '.join(sorted(missing))}.")
     files = [GRAPH_FILES[export["format"]], "config.json", *(["model.bin"] if export["format"] == "openvino" else [])]
     for name in files:
         if not (folder / name).is_file():

@@ -1,4 +1,4 @@
-"""A model to a folder that other runtimes read, checked before it is written."""
+"""Exporting a model to a folder, after comparing the graph with the model."""
 
 import copy
 import importlib
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
-from ..runtime.files import PARTIAL, hold_lock
+from ..runtime import PARTIAL, acquire_lock
 from .export_check import TOLERANCE, Case, CheckResult, check_cases, compare
 from .exported_model import EXPORT_FILE, ExportedDetr, input_names, is_exported, load_exported, output_names
 from .graph import trace, write_graph
@@ -40,42 +40,42 @@ def export_model(
     evaluate: Evaluate | None = None,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Write `model` as a graph for any batch, height and width, with its configuration and processor.
+    """Write `model` as a graph for any batch size, height and width, with its configuration and image processor.
 
-    First its outputs are compared with those of PyTorch, on batches of many shapes with and without padding; if they
-    differ by more than 1e-4, nothing is written. The graph hides padding from the convolutions, so that an image gives
-    the same result alone and in a padded batch. For some backbones (squeeze-and-excitation, windows) that is not known
-    how; then `padding_exact` is False, and what [`load_exported`] gives runs images of equal size together instead.
+    The graph's outputs are compared with PyTorch's on batches of many shapes, with and without padding; if they differ
+    by more than 1e-4, nothing is written. The graph masks padding before the backbone's convolutions, so that the
+    results of an image do not depend on padding. This is not possible for some backbones (squeeze-and-excitation,
+    windowed attention); `padding_exact` is False then, and [`load_exported`] runs images of equal size together.
 
     Args:
         model: float32.
         output_dir: a new or empty folder, or an earlier export of the same model, which is replaced.
         graph_format: "onnx", "openvino" or "torch".
         post_process: see [`~hf_detr.export.graph.ExportGraph`].
-        calibration: a folder of images; weights and activations become int8. The float32 graph is checked as said,
-            and the differences of int8 are reported.
-        evaluate: a model, ours or exported, to COCO's numbers; called for both.
-        report: gets sentences about what was found.
+        calibration: a folder of images for quantisation to int8 (weights and activations). The float32 graph is checked
+            as above; the differences of the int8 graph are only reported.
+        evaluate: computes COCO metrics, including "AP"; called with `model` and with the exported model.
+        report: called with each message about the progress.
 
     Returns:
-        what stands in `export.json`, beside the graph: `model` (where it came from), `format`, `precision`, `opset`,
-        `inputs`, `outputs`, `post_processing`, `padding_exact`, `smallest_side` in pixels, `versions`, `check` (of
-        float32: `tolerance`, `cases`, `largest_difference`), and where there is something to say `int8_check`,
-        `calibration`, `evaluation` (`before`, `after`, and `drop` of AP).
+        the contents of `export.json`: `model` (its origin), `format`, `precision`, `opset`, `inputs`, `outputs`,
+        `post_processing`, `padding_exact`, `smallest_side` in pixels, `versions`, `check` (of float32: `tolerance`,
+        `cases`, `largest_difference`), and if applicable `int8_check`, `calibration`, `evaluation` (`before`, `after`,
+        and `drop` of AP).
 
     Raises:
-        ValueError: something given does not fit, the backbone cannot be exported, or the check failed.
-        FileExistsError: the folder has something else in it, or the export of another model.
+        ValueError: an argument is invalid, the backbone cannot be exported, or the comparison failed.
+        FileExistsError: the folder contains something else, or the export of another model.
         TimeoutError: another process exports to this folder.
-        ImportError: a package is missing; the extra that has it is named.
+        ImportError: a package is missing; the message names the extra that installs it.
     """
     output_dir = Path(os.path.abspath(output_dir))
     images = _check_request(output_dir, model, processor, graph_format, calibration)
     was_training = model.training
     reference = (model if model.device.type == "cpu" else copy.deepcopy(model).cpu()).eval()
     try:
-        with _whole_folder(output_dir) as folder:
-            _check_folder(output_dir, model)  # now that no other export can put one there
+        with _atomic_folder(output_dir) as folder:
+            _check_folder(output_dir, model)  # again, now that the folder is locked
             job = _Job(folder, reference, check_cases(model.model.backbone.stride, _working_size(processor)), report)
             model.config.to_json_file(folder / "config.json", use_diff=True)
             processor.to_json_file(folder / "preprocessor_config.json")
@@ -93,7 +93,7 @@ def export_model(
 
 @dataclass(frozen=True)
 class _Job:
-    """What an export works with: the folder to fill, the model to compare with, on what, and who hears of it."""
+    """An export to `folder` of `model`, compared on `cases`."""
 
     folder: Path
     model: DetrForDetection
@@ -101,42 +101,42 @@ class _Job:
     report: Callable[[str], None]
 
     def make_float32(self, graph_format: str, post_process: bool) -> dict[str, Any]:
-        """Write the graph; the way that hides padding first, if there is one."""
+        """Write the graph, with padding masked if possible."""
         name = self.model.model.backbone.name
-        ways = [True, False]
+        options = [True, False]
         if plan_masks(self.model.model.backbone, self.model.config.num_channels) is None:
-            self.report(f'It is not known how to hide padding from "{name}".')
-            ways = [False]
-        for hide_padding in ways:
+            self.report(f'Padding cannot be masked for the backbone "{name}".')
+            options = [False]
+        for mask_padding in options:
             try:
-                export, result = self._make(graph_format, post_process, hide_padding)
+                export, result = self._make(graph_format, post_process, mask_padding)
             except (OSError, ImportError):
                 raise
-            except Exception as error:  # exporters and runtimes have their own
+            except Exception as error:  # exporters and runtimes raise their own types
                 reason = f"{type(error).__name__}: {str(error).strip()}"
-                if hide_padding:
-                    self.report(f'A graph that hides padding fails with "{name}" ({reason.splitlines()[0][:200]}).')
+                if mask_padding:
+                    self.report(f'The graph with masked padding failed for "{name}" ({reason.splitlines()[0][:200]}).')
                     continue
                 raise ValueError(f'"{name}" cannot be exported as {graph_format}. {reason}') from error
             self.report(f"{graph_format}, float32 against PyTorch: {result.summary()}.")
             if result.passes():
                 break
-            if not hide_padding or result.unpadded > TOLERANCE:
+            if not mask_padding or result.unpadded > TOLERANCE:
                 raise ValueError(
-                    f"The exported graph gives other results than PyTorch: {result.summary()}, and {TOLERANCE:.0e} is "
-                    f"allowed. Nothing was written. {result.worst()}"
+                    f"The results of the exported graph differ from PyTorch's: {result.summary()}; the tolerance is "
+                    f"{TOLERANCE:.0e}. Nothing was written. {result.worst()}"
                 )
-            self.report(f'Padding changes what "{name}" gives. Another graph, which does not hide it, is made instead.')
+            self.report(f'Padding changes the results of "{name}" in spite of masks. Exporting a graph without masks.')
         if not export["padding_exact"]:
             self.report(
-                "padding_exact: false. In a padded batch the graph gives an image another result than alone. "
-                "load_exported runs images of equal size together instead; other users of the graph have to as well."
+                "padding_exact: false. Results of the graph for an image depend on its padding. load_exported runs "
+                "images of equal size together; other users of the graph have to do the same."
             )
         return export | {"check": result.record(TOLERANCE)}
 
-    def _make(self, graph_format: str, post_process: bool, hide_padding: bool) -> tuple[dict[str, Any], CheckResult]:
+    def _make(self, graph_format: str, post_process: bool, mask_padding: bool) -> tuple[dict[str, Any], CheckResult]:
         """Write one graph, and compare it with the model."""
-        program = trace(self.model, hide_padding=hide_padding, post_process=post_process)
+        program = trace(self.model, mask_padding=mask_padding, post_process=post_process)
         write_graph(program, graph_format, post_process, self.folder)
         export: dict[str, Any] = {
             "format": graph_format,
@@ -145,17 +145,17 @@ class _Job:
             "inputs": input_names(post_process),
             "outputs": output_names(post_process),
             "post_processing": post_process,
-            "padding_exact": hide_padding,
+            "padding_exact": mask_padding,
             "smallest_side": _smallest_side(program) if graph_format == "torch" else 1,
         }
         return export, self.check(export)
 
     def make_int8(self, export: dict[str, Any], images: CalibrationImages) -> dict[str, Any]:
-        """Quantise the graph that is there."""
+        """Quantise the float32 graph in the folder."""
         quantize_graph(export["format"], self.folder, export["inputs"], images)
         result = self.check(export)
         used, unread = len(images.files) - len(images.unread), len(images.unread)
-        self.report(f"{export['format']}, int8 against PyTorch, on noise: {result.summary()}.")
+        self.report(f"{export['format']}, int8 against PyTorch, on random images: {result.summary()}.")
         self.report(f"Calibrated on {used} of {images.found} images; {unread} could not be read.")
         for path, reason in list(images.unread.items())[:10]:
             self.report(f"  not read: {path}: {reason}")
@@ -172,7 +172,7 @@ class _Job:
         return compare(self.open(export), self.model, self.cases)
 
     def open(self, export: dict[str, Any]) -> ExportedDetr:
-        """As its users will: what is checked is what they get."""
+        """Through `load_exported`, so that users get exactly what was compared."""
         _write_json(self.folder / EXPORT_FILE, export)
         return load_exported(self.folder)
 
@@ -187,15 +187,15 @@ def _check_request(
     graph_format: str,
     calibration: str | Path | None,
 ) -> CalibrationImages | None:
-    """Everything that can be wrong before anything is computed."""
+    """Raise all errors that can be found before anything is computed."""
     if graph_format not in GRAPH_FILES:
-        raise ValueError(f'There is no format "{graph_format}"; there are {", ".join(GRAPH_FILES)}.')
+        raise ValueError(f'Unknown format "{graph_format}"; use one of {", ".join(GRAPH_FILES)}.')
     _check_folder(output_dir, model)
     types = {parameter.dtype for parameter in model.parameters()}
     if types != {torch.float32}:
-        raise ValueError(f"Only float32 models are exported, got {', '.join(map(str, types))}. Call model.float().")
+        raise ValueError(f"Only float32 models can be exported, got {', '.join(map(str, types))}. Call model.float().")
     if calibration is not None and graph_format == "torch":
-        raise ValueError('int8 is for the formats "onnx" and "openvino".')
+        raise ValueError('int8 needs the format "onnx" or "openvino".')
     check_packages(graph_format, quantize=calibration is not None)
     if calibration is None:
         return None
@@ -206,7 +206,7 @@ def _check_folder(output_dir: Path, model: DetrForDetection) -> None:
     if not output_dir.exists():
         return
     if not output_dir.is_dir():
-        raise FileExistsError(f"{output_dir} is a file; an export is a folder.")
+        raise FileExistsError(f"{output_dir} is a file; pass a folder.")
     if not any(output_dir.iterdir()):
         return
     if not is_exported(output_dir):
@@ -214,21 +214,21 @@ def _check_folder(output_dir: Path, model: DetrForDetection) -> None:
     earlier = json.loads((output_dir / EXPORT_FILE).read_text(encoding="utf-8")).get("model")
     if earlier != _source(model):
         raise FileExistsError(
-            f"{output_dir} is the export of another model ({earlier or 'made in Python'}). Nothing was written. Name "
+            f"{output_dir} is the export of another model ({earlier or 'built in Python'}). Nothing was written. Use "
             "another folder."
         )
 
 
 def _source(model: DetrForDetection) -> str:
-    """Where the model came from: a folder or a name on the Hub; empty if it was made here."""
+    """The origin of the model: a folder or a Hub id; empty if it was built in Python."""
     name = model.config.name_or_path
     return os.path.realpath(name) if name and os.path.isdir(name) else name
 
 
 def _working_size(processor: DetrImageProcessor) -> tuple[int, int]:
-    """(height, width) that the processor makes of a photo of 3:4."""
-    photo = torch.zeros(3, 480, 640, dtype=torch.uint8)
-    values: Tensor = processor(photo, return_tensors="pt")["pixel_values"]
+    """(height, width) of a 4:3 image after the processor's resize."""
+    image = torch.zeros(3, 480, 640, dtype=torch.uint8)
+    values: Tensor = processor(image, return_tensors="pt")["pixel_values"]
     return values.shape[2], values.shape[3]
 
 
@@ -251,7 +251,7 @@ def _versions(graph_format: str, quantized: bool) -> dict[str, str]:
     for package in sorted(packages):
         try:
             versions[package] = version(package)
-        except PackageNotFoundError:  # used from a folder, without being installed
+        except PackageNotFoundError:  # imported from a source folder
             versions[package] = "unknown"
     return versions
 
@@ -261,31 +261,32 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, put in the place of `target` when nothing went wrong, and removed if something did. If only the
-    last step fails, it is kept, and the error says where. What a kill left behind is put right by the next export."""
+def _atomic_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill that replaces `target` on success and is removed after an error. If only the replacement fails,
+    it is kept, and the error names its path. The next export cleans up after a kill."""
     target = Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial, old, lock = (target.with_name(f".{target.name}{ending}") for ending in (PARTIAL, ".old", ".lock"))
-    with hold_lock(lock, seconds=1):
+    partial, old, lock_file = (target.with_name(f".{target.name}{ending}") for ending in (PARTIAL, ".old", ".lock"))
+    lock = acquire_lock(lock_file, seconds=1)
+    try:
+        if old.exists() and not target.exists():  # killed between the two renames
+            old.rename(target)
+        for orphan in (partial, old):
+            shutil.rmtree(orphan, ignore_errors=True)
+        partial.mkdir()
         try:
-            if old.exists() and not target.exists():  # killed between the last two steps
-                old.rename(target)
-            for leftover in (partial, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            partial.mkdir()
-            try:
-                yield partial
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
-            _put_in_place(partial, target, old)
-        finally:
-            with suppress(OSError):  # Windows keeps a file that is open
-                lock.unlink()
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _replace_folder(partial, target, old)
+    finally:
+        with suppress(OSError):  # Windows cannot delete an open file
+            lock_file.unlink()
+        lock.release()
 
 
-def _put_in_place(partial: Path, target: Path, old: Path) -> None:
+def _replace_folder(partial: Path, target: Path, old: Path) -> None:
     try:
         if target.exists():
             target.rename(old)
@@ -294,5 +295,5 @@ def _put_in_place(partial: Path, target: Path, old: Path) -> None:
         if old.exists() and not target.exists():
             old.rename(target)
         kept = partial.rename(target.with_name(f"{target.name}-{uuid4().hex[:8]}"))
-        raise OSError(f"The export is whole, but cannot be put at {target} ({error}). It is in {kept}.") from error
+        raise OSError(f"The export is complete but cannot be moved to {target} ({error}). It is in {kept}.") from error
     shutil.rmtree(old, ignore_errors=True)

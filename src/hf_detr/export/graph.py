@@ -1,4 +1,4 @@
-"""A model as one graph of fixed steps for any batch and image size, and that graph as a file of each format."""
+"""Tracing a model as one graph for any batch and image size, and writing that graph in each format."""
 
 import importlib
 import logging
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
-from ..model.boxes import cxcywh_to_xyxy
 from ..speed import prepare_for_inference
 from .exported_model import input_names, output_names
 from .masked_backbone import MaskedBackbone, plan_masks
@@ -20,29 +20,29 @@ from .runtimes import GRAPH_FILES, check_packages
 if TYPE_CHECKING:
     from ..model.modeling_hf_detr import DetrForDetection
 
-ONE_FILE = 1.5 * 2**30  # bytes of weights; protobuf, which ONNX is written in, ends at 2 GiB
+MAX_ONE_FILE = 1.5 * 2**30  # bytes of weights in one ONNX file; protobuf is limited to 2 GiB
 
 
 class ExportGraph(nn.Module):
-    """What is exported: `pixel_values` and `pixel_mask` in, `logits` and `pred_boxes` out.
+    """The module that is exported: `pixel_values` and `pixel_mask` in, `logits` and `pred_boxes` out.
 
     Args:
-        model: in eval mode; taken over and changed.
-        hide_padding: see [`MaskedBackbone`]; without it only batches without padding come out right.
-        post_process: `target_sizes` (B, 2), height and width of each image in pixels, is a third input, and `scores`
-            (B, Q), `labels` (B, Q) and `boxes` (B, Q, 4), xyxy in pixels and within the image, are further outputs, as
-            of `post_process_detection` before its threshold.
+        model: in eval mode; modified in place.
+        mask_padding: see [`MaskedBackbone`]; without it, results are only correct for batches without padding.
+        post_process: adds the input `target_sizes` (B, 2), height and width of each image in pixels, and the outputs
+            `scores` (B, Q), `labels` (B, Q) and `boxes` (B, Q, 4), xyxy in pixels and clipped to the image, equal to
+            `post_process_detection` without a threshold.
 
     Raises:
-        ValueError: padding is to be hidden, and the backbone is one where that is not known how.
+        ValueError: padding cannot be masked for this backbone.
     """
 
-    def __init__(self, model: "DetrForDetection", *, hide_padding: bool, post_process: bool) -> None:
+    def __init__(self, model: "DetrForDetection", *, mask_padding: bool, post_process: bool) -> None:
         super().__init__()
         backbone = model.model.backbone
-        plan = plan_masks(backbone, model.config.num_channels) if hide_padding else None
-        if hide_padding and plan is None:
-            raise ValueError(f'Not known how to hide padding from "{backbone.name}".')
+        plan = plan_masks(backbone, model.config.num_channels) if mask_padding else None
+        if mask_padding and plan is None:
+            raise ValueError(f'Padding cannot be masked for the backbone "{backbone.name}".')
         model.set_attn_implementation("sdpa")
         model.model.backbone = MaskedBackbone(backbone, plan)  # type: ignore[assignment]
         self.model = model
@@ -58,20 +58,20 @@ class ExportGraph(nn.Module):
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)
         height, width = target_sizes.to(pred_boxes.dtype).unbind(1)
         scale = torch.stack((width, height, width, height), dim=1)[:, None]
-        return logits, pred_boxes, scores, labels, cxcywh_to_xyxy(pred_boxes).clamp(0, 1) * scale
+        return logits, pred_boxes, scores, labels, box_convert(pred_boxes, "cxcywh", "xyxy").clamp(0, 1) * scale
 
 
-def trace(model: "DetrForDetection", *, hide_padding: bool, post_process: bool) -> torch.export.ExportedProgram:
-    """The graph of a copy of the model, for any batch, height and width.
+def trace(model: "DetrForDetection", *, mask_padding: bool, post_process: bool) -> torch.export.ExportedProgram:
+    """The graph of a copy of the model, for any batch size, height and width.
 
     Raises:
-        ValueError: no such graph can be made of this backbone; the message says why.
+        ValueError: this backbone cannot be traced; the message gives the reason.
     """
     prepared = prepare_for_inference(model, torch.float32).cpu()
-    graph = ExportGraph(prepared, hide_padding=hide_padding, post_process=post_process)
-    backbone = model.model.backbone
-    # a batch and sizes that nothing else in the model has, so that no number is taken for a constant of it
-    height, width = 4 * backbone.strides[-1] + 3, 5 * backbone.strides[-1] + 7
+    graph = ExportGraph(prepared, mask_padding=mask_padding, post_process=post_process)
+    stride = model.model.backbone.strides[-1]
+    # sizes that occur nowhere else in the model, so that none is mistaken for one of its constants
+    height, width = 4 * stride + 3, 5 * stride + 7
     inputs = {
         "pixel_values": torch.zeros(2, model.config.num_channels, height, width),
         "pixel_mask": torch.ones(2, height, width, dtype=torch.int64),
@@ -93,7 +93,7 @@ def trace(model: "DetrForDetection", *, hide_padding: bool, post_process: bool) 
                 dynamic_shapes={name: shapes[name] for name in names},
                 strict=False,
             )
-    except Exception as error:  # of whatever kind the layer that is in the way raises
+    except Exception as error:  # layers raise errors of any kind
         raise ValueError(
             f'"{backbone.name}" cannot be exported for any image size: {str(error).strip() or repr(error)}'
         ) from error
@@ -101,7 +101,7 @@ def trace(model: "DetrForDetection", *, hide_padding: bool, post_process: bool) 
 
 @contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Loggers that report as trouble what has no consequence; what has one is found by the check."""
+    """Suppress warnings that have no consequence; the comparison with the model finds real problems."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -117,10 +117,10 @@ def quiet(*names: str) -> Iterator[None]:
 
 
 def write_graph(program: torch.export.ExportedProgram, graph_format: str, post_process: bool, folder: Path) -> None:
-    """The graph as `model.onnx`, `model.xml` with `model.bin`, or `model.pt2` in a folder.
+    """Write the graph as `model.onnx`, `model.xml` with `model.bin`, or `model.pt2`.
 
     Raises:
-        ImportError: a package is missing; the extra that has it is named.
+        ImportError: a package is missing; the message names the extra that installs it.
     """
     check_packages(graph_format)
     path = folder / GRAPH_FILES[graph_format]
@@ -140,7 +140,7 @@ def _write_onnx(program: torch.export.ExportedProgram, post_process: bool, path:
     }
     names = input_names(post_process)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "# The axis name")  # two inputs share an axis, as they should
+        warnings.filterwarnings("ignore", "# The axis name")  # the two inputs share axes on purpose
         written = torch.onnx.export(
             program,
             input_names=names,
@@ -150,14 +150,14 @@ def _write_onnx(program: torch.export.ExportedProgram, post_process: bool, path:
             verbose=False,
         )
     if written is None:
-        raise RuntimeError("torch.onnx.export gave no graph.")
+        raise RuntimeError("torch.onnx.export returned no graph.")
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
-    written.save(path, external_data=size > ONE_FILE)
+    written.save(path, external_data=size > MAX_ONE_FILE)
 
 
 def _write_openvino(program: torch.export.ExportedProgram, post_process: bool, path: Path) -> None:
     openvino = importlib.import_module("openvino")
-    # from PyTorch's graph, in which attention is one node, and stays one
+    # not through ONNX: in PyTorch's graph attention is one node
     graph = openvino.convert_model(program)
     channels = program.example_inputs[1]["pixel_values"].shape[1]
     shapes = {"pixel_values": [-1, channels, -1, -1], "pixel_mask": [-1, -1, -1], "target_sizes": [-1, 2]}

@@ -1,8 +1,8 @@
-"""A backbone that takes a padded batch in one graph and still gives each image the features it has alone.
+"""A backbone whose features do not depend on padding, as one graph.
 
-In PyTorch the backbone runs every image without its padding, which a graph with fixed steps cannot. In the graph,
-padding is set to zero again before every layer that looks beyond an image's edge. Such a layer then reads the zeros
-that it would read there if the image were alone, so all cells inside the image come out the same.
+In PyTorch the backbone runs each image without its padding, which a static graph cannot do. In the graph, padding is
+set to zero before every layer whose window crosses the image's edge. Such a layer then reads zeros there, as if the
+image were alone, so the features at all locations inside the image are the same.
 """
 
 from copy import deepcopy
@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..model.backbone import Backbone
+from ..model.backbone import Backbone, FeatureLevel
+from ..model.timm_network import channels_first
 
-Grid = tuple[int, int]  # (rows, columns) of a feature map in the trial run, which tells one resolution from another
+Grid = tuple[int, int]  # (rows, columns) of a feature map in the trial run; identifies a resolution
 
 
 @dataclass(frozen=True)
 class Step:
-    """A layer turns one grid into the next: cell `i` of it is inside the image if cell `offset + i * stride` was."""
+    """How a layer maps one grid to the next: location `i` is inside the image if `offset + i * stride` was."""
 
     source: Grid
     offset: tuple[int, int]
@@ -29,19 +30,20 @@ class Step:
 
 @dataclass
 class MaskPlan:
-    """Where masks go.
+    """Which layers need masks.
 
     Attributes:
-        steps: each further grid, in the order in which they come up.
-        layers: names of the layers whose input is masked, and its grid.
-        shares: of these, average pools that divide by how much of their window is image.
+        start: grid of the input image.
+        steps: how each further grid is computed, in order.
+        layers: names of the layers whose input is masked, with the grid of that input.
+        averages: those that are average pools which exclude padding from their average.
         end: grid of the feature map.
     """
 
     start: Grid
     steps: dict[Grid, Step] = field(default_factory=dict)
     layers: dict[str, Grid] = field(default_factory=dict)
-    shares: set[str] = field(default_factory=set)
+    averages: set[str] = field(default_factory=set)
     end: Grid = (0, 0)
 
 
@@ -50,20 +52,20 @@ class _Unplannable(Exception):
 
 
 def plan_masks(backbone: Backbone, in_channels: int) -> MaskPlan | None:
-    """Read off a trial run without weights which layers look beyond the edge, and at which resolution.
+    """Find the layers that need masks, and their resolutions, by a trial run on the meta device.
 
     Returns:
-        None where masks cannot help: a layer changes the size in a way that is not understood.
+        None if masks are not sufficient: a layer changes the size in an unsupported way.
     """
-    # neither side divides by anything, and the two stay apart at every stride
+    # sides that are no multiples of strides, and that differ at every stride
     start = 5 * backbone.stride + backbone.stride // 2 + 3, 7 * backbone.stride + 5
     plan = MaskPlan(start)
-    known = {start}
+    grids = {start}
 
-    def note(name: str, layer: Any, inputs: Any, output: Tensor) -> None:
+    def record(name: str, layer: Any, inputs: Any, output: Tensor) -> None:
         grid: Grid = (inputs[0].shape[2], inputs[0].shape[3])
         following: Grid = (output.shape[2], output.shape[3])
-        if grid not in known or plan.layers.get(name, grid) != grid:
+        if grid not in grids or plan.layers.get(name, grid) != grid:
             raise _Unplannable
         window = _Window(layer)
         if window.sizes(grid) != following:
@@ -74,28 +76,28 @@ def plan_masks(backbone: Backbone, in_channels: int) -> MaskPlan | None:
                 raise _Unplannable
         elif plan.steps.setdefault(following, step) != step:
             raise _Unplannable
-        known.add(following)
-        if window.looks_outside:
+        grids.add(following)
+        if window.crosses_edge:
             plan.layers[name] = grid
-        if window.counts_image:
-            plan.shares.add(name)
+        if window.excludes_padding:
+            plan.averages.add(name)
 
     twin = _on_meta(backbone)
     for name, layer in twin.named_modules():
         if isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
-            layer.register_forward_hook(lambda layer, inputs, output, name=name: note(name, layer, inputs, output))
+            layer.register_forward_hook(lambda layer, inputs, output, name=name: record(name, layer, inputs, output))
     try:
         with torch.no_grad():
             features: Tensor = twin(torch.zeros(1, in_channels, *start, device="meta"))[0]
-    except Exception:  # of whatever kind a network raises at an odd size or without weights; then masks cannot help
+    except Exception:  # networks that reject odd sizes or the meta device raise errors of any kind
         return None
     height_first = getattr(twin, "output_fmt", None) == "NHWC"
     plan.end = (features.shape[1], features.shape[2]) if height_first else (features.shape[2], features.shape[3])
-    return plan if plan.end in known else None
+    return plan if plan.end in grids else None
 
 
 def _on_meta(backbone: Backbone) -> Any:
-    """The network without weights, as it is now: its norms may have been folded since timm built it."""
+    """A copy of the current network on the meta device; it may differ from timm's by folded norms."""
     meta: dict[int, Any] = {}
     for tensor in (*backbone.model.parameters(), *backbone.model.buffers()):
         bare = tensor.detach().to("meta")
@@ -104,10 +106,10 @@ def _on_meta(backbone: Backbone) -> Any:
 
 
 class _Window:
-    """The part of its input that a convolution or pool reads for one output cell, (rows, columns) each.
+    """The sliding window of a convolution or pool, (rows, columns) each.
 
     Raises:
-        _Unplannable: a kind of padding that is not zeros beyond the edge.
+        _Unplannable: the padding is not a fixed number of zeros.
     """
 
     def __init__(self, layer: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> None:
@@ -120,13 +122,13 @@ class _Window:
         rounding = [stride - 1 if self.ceil else 0 for stride in self.stride]
         offset = [d * (k - 1) - 2 * p - r for d, k, p, r in zip(dilation, kernel, padding, rounding, strict=True)]
         if min(offset) < 0:
-            raise _Unplannable  # rows that hold nothing of the image
+            raise _Unplannable  # output rows that see no image
         self.offset = (offset[0], offset[1])
-        self.looks_outside = max(padding) > 0 or self.ceil
+        self.crosses_edge = max(padding) > 0 or self.ceil
         include = getattr(layer, "count_include_pad", None)
         if include and self.ceil:
             raise _Unplannable
-        self.counts_image = include is False and self.looks_outside
+        self.excludes_padding = include is False and self.crosses_edge
 
     def sizes(self, grid: Grid) -> Grid:
         rows, columns = (
@@ -141,8 +143,8 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 class _Masks:
-    """The masks of the batch that is under way, (B, 1, rows, columns) as 0 and 1. No module and no dict of one:
-    `torch.export` forbids tensors to come and go there."""
+    """The masks of the current batch, (B, 1, rows, columns) of 0 and 1. Not a module, because `torch.export` forbids
+    changing a module's tensors during `forward`."""
 
     def __init__(self) -> None:
         self.grids: dict[Grid, Tensor] = {}
@@ -151,54 +153,52 @@ class _Masks:
         self.grids = {plan.start: mask}
         for grid, step in plan.steps.items():
             source = self.grids[step.source][:, :, step.offset[0] :, step.offset[1] :]
-            # a pool over single cells picks every n-th of them, and has its size in the words that the layer has:
-            # `torch.export` does not know that (n + 1) // 2 is (n - 1) // 2 + 1
+            # strided slicing would do, but `torch.export` cannot prove that its size (n + 1) // 2 equals the layer's
+            # (n - 1) // 2 + 1
             self.grids[grid] = functional.max_pool2d(source, kernel_size=1, stride=step.stride)
 
-    def hide_padding(self, grid: Grid) -> Any:
+    def mask_padding(self, grid: Grid) -> Any:
         return lambda layer, inputs: (inputs[0] * self.grids[grid], *inputs[1:])
 
-    def count_image(self, grid: Grid) -> Any:
+    def exclude_padding(self, grid: Grid) -> Any:
         def divide(layer: nn.AvgPool2d, inputs: Any, output: Tensor) -> Tensor:
-            share = functional.avg_pool2d(
+            fraction = functional.avg_pool2d(
                 self.grids[grid], layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode, False
             )
-            return output / share.clamp(min=1e-6)  # 0 / 0 where there is only padding
+            return output / fraction.clamp(min=1e-6)  # 0 where there is only padding
 
         return divide
 
 
 class MaskedBackbone(nn.Module):
-    """In a model's `backbone`'s place in a graph.
+    """Replaces a model's backbone in the graph.
 
     Args:
-        backbone: is taken over and changed: its layers get hooks.
-        plan: from [`plan_masks`]; None leaves padding in, so that only batches without padding come out right.
+        backbone: modified in place: its layers get hooks.
+        plan: from [`plan_masks`]; None masks nothing, so that results are only correct for batches without padding.
     """
 
     def __init__(self, backbone: Backbone, plan: MaskPlan | None) -> None:
         super().__init__()
         self.network: Any = backbone.model
-        self.channels, self.stride = backbone.channels, backbone.stride
+        self.stride = backbone.strides[-1]
         self.plan = plan
         self._masks = _Masks()
         for name, grid in plan.layers.items() if plan else ():
             layer = self.network.get_submodule(name)
-            layer.register_forward_pre_hook(self._masks.hide_padding(grid))
-            if plan and name in plan.shares:
-                layer.register_forward_hook(self._masks.count_image(grid))
+            layer.register_forward_pre_hook(self._masks.mask_padding(grid))
+            if plan and name in plan.averages:
+                layer.register_forward_hook(self._masks.exclude_padding(grid))
 
-    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) and (B, H, W), 1 = image, to features (B, channels, h, w) and their mask (B, h, w), bool."""
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> list[FeatureLevel]:
+        """The same as [`Backbone.forward`], for `pixel_values` (B, C, H, W) and `pixel_mask` (B, H, W)."""
         mask = pixel_mask.to(pixel_values.dtype)[:, None]
         if self.plan is not None:
             self._masks.fill(mask, self.plan)
-        features: Tensor = self.network(pixel_values)[0]
-        if getattr(self.network, "output_fmt", None) == "NHWC":
-            features = features.permute(0, 3, 1, 2)
+        features = channels_first(self.network, self.network(pixel_values)[0])
         if self.plan is None:
             mask = functional.interpolate(mask, size=features.shape[-2:])
         else:
             mask = self._masks.grids[self.plan.end]
             self._masks.grids.clear()
-        return features, mask[:, 0] > 0.5
+        return [FeatureLevel(features, mask[:, 0] > 0.5, self.stride)]

@@ -1,4 +1,4 @@
-"""An exported graph in int8, calibrated on images of the kind that it is for."""
+"""Quantising an exported graph to int8, calibrated on images."""
 
 import importlib
 import logging
@@ -17,31 +17,31 @@ from .graph import quiet
 from .runtimes import GRAPH_FILES, check_packages
 
 Arrays = Callable[[dict[str, Tensor]], dict[str, Any]]
-MOST_IMAGES = 300  # that calibration looks at; NNCF's own default
+MAX_IMAGES = 300  # for calibration; NNCF's default
 
 
 class CalibrationImages:
-    """Images of a folder, one at a time, as the model takes them.
+    """Preprocessed images of a folder, one at a time.
 
     Attributes:
-        files: those that are used: all, or `MOST_IMAGES` spread evenly over the sorted list.
-        found: how many images the folder has.
-        unread: (file, reason) of those that could not be read; complete after they were gone through once.
+        files: the images that are used: all, or `MAX_IMAGES` evenly spaced ones of the sorted list.
+        found: number of images in the folder.
+        unread: file to reason, for images that could not be read; complete after the first iteration.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds no images.
+        FileNotFoundError: the folder does not exist.
+        ValueError: it contains no images.
     """
 
     def __init__(self, folder: str | Path, processor: DetrImageProcessor) -> None:
         folder = Path(folder)
         if not folder.is_dir():
-            raise FileNotFoundError(f"There is no folder {folder} of images to calibrate on.")
+            raise FileNotFoundError(f"The folder {folder} of calibration images does not exist.")
         files = image_files(folder)
         if not files:
-            raise ValueError(f"{folder} holds no images to calibrate on.")
+            raise ValueError(f"{folder} contains no images for calibration.")
         self.found = len(files)
-        count = min(self.found, MOST_IMAGES)
+        count = min(self.found, MAX_IMAGES)
         self.files = [files[index * self.found // count] for index in range(count)]
         self.unread: dict[Path, str] = {}
         self.processor = processor
@@ -57,7 +57,7 @@ class CalibrationImages:
         try:
             inputs = self.processor(path, return_tensors="pt")
         except Exception as error:
-            # of any kind: on damaged files, decoders fail with whatever the bytes lead them to
+            # decoders raise errors of any kind on damaged files
             return str(error) or type(error).__name__
         pixel_values: Tensor = inputs["pixel_values"]
         batch, _, height, width = pixel_values.shape
@@ -69,34 +69,34 @@ class CalibrationImages:
 
 
 def quantize_graph(graph_format: str, folder: Path, names: Sequence[str], images: CalibrationImages) -> None:
-    """Replace the float32 graph in a folder by one in int8. What makes classes and boxes of the decoder's result stays
-    in float32: it costs nothing, and every error there is one of the detections.
+    """Replace the float32 graph in a folder by an int8 graph. The last layers of the prediction heads stay in float32:
+    they take almost no time, and their errors would be errors of the detections.
 
     Args:
         graph_format: "onnx" or "openvino".
-        names: of the graph's inputs.
+        names: names of the graph's inputs.
 
     Raises:
-        ImportError: a package is missing; the extra that has it is named.
+        ImportError: a package is missing; the message names the extra that installs it.
         ValueError: none of the images can be read.
     """
     check_packages(graph_format, quantize=True)
     if next(iter(images), None) is None:
         path, reason = next(iter(images.unread.items()))
-        raise ValueError(f"None of the images to calibrate on can be read. {path}: {reason}")
+        raise ValueError(f"None of the calibration images can be read. {path}: {reason}")
 
     def arrays(batch: dict[str, Tensor]) -> dict[str, Any]:
         return {name: batch[name].numpy() for name in names}
 
-    with TemporaryDirectory(dir=folder) as place:
+    with TemporaryDirectory(dir=folder) as temporary:
         if graph_format == "onnx":
-            _quantize_onnx(folder / GRAPH_FILES["onnx"], Path(place), images, arrays)
+            _quantize_onnx(folder / GRAPH_FILES["onnx"], Path(temporary), images, arrays)
         else:
-            _quantize_openvino(folder / GRAPH_FILES["openvino"], Path(place), images, arrays)
+            _quantize_openvino(folder / GRAPH_FILES["openvino"], Path(temporary), images, arrays)
 
 
-def _quantize_openvino(path: Path, place: Path, images: CalibrationImages, arrays: Arrays) -> None:
-    """By NNCF, OpenVINO's own: it knows what of a transformer to leave alone, and corrects biases."""
+def _quantize_openvino(path: Path, temporary: Path, images: CalibrationImages, arrays: Arrays) -> None:
+    """With NNCF, OpenVINO's quantiser, which has a preset for transformers and corrects biases."""
     openvino, nncf = importlib.import_module("openvino"), importlib.import_module("nncf")
     nncf.set_log_level(logging.ERROR)
     graph = openvino.Core().read_model(path)
@@ -114,15 +114,17 @@ def _quantize_openvino(path: Path, place: Path, images: CalibrationImages, array
         model_type=nncf.ModelType.TRANSFORMER,
         ignored_scope=nncf.IgnoredScope(names=last),
     )
-    openvino.save_model(quantised, place / path.name, compress_to_fp16=False)
+    openvino.save_model(quantised, temporary / path.name, compress_to_fp16=False)
     for name in (path.name, path.with_suffix(".bin").name):
-        (place / name).replace(path.with_name(name))
+        (temporary / name).replace(path.with_name(name))
 
 
-def _quantize_onnx(path: Path, place: Path, images: CalibrationImages, arrays: Arrays) -> None:
-    """By ONNX Runtime's own quantiser, not by NNCF: it writes what the runtime's kernels look for, and comes with it.
-    Convolutions and linear layers; products within attention stay, since both of their sides change. What linear layers
-    give stays in float32, too: it is added to what came before, layer after layer, and so would be its errors."""
+def _quantize_onnx(path: Path, temporary: Path, images: CalibrationImages, arrays: Arrays) -> None:
+    """With ONNX Runtime's quantiser, which writes the patterns that the runtime's int8 kernels need.
+
+    Convolutions and linear layers are quantised. Matrix products within attention are not, because neither of their
+    operands is constant. Outputs of linear layers stay in float32, because errors would accumulate over the residual
+    connections."""
     onnx, quantization = importlib.import_module("onnx"), importlib.import_module("onnxruntime.quantization")
     shapes = importlib.import_module("onnxruntime.quantization.shape_inference")
 
@@ -135,8 +137,8 @@ def _quantize_onnx(path: Path, place: Path, images: CalibrationImages, arrays: A
             return None if batch is None else arrays(batch)
 
     large = path.with_name(path.name + ".data").is_file()
-    prepared = place / "prepared.onnx"
-    with quiet("root"):  # it reports to the root logger, also what is no news
+    prepared = temporary / "prepared.onnx"
+    with quiet("root"):  # the quantiser logs to the root logger
         shapes.quant_pre_process(path, prepared, skip_symbolic_shape=True, save_as_external_data=large)
         graph = onnx.load(prepared, load_external_data=False).graph
         kinds = {output: node for node in graph.node for output in node.output}
@@ -147,7 +149,7 @@ def _quantize_onnx(path: Path, place: Path, images: CalibrationImages, arrays: A
         products = [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] not in weights]
         quantization.quantize_static(
             prepared,
-            place / path.name,
+            temporary / path.name,
             Reader(),
             op_types_to_quantize=["Conv", "MatMul", "Gemm"],
             nodes_to_exclude=[kinds[name].name for name in last] + products,
@@ -157,12 +159,12 @@ def _quantize_onnx(path: Path, place: Path, images: CalibrationImages, arrays: A
             use_external_data_format=large,
             extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
         )
-    for file in place.glob(f"{path.name}*"):
+    for file in temporary.glob(f"{path.name}*"):
         file.replace(path.with_name(file.name))
 
 
 def _nearest(ends: list[str], sources: dict[str, list[str]], wanted: Callable[[str], bool]) -> list[str]:
-    """The first wanted nodes on every way back from the ends."""
+    """The first wanted node on every path from the ends back to the inputs."""
     found, seen, waiting = [], set(ends), list(ends)
     while waiting:
         name = waiting.pop()

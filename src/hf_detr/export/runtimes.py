@@ -1,4 +1,4 @@
-"""The programs that run a graph: what they are installed with, and how they open its file."""
+"""The runtimes of exported graphs: their packages, and how they open a graph."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,10 +28,10 @@ _PACKAGES = {
 
 
 def check_packages(graph_format: str, quantize: bool = False) -> list[str]:
-    """The names of the packages that write a graph.
+    """The names of the packages that are needed to write a graph.
 
     Raises:
-        ImportError: one is missing; the extra that has it is named.
+        ImportError: a package is missing; the message names the extra that installs it.
     """
     packages = _PACKAGES[graph_format]
     names = list(dict.fromkeys(packages.to_write + packages.to_quantize * quantize))
@@ -47,11 +47,11 @@ def open_graph(folder: Path, graph_format: str, dtype: torch.dtype | None) -> Ru
         dtype: see [`load_exported`].
 
     Raises:
-        ImportError: the runtime is not installed; the extra that has it is named.
-        ValueError: the file cannot be opened, or not in this `dtype`.
+        ImportError: the runtime is not installed; the message names the extra that installs it.
+        ValueError: the file cannot be opened, or the runtime does not support this `dtype`.
     """
     if graph_format != "openvino" and dtype not in (None, torch.float32):
-        raise ValueError(f"{folder} is of format {graph_format}, which cannot be told to compute in {dtype}.")
+        raise ValueError(f"{folder} has the format {graph_format}, whose dtype cannot be changed to {dtype}.")
     runtimes = [import_extra(name, graph_format) for name in _PACKAGES[graph_format].to_load]
     graph = folder / GRAPH_FILES[graph_format]
     try:
@@ -60,7 +60,7 @@ def open_graph(folder: Path, graph_format: str, dtype: torch.dtype | None) -> Ru
         if graph_format == "openvino":
             return _open_openvino(graph, dtype or torch.float32, *runtimes)
         return _open_torch(graph)
-    except Exception as error:  # each runtime has its own
+    except Exception as error:  # each runtime raises its own types
         raise ValueError(f"{graph} cannot be opened: {error}") from error
 
 
@@ -85,30 +85,30 @@ def _open_torch(path: Path) -> Run:
 
 
 def _open_openvino(path: Path, dtype: torch.dtype, openvino: Any) -> Run:
-    """Two programs of one graph, each compiled when it is first needed: one for batches with padding, and one for
-    batches without, from which all that hides padding is taken out. That is a tenth of the time and more."""
+    """Compiles two versions of the graph on first use: one for batches with padding, and a faster one for batches
+    without, from which the masks are removed."""
     core = openvino.Core()
     precisions = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
     if dtype not in precisions:
-        raise ValueError(f"OpenVINO computes in {', '.join(map(str, precisions))}, not {dtype}")
-    # said in any case: left to itself, OpenVINO takes bfloat16 where the processor has it
+        raise ValueError(f"OpenVINO supports {', '.join(map(str, precisions))}, not {dtype}")
+    # explicit, because OpenVINO's default is bfloat16 on CPUs that support it
     options = {"INFERENCE_PRECISION_HINT": precisions[dtype], "PERFORMANCE_HINT": "LATENCY"}
     requests: dict[bool, Any] = {}
-    busy = Lock()  # a request serves one caller at a time
+    lock = Lock()  # a request is not thread-safe
 
     def open_request(padded: bool) -> Any:
         graph = core.read_model(path)
         if not padded:
-            _take_out_masks(graph)
+            _remove_masks(graph)
         return core.compile_model(graph, "CPU", options).create_infer_request()
 
-    core.read_model(path)  # what is wrong with the file is told now
+    core.read_model(path)  # raises an error if the file is damaged
 
     def run(inputs: dict[str, Tensor]) -> list[Tensor]:
         arrays = {name: value.numpy() for name, value in inputs.items()}
-        # asked of numpy: PyTorch's threads would wait for more work on the cores that OpenVINO needs now
+        # in numpy: PyTorch's idle threads would keep spinning on the cores that OpenVINO uses
         padded = not bool(arrays["pixel_mask"].all())
-        with busy:
+        with lock:
             if padded not in requests:
                 requests[padded] = open_request(padded)
             found = requests[padded].infer(arrays, share_inputs=True)
@@ -117,9 +117,9 @@ def _open_openvino(path: Path, dtype: torch.dtype, openvino: Any) -> Run:
     return run
 
 
-def _take_out_masks(graph: Any) -> None:
-    """Multiplications with `pixel_mask` at any resolution: where everything is image, they change nothing."""
-    masks = {"pixel_mask"}  # names of nodes that are the mask and nothing else
+def _remove_masks(graph: Any) -> None:
+    """Remove multiplications with `pixel_mask` at any resolution, which have no effect without padding."""
+    masks = {"pixel_mask"}  # names of nodes that only depend on the mask
     for node in graph.get_ordered_ops():
         kind, sources = node.get_type_name(), [entry.get_source_output().get_node() for entry in node.inputs()]
         is_mask = [source.get_friendly_name() in masks for source in sources]

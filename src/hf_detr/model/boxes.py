@@ -30,23 +30,3 @@ def giou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     hull_height = torch.maximum(boxes1[..., 3], boxes2[..., 3]) - torch.minimum(boxes1[..., 1], boxes2[..., 1])
     hull = hull_width * hull_height
     return intersection / union - (hull - union) / hull
-
-
-# TEMPORARY until the branches are merged
-from torchvision.ops import box_convert  # noqa: E402
-
-
-def cxcywh_to_xyxy(boxes):
-    return box_convert(boxes, "cxcywh", "xyxy")  # noqa
-
-
-def xyxy_to_cxcywh(boxes):
-    return box_convert(boxes, "xyxy", "cxcywh")  # noqa
-
-
-def xywh_to_xyxy(boxes):
-    return box_convert(boxes, "xywh", "xyxy")  # noqa
-
-
-def xyxy_to_xywh(boxes):
-    return box_convert(boxes, "xyxy", "xywh")  # noqa

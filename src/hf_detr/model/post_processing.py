@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert
 from transformers.utils import ModelOutput
-
-from .boxes import cxcywh_to_xyxy
 
 
 def to_host(outputs: Any) -> ModelOutput:
@@ -44,7 +43,7 @@ def post_process_detection(
     if isinstance(threshold, Sequence) and len(threshold) != num_labels:
         raise ValueError(f"There are {num_labels} classes but {len(threshold)} thresholds.")
     scores, labels = logits.float().softmax(-1)[..., :-1].max(-1)
-    boxes = cxcywh_to_xyxy(pred_boxes.float()).clamp(0, 1)
+    boxes = box_convert(pred_boxes.float(), "cxcywh", "xyxy").clamp(0, 1)
     if target_sizes is not None:
         sizes = torch.stack([torch.as_tensor(size) for size in target_sizes]).to(boxes)  # also a list of tensors
         height, width = sizes.unbind(1)

@@ -1,4 +1,4 @@
-"""Which images there are, and what ids they and the classes have."""
+"""The images of a folder, and the COCO ids of images and classes."""
 
 import itertools
 import os
@@ -13,74 +13,77 @@ from ..data.image_files import IMAGE_SUFFIXES, walk_files
 from ..data.records import AnnotatedSplit
 
 logger = logging.get_logger(__name__)
-SPLITS = ("val", "test", "train")  # of which one is what the name of a folder begins with
+SPLITS = ("val", "test", "train")  # a folder belongs to a split if its name starts with it
 
 
 def find_images(source: str | Path) -> tuple[Path, list[bytes]]:
-    """An image, or all images below a folder, those behind links as well.
+    """A single image, or all images below a folder, including those behind symbolic links.
 
     Returns:
-        the folder as an absolute path, and the images relative to it, sorted; as bytes, since the name of a file need
-        not be text. A folder below that cannot be listed is among them, to be reported like an unreadable image.
+        the folder as an absolute path, and the sorted paths of the images relative to it, as bytes because file names
+        need not be valid text. Subfolders that cannot be listed are included, so that they are reported like unreadable
+        images.
 
     Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: the folder holds no images.
+        FileNotFoundError: the file or folder does not exist.
+        PermissionError: the folder itself cannot be listed.
+        ValueError: the folder contains no images.
     """
     folder = Path(os.path.abspath(source))
     if folder.is_file():
         return folder.parent, [os.fsencode(folder.name)]
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no {source}.")
-    os.listdir(folder)  # or PermissionError; without it, not even a subfolder could be reported
+        raise FileNotFoundError(f"{source} does not exist.")
+    os.listdir(folder)  # raises PermissionError
     unlisted: list[Path] = []
     images = (path for path in walk_files(folder, unlisted.append) if path.suffix.lower() in IMAGE_SUFFIXES)
     start = len(os.fsencode(os.path.join(folder, "")))
     files = [os.fsencode(path)[start:] for path in itertools.chain(images, unlisted)]
     if not files:
-        raise ValueError(f"{source} holds no images.")
-    files.sort(key=lambda file: file.replace(os.fsencode(os.sep), b"\0"))  # folder by folder, as paths are sorted
+        raise ValueError(f"{source} contains no images.")
+    files.sort(key=lambda file: file.replace(os.fsencode(os.sep), b"\0"))  # the order of sorted `Path`s
     return folder, files
 
 
 def annotation_ids(folder: Path, files: Sequence[bytes]) -> tuple[list[int], AnnotatedSplit] | None:
-    """Image ids from COCO annotations that belong to a folder, so that results can be measured against them.
+    """Image ids from the COCO annotations of a folder, so that detections can be evaluated against them.
 
-    Looked for where [`~hf_detr.data.formats.find_annotations`] does: for a folder named like a split (`val`, `val2017`,
-    `test`, `train`), beside it and one level higher; then in it. All annotations of that split are read.
+    If the folder's name starts with a split (`val`, `val2017`, `test`, `train`), annotations of that split are looked
+    for next to the folder and one level higher, as [`~hf_detr.data.formats.find_annotations`] does; then annotations
+    inside the folder.
 
     Args:
-        folder: absolute; `files` are relative to it.
+        folder: absolute path; `files` are relative to it.
 
     Returns:
-        an id for each file, and the annotations; None if there are none, or none for some of the images.
+        one id per file, and the annotations; None if there are no annotations, or if some images have none.
     """
     split = next((split for split in SPLITS if folder.name.lower().startswith(split)), None)
-    places = [(folder.parent, split), (folder.parent.parent, split)] if split else []
-    for place, name in [*places, (folder, "train")]:
+    candidates = [(folder.parent, split), (folder.parent.parent, split)] if split else []
+    for root, name in [*candidates, (folder, "train")]:
         try:
-            source = find_coco(place, name)
+            source = find_coco(root, name)
         except Exception as error:
-            # whatever is wrong with annotations, the images can be looked at
-            logger.warning(f"Annotations in {place} cannot be used for image ids: {error}")
+            # broken annotations of any kind must not prevent prediction
+            logger.warning(f"Annotations in {root} cannot be used for image ids: {error}")
             continue
         if source is None:
             continue
-        known = {os.fsencode(os.path.normpath(image.path)): image.id for image in source.images}
-        ids = [known.get(os.path.join(os.fsencode(folder), file)) for file in files]
-        complete = [number for number in ids if number is not None]
-        if len(set(complete)) == len(files):
-            return complete, source
+        id_of = {os.fsencode(os.path.normpath(image.path)): image.id for image in source.images}
+        ids = [id_of.get(os.path.join(os.fsencode(folder), file)) for file in files]
+        found = [number for number in ids if number is not None]
+        if len(set(found)) == len(files):
+            return found, source
     return None
 
 
-def category_records(id2label: Mapping[int, str], source: AnnotatedSplit | None) -> list[dict[str, Any]]:
-    """COCO's `categories`, in the order of the model's class ids: with the ids that the annotations have, if the model
-    knows all their classes by name; else with class ids."""
+def category_records(id2label: Mapping[int, str], source: Source | None) -> list[dict[str, Any]]:
+    """COCO's `categories` in the order of the model's class ids. Category ids come from the annotations if the model
+    has a class for each of their names; otherwise they are the class ids."""
     names = [name for _, name in sorted(id2label.items())]
-    theirs = dict(zip(source.names, source.category_ids, strict=True)) if source else {}
-    if not theirs or not set(theirs) <= set(names):
+    annotated = dict(zip(source.names, source.category_ids, strict=True)) if source else {}
+    if not annotated or not set(annotated) <= set(names):
         return [{"id": index, "name": name} for index, name in enumerate(names)]
-    taken = set(theirs.values())
-    free = (number for number in itertools.count() if number not in taken)
-    return [{"id": theirs.pop(name) if name in theirs else next(free), "name": name} for name in names]
+    used = set(annotated.values())
+    unused = (number for number in itertools.count() if number not in used)
+    return [{"id": annotated.pop(name) if name in annotated else next(unused), "name": name} for name in names]

@@ -1,4 +1,4 @@
-"""All shards of a job to COCO's JSON files, a few rows at a time."""
+"""Merging the shards of a job into COCO's JSON files, a few rows at a time."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -7,39 +7,46 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..runtime.files import replacing
+from ..runtime import atomic_write
 from .job import PredictionJob
 from .shards import done_ids, read_shards
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Numbers of a job; `unread`: (absolute path, reason) of the first files that could not be read."""
+    """Counts over a job.
+
+    Attributes:
+        objects: detections in all images.
+        images: images that could be read.
+        unreadable: files that could not be read.
+        errors: (absolute path, reason) of the first of these files.
+    """
 
     objects: int
     images: int
     unreadable: int
-    unread: list[tuple[str, str]]
+    errors: list[tuple[str, str]]
 
 
-def merge_shards(job: PredictionJob, mentioned: int = 100) -> Summary:
+def merge_shards(job: PredictionJob, max_errors: int = 100) -> Summary:
     """Write `images.json` and `detections.json`.
 
-    `detections.json` holds COCO results: `image_id`, `category_id`, `bbox` [x_min, y_min, width, height] in pixels
-    and `score`, in no particular order of images. `images.json` holds COCO's `images` and `categories` to these ids,
+    `detections.json` contains COCO results: `image_id`, `category_id`, `bbox` [x_min, y_min, width, height] in pixels
+    and `score`; the order of images is arbitrary. `images.json` contains the matching COCO `images` and `categories`,
     and `unreadable`: `id`, `file_name` and `error` of each file that could not be read.
 
     Args:
-        mentioned: files in `Summary.unread`, at most.
+        max_errors: maximum length of `Summary.errors`.
 
     Raises:
-        ValueError: images of the work list are in no shard, or in two; the message says what to do.
+        ValueError: images of the work list are in no shard, or in two; the message tells how to continue.
     """
     missing = np.setdiff1d(job.image_ids(), done_ids(job.shards))
     if len(missing):
-        raise ValueError(f"{len(missing)} images of {job.folder} are not done. Give the same command again.")
+        raise ValueError(f"{len(missing)} images of {job.folder} are not done. Run the same command again.")
     images = unreadable = objects = 0
-    unread: list[tuple[str, str]] = []
+    errors: list[tuple[str, str]] = []
 
     def readable_images() -> Iterator[dict[str, Any]]:
         nonlocal images
@@ -55,8 +62,8 @@ def merge_shards(job: PredictionJob, mentioned: int = 100) -> Summary:
         for row in read_shards(job.shards, ["image_id", "file", "error"]):
             if row["error"] is not None:
                 unreadable += 1
-                if len(unread) < mentioned:
-                    unread.append((str(job.image_folder / row["file"]), row["error"]))
+                if len(errors) < max_errors:
+                    errors.append((str(job.image_folder / row["file"]), row["error"]))
                 yield {"id": row["image_id"], "file_name": row["file"], "error": row["error"]}
 
     def detections() -> Iterator[dict[str, Any]]:
@@ -74,20 +81,20 @@ def merge_shards(job: PredictionJob, mentioned: int = 100) -> Summary:
                     "score": round(score, 6),
                 }
 
-    with replacing(job.images_file) as file:
+    with atomic_write(job.images_file) as file:
         file.write('{"images": ')
         _write_list(file, readable_images())
         file.write(f',\n"categories": {json.dumps(job.categories)},\n"unreadable": ')
         _write_list(file, unreadable_images())
         file.write("}\n")
-    with replacing(job.detections_file) as file:  # last: with it, the job is finished
+    with atomic_write(job.detections_file) as file:  # last, because it marks the job as finished
         _write_list(file, detections())
         file.write("\n")
-    return Summary(objects, images, unreadable, unread)
+    return Summary(objects, images, unreadable, errors)
 
 
 def _write_list(file: IO[str], records: Iterable[dict[str, Any]]) -> None:
-    """A JSON list, a record a line."""
+    """A JSON list with one record per line."""
     file.write("[")
     for number, record in enumerate(records):
         file.write(f"{',' if number else ''}\n{json.dumps(record)}")

@@ -1,4 +1,4 @@
-"""Images into a model, batch by batch, while further ones are being read."""
+"""Detection on batches of images, while the next batches are being read."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -19,14 +19,14 @@ from .tiles import Tiling, merge_views
 
 @dataclass
 class LoadedImage:
-    """An image on its way to the model, or why there is none.
+    """An image that is ready for the model, or the reason why it could not be read.
 
     Attributes:
-        file: relative to the folder of images, as text.
+        file: path relative to the image folder, as text.
         size: (width, height) in pixels.
-        inputs: what the pipeline's `preprocess` gives.
-        pixels: (3, height, width) RGB, if tiles are to be cut from it.
-        picture: the image as RGB, if it was asked for.
+        inputs: output of the pipeline's `preprocess`.
+        pixels: (3, height, width) RGB, if tiles will be cut from it.
+        picture: the image as RGB, if requested.
         error: why it could not be read; `size`, `inputs`, `pixels` and `picture` are None then.
     """
 
@@ -41,11 +41,13 @@ class LoadedImage:
 
 @dataclass
 class Prediction:
-    """What was found in an image.
+    """Detections in an image.
 
     Attributes:
         image_id, file, size, picture, error: see `LoadedImage`.
-        scores: (N,); label_ids: (N,) class ids; boxes: (N, 4) xyxy in pixels of the image, within it.
+        scores: (N,).
+        label_ids: (N,) class ids.
+        boxes: (N, 4) xyxy in pixels of the image, clipped to it.
     """
 
     image_id: int
@@ -58,7 +60,7 @@ class Prediction:
     boxes: Tensor
 
     def objects(self, id2label: dict[int, str]) -> list[dict[str, Any]]:
-        """As `pipeline("object-detection")` gives them."""
+        """In the format of `pipeline("object-detection")`."""
         rows = zip(self.scores.tolist(), self.label_ids.tolist(), self.boxes.tolist(), strict=True)
         return [
             {"score": s, "label": id2label[i], "box": dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))}
@@ -76,17 +78,18 @@ def load_batches(
     pictures: bool = False,
     tiles: bool = False,
 ) -> Iterator[list[LoadedImage]]:
-    """Read images, some batches ahead of the one that is being used. Images that the processor brings to one size come
-    together, so not in the order of the table; see [`~hf_detr.prediction.size_batches.size_sorted_batches`].
+    """Read images in batches, some batches ahead of the consumer. Batches contain images that the processor resizes to
+    the same size, so the order differs from the table's; see
+    [`~hf_detr.prediction.size_batches.size_sorted_batches`].
 
     Args:
-        detector: prepares the images.
+        detector: preprocesses the images.
         image_folder: paths are relative to it.
-        images: `image_id` and `path`, as `PredictionJob.pending` gives them.
-        batch_size: images at a time; those that cannot be read are among them.
-        num_workers: threads that read. As many batches, and one, wait at most. 0 reads when a batch is asked for.
-        pictures: keep the images themselves as well.
-        tiles: keep their pixels as well, from which tiles are cut. Images then come one by one: they are large.
+        images: `image_id` and `path`, see `PredictionJob.pending`.
+        batch_size: images per batch, including unreadable ones.
+        num_workers: threads that read; at most `num_workers + 1` batches are waiting. 0 reads each batch on demand.
+        pictures: keep the RGB images.
+        tiles: keep the pixels for cutting tiles. The batch size is 1 then, because such images are large.
     """
 
     def load(rows: list[dict[str, Any]]) -> list[LoadedImage]:
@@ -101,16 +104,16 @@ def load_batches(
 def _read(
     detector: DetrDetectionPipeline, image_folder: Path, image_id: int, path: bytes, picture: bool, tiles: bool
 ) -> LoadedImage:
-    file = path.decode("utf-8", "backslashreplace")  # Parquet and JSON hold text only
-    whole = image_folder / os.fsdecode(path)
+    file = path.decode("utf-8", "backslashreplace")  # Parquet and JSON only store valid text
+    full_path = image_folder / os.fsdecode(path)
     try:
-        if whole.is_dir():
-            raise PermissionError("a folder that may not be listed")
-        return load_image(detector, image_id, file, open_image(whole), picture=picture, tiles=tiles)
+        if full_path.is_dir():
+            raise PermissionError("this folder cannot be listed")
+        return load_image(detector, image_id, file, open_image(full_path), picture=picture, tiles=tiles)
     except Exception as error:
-        # of any kind: on damaged files, decoders fail with whatever the bytes lead them to
-        known = isinstance(error, (ValueError, OSError)) and str(error)
-        return LoadedImage(image_id, file, error=str(error) if known else f"{type(error).__name__}: {error}")
+        # decoders raise errors of any kind on damaged files
+        described = isinstance(error, (ValueError, OSError)) and str(error)
+        return LoadedImage(image_id, file, error=str(error) if described else f"{type(error).__name__}: {error}")
 
 
 def load_image(
@@ -122,26 +125,26 @@ def load_image(
     picture: bool = False,
     tiles: bool = False,
 ) -> LoadedImage:
-    """Any image as `load_batches` gives it.
+    """Preprocess any image for `predict_batch`.
 
     Args:
-        detector: prepares it.
-        image_id, file: to know it by.
-        picture: keep the image itself as well.
-        tiles: keep its pixels as well, from which tiles are cut.
+        detector: preprocesses the image.
+        image_id, file: identify the image in the results.
+        picture: keep the RGB image.
+        tiles: keep the pixels for cutting tiles.
 
     Raises:
-        ValueError, TypeError: it is none that can be used.
+        ValueError, TypeError: not a usable image.
     """
     pixels = to_rgb_tensor(image)
     inputs = detector.preprocess(pixels)
     height, width = pixels.shape[-2:]
-    shown = _to_picture(pixels) if picture else None
-    return LoadedImage(image_id, file, (width, height), inputs, pixels if tiles else None, shown)
+    rgb = _to_pil(pixels) if picture else None
+    return LoadedImage(image_id, file, (width, height), inputs, pixels if tiles else None, rgb)
 
 
-def _to_picture(pixels: Tensor) -> PIL.Image.Image:
-    """As the model sees it: Pillow itself cannot turn all modes into RGB."""
+def _to_pil(pixels: Tensor) -> PIL.Image.Image:
+    """From the model's RGB tensor, because Pillow cannot convert all modes to RGB."""
     if pixels.is_floating_point():
         pixels = (pixels * 255).round().to(torch.uint8)
     return PIL.Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
@@ -154,12 +157,15 @@ def predict_batch(
     tiling: Tiling | None = None,
     batch_size: int = 1,
 ) -> list[Prediction]:
-    """What the detector finds in each image of a batch: what the pipeline gives with `round_boxes=False`, in its order.
+    """Detections in each image of a batch, equal to those of the pipeline with `round_boxes=False`, in its order.
 
     Args:
         threshold: see `DetrImageProcessor.post_process_object_detection`.
-        tiling: look at each image in tiles as well, and merge what is found; see [`~hf_detr.prediction.Tiling`].
-        batch_size: tiles at a time.
+        tiling: also detect in tiles of each image, and merge the results; see [`~hf_detr.prediction.Tiling`].
+        batch_size: tiles per forward pass.
+
+    Raises:
+        ValueError: `tiling` is given but an image was loaded without `tiles=True`.
     """
     readable = [image.inputs for image in batch if image.inputs is not None]
     results = iter(_detect(detector, readable, threshold) if readable else [])
@@ -177,8 +183,7 @@ def predict_batch(
 def _detect(
     detector: DetrDetectionPipeline, inputs: Sequence[dict[str, Any]], threshold: float | str
 ) -> list[dict[str, Tensor]]:
-    """`scores`, `labels` and `boxes` in pixels of each image, on the CPU. Nothing is fetched from the device but one
-    tensor, and the sizes of images where they differ."""
+    """`scores`, `labels` and `boxes` (in pixels) per image, on the CPU."""
     gathered = {key: [given[key][0] for given in inputs] for key in ("pixel_values", "target_size")}
     with detector.device_placement(), detector.get_inference_context()():
         outputs = detector._forward(detector._ensure_tensor_on_device(gathered, device=detector.device))
@@ -188,20 +193,20 @@ def _detect(
 def _detect_in_tiles(
     detector: DetrDetectionPipeline,
     image: LoadedImage,
-    whole: dict[str, Tensor],
+    full_view: dict[str, Tensor],
     threshold: float | str,
     tiling: Tiling,
     batch_size: int,
 ) -> dict[str, Tensor]:
-    """Tiles are cut and prepared when it is their turn: those of a large image would not fit into memory at once."""
+    """Tiles are cut and preprocessed batch by batch, because all tiles of a large image may not fit into memory."""
     if image.size is None or image.pixels is None:
-        raise ValueError(f"{image.file} was loaded without its pixels. Give tiles=True to load_batches.")
+        raise ValueError(f"{image.file} was loaded without its pixels. Pass tiles=True to load_batches.")
     width, height = image.size
     tiles = tiling.tiles(width, height)
-    results = [whole]
+    results = [full_view]
     for start in range(0, len(tiles), batch_size):
         parts = (
             image.pixels[:, top:bottom, left:right] for left, top, right, bottom in tiles[start : start + batch_size]
         )
         results += _detect(detector, [detector.preprocess(part) for part in parts], threshold)
-    return merge_views([(0, 0, width, height), *tiles], results) if tiles else whole
+    return merge_views([(0, 0, width, height), *tiles], results) if tiles else full_view

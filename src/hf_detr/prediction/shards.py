@@ -1,4 +1,4 @@
-"""Shards: Parquet files that each hold the results of some images, and that tell together which images are done."""
+"""Shards: Parquet files with the results of some images each. Together they define which images are done."""
 
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..runtime.files import replacing
+from ..runtime import atomic_write
 
 if TYPE_CHECKING:
     from .predict import Prediction
@@ -18,34 +18,35 @@ if TYPE_CHECKING:
 SHARD_SCHEMA = pa.schema(
     {
         "image_id": pa.int64(),
-        "file": pa.string(),  # relative to the folder of images
+        "file": pa.string(),  # relative to the image folder
         "width": pa.int32(),  # in pixels, EXIF orientation applied
         "height": pa.int32(),
-        "scores": pa.list_(pa.float32()),  # of each detection
-        "labels": pa.list_(pa.string()),  # names of their classes
+        "scores": pa.list_(pa.float32()),  # one per detection
+        "labels": pa.list_(pa.string()),  # class names
         "label_ids": pa.list_(pa.int32()),  # class ids of the model, 0 ... N-1
         "boxes": pa.list_(pa.list_(pa.float32(), 4)),  # x_min, y_min, x_max, y_max in pixels of the image
-        "error": pa.string(),  # why the file could not be read; all columns but the first two are null then
+        "error": pa.string(),  # why the file could not be read; all columns except the first two are null then
     }
 )
 
 
 class ShardWriter:
-    """Collects predictions, and writes them when there are enough for a shard and when it is closed, also by an error.
+    """Collects predictions, and writes a shard whenever there are `size` of them and when it is closed, also after an
+    error.
 
-    An image is in a shard entirely or not at all, and a shard is in the folder entirely or not at all. Names are other
-    ones for each writer, so that any number of processes, of this start and of later ones, can write to one folder.
+    Shards are written atomically, and an image is never split over shards. Each writer uses unique file names, so any
+    number of processes, of this launch and of later ones, can write to one folder.
 
     Args:
         folder: of the shards.
-        process_index: for the name of the shards.
+        process_index: part of the file names.
         id2label: class id to name.
-        size: images a shard.
+        size: images per shard.
     """
 
     def __init__(self, folder: Path, process_index: int, id2label: Mapping[int, str], size: int = 512) -> None:
         if size < 1:
-            raise ValueError(f"A shard holds at least 1 image, got size={size}.")
+            raise ValueError(f"A shard must hold at least 1 image, got size={size}.")
         self.folder = folder
         self.id2label = id2label
         self.size = size
@@ -70,13 +71,13 @@ class ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added since the last shard."""
-        # given up first: an interrupt during the writing then costs these rows, and cannot bring them into two shards
+        """Write the rows added since the last shard."""
+        # cleared before writing: an interrupt can lose these rows but never duplicate them
         rows, self._rows = self._rows, []
         if rows:
             path = self.folder / f"{self._name}-{self._number:06d}.parquet"
             self._number += 1
-            with replacing(path, "wb") as file:
+            with atomic_write(path, "wb") as file:
                 pq.write_table(pa.Table.from_pylist(rows, schema=SHARD_SCHEMA), file)
 
     def __enter__(self) -> "ShardWriter":
@@ -89,10 +90,10 @@ class ShardWriter:
 
 
 def done_ids(folder: Path) -> np.ndarray:
-    """Image ids (N,) of all shards.
+    """(N,) image ids in all shards.
 
     Raises:
-        ValueError: a shard cannot be read, or two hold the same image; the message names them.
+        ValueError: a shard cannot be read, or two shards contain the same image; the message names them.
     """
     ids = [np.zeros(0, dtype=np.int64)]
     paths = sorted(folder.glob("*.parquet"))
@@ -100,21 +101,23 @@ def done_ids(folder: Path) -> np.ndarray:
         try:
             ids.append(pq.read_table(path, columns=["image_id"])["image_id"].to_numpy())
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} cannot be read: {error}. Delete it; its images are predicted again.") from error
+            raise ValueError(
+                f"{path} cannot be read: {error}. Delete it; its images will be predicted again."
+            ) from error
     done = np.concatenate(ids)
     unique, counts = np.unique(done, return_counts=True)
     if len(unique) < len(done):
-        twice = unique[counts > 1][0]
-        both = [path.name for path, part in zip(paths, ids[1:], strict=True) if twice in part]
+        duplicate = unique[counts > 1][0]
+        both = [path.name for path, part in zip(paths, ids[1:], strict=True) if duplicate in part]
         raise ValueError(
-            f"Image {twice} is in {' and '.join(both)} of {folder}. Delete one of them; images that are in no other "
-            "shard are predicted again."
+            f"Image {duplicate} is in {' and '.join(both)} of {folder}. Delete one of them; images that are in no "
+            "other shard will be predicted again."
         )
     return done
 
 
 def read_shards(folder: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of all shards, one after the other, with these columns of `SHARD_SCHEMA`."""
+    """Rows of all shards with these columns of `SHARD_SCHEMA`."""
     for path in sorted(folder.glob("*.parquet")):
         with pq.ParquetFile(path) as shard:
             for batch in shard.iter_batches(batch_size=256, columns=list(columns)):

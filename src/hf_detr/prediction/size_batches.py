@@ -1,4 +1,4 @@
-"""Which images go through the model together: those that the processor brings to one size. Nothing is padded then."""
+"""Batches of images that the processor resizes to the same size, so that little or nothing is padded."""
 
 import os
 from collections import defaultdict, deque
@@ -7,45 +7,44 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import PIL.Image
 import pyarrow as pa
-import torch
 
+from ..data.processor_size import resized_size
+from ..model.image_io import read_image_header
 from ..model.image_processing_hf_detr import DetrImageProcessor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Size = tuple[int, int]
 
-WINDOW = 1024  # images among which equal sizes are looked for: enough to fill batches, little to read before the first
-MOST_PADDING = 0.05  # of the pixels of a batch of several sizes
+WINDOW = 1024  # images that are grouped at a time: enough to fill batches, and quick to scan before the first batch
+MAX_PADDING = 0.05  # padding pixels over image pixels, in a batch of mixed sizes
 UNKNOWN: Size = (0, 0)
-ORIENTATION = 0x0112  # of EXIF; from 5 on, width and height are swapped
 
 
 def size_sorted_batches(
     processor: DetrImageProcessor, image_folder: Path, images: pa.Table, batch_size: int, num_workers: int = 0
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows of a table in batches of images that will have one size, the largest first, 1,024 rows at a time.
+    """Rows of a table in batches of images that will have the same size, largest first within each 1,024 rows.
 
-    Sizes are read from the headers of the files, in which a wrong one only costs padding. What is left over of each
-    size shares batches with its neighbours where that adds 5 % of padding at most.
+    Sizes are read from file headers; a wrong header only costs padding. Remainders of neighbouring sizes share a batch
+    if that adds at most 5 % of padding.
 
     Args:
         image_folder: paths are relative to it.
-        images: with `path`.
-        num_workers: 0 reads headers when a batch is asked for, more in a thread.
+        images: table with a column `path`.
+        num_workers: 0 reads headers on demand, more in a thread.
     """
-    known: dict[Size, Size] = {}
+    resized: dict[Size, Size] = {}
 
     def plan(start: int) -> list[list[dict[str, Any]]]:
         rows = images.slice(start, WINDOW).to_pylist()
         sizes = []
         for row in rows:
             size = read_size(image_folder / os.fsdecode(row["path"]))
-            if size not in known:
-                known[size] = processed_size(processor, size)
-            sizes.append(known[size])
+            if size not in resized:
+                resized[size] = processed_size(processor, size)
+            sizes.append(resized[size])
         return [[rows[index] for index in batch] for batch in group_by_size(sizes, batch_size)]
 
     for batches in run_ahead(plan, range(0, len(images), WINDOW), min(num_workers, 1)):
@@ -53,44 +52,36 @@ def size_sorted_batches(
 
 
 def read_size(path: Path) -> Size:
-    """(height, width) of an image as shown, from its header; (0, 0) if there is none to read."""
+    """(height, width) of an image as shown, from its header; (0, 0) if the header cannot be read."""
     try:
-        with PIL.Image.open(path) as image:
-            width, height = image.size
-            # of a PNG, Pillow would read all pixels for it
-            turned = image.format in ("JPEG", "MPO", "WEBP") and image.getexif().get(ORIENTATION, 1) >= 5
-    except Exception:
-        # whatever is wrong with the file, it is found, and reported, when it is read
-        return UNKNOWN
-    return (width, height) if turned else (height, width)
-
-
-def processed_size(processor: DetrImageProcessor, size: Size) -> Size:
-    """(height, width) that the processor brings an image of this one to; (0, 0) if it cannot."""
-    if size == UNKNOWN or not processor.do_resize:
-        return size
-    try:  # with its own rules, on an image without pixels
-        image = torch.empty(3, *size, dtype=torch.uint8, device="meta")
-        height, width = processor.resize(image, processor.size, processor.resample).shape[-2:]
-    except (ValueError, RuntimeError):  # a side of less than a pixel is left of it
+        width, height = read_image_header(path).size
+    except Exception:  # damaged files raise errors of any kind; reading the image reports them
         return UNKNOWN
     return height, width
 
 
+def processed_size(processor: DetrImageProcessor, size: Size) -> Size:
+    """(height, width) after the processor's resize; (0, 0) if it cannot resize an image of this size."""
+    if size == UNKNOWN or not processor.do_resize:
+        return size
+    resized = resized_size(size, processor.size)
+    return resized if min(resized) > 0 else UNKNOWN
+
+
 def group_by_size(sizes: Sequence[Size], batch_size: int) -> list[list[int]]:
-    """Indices in batches of at most `batch_size`, the largest sizes first; see `size_sorted_batches`."""
+    """Indices in batches of at most `batch_size`, largest sizes first; see `size_sorted_batches`."""
     of_size = defaultdict(list)
     for index, size in enumerate(sizes):
         of_size[size].append(index)
-    batches, left = [], []
+    batches, remainder = [], []
     for size in sorted(of_size, reverse=True):
         indices = of_size[size]
         full = len(indices) // batch_size * batch_size
         batches += [indices[start : start + batch_size] for start in range(0, full, batch_size)]
-        left += indices[full:]
+        remainder += indices[full:]
     batch: list[int] = []
-    for index in left:
-        if batch and (len(batch) == batch_size or _padding([sizes[i] for i in (*batch, index)]) > MOST_PADDING):
+    for index in remainder:
+        if batch and (len(batch) == batch_size or _padding([sizes[i] for i in (*batch, index)]) > MAX_PADDING):
             batches.append(batch)
             batch = []
         batch.append(index)
@@ -98,7 +89,7 @@ def group_by_size(sizes: Sequence[Size], batch_size: int) -> list[list[int]]:
 
 
 def _padding(sizes: Sequence[Size]) -> float:
-    """Pixels of padding, as a part of those of the images."""
+    """Padding pixels of a batch, as a fraction of its image pixels."""
     pixels = sum(height * width for height, width in sizes)
     padded = len(sizes) * max(height for height, _ in sizes) * max(width for _, width in sizes)
     return padded / pixels - 1 if pixels else 0.0
@@ -107,18 +98,19 @@ def _padding(sizes: Sequence[Size]) -> float:
 def run_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], num_workers: int
 ) -> Generator[Result, None, None]:
-    """`map` in threads; at most `num_workers + 1` results are made or wait."""
+    """Like `map`, in order, but computed in threads; at most `num_workers + 1` results are pending. 0 threads computes
+    each result on demand."""
     if num_workers == 0:
         yield from map(function, items)
         return
-    waiting: deque[Future[Result]] = deque()
+    pending: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(num_workers)
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > num_workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(function, item))
+            if len(pending) > num_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)

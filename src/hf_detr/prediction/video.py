@@ -1,4 +1,4 @@
-"""Videos frame by frame: upright, with their times, and the audio that belongs between them.
+"""Reading videos: upright frames with their times, interleaved with packets of audio.
 
 Needs PyAV: `pip install "hf_detr[video]"`.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from ..runtime.extras import import_extra
+from ..runtime import import_extra
 from .pipeline import DetrDetectionPipeline
 from .predict import LoadedImage, load_image
 from .size_batches import run_ahead
@@ -23,17 +23,17 @@ VIDEO_SUFFIXES = {
     ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts",
     ".webm", ".wmv",
 }  # fmt: skip
-MICROSECONDS = 1_000_000  # PyAV's unit of a file's times
-SLACK = 0.5  # seconds: containers are not exact about their duration
+MICROSECONDS = 1_000_000  # PyAV's unit for times of a file
+DURATION_TOLERANCE = 0.5  # seconds: durations in containers are approximate
 
 
 @dataclass
 class Frame:
-    """A frame as it is shown.
+    """A frame as displayed.
 
     Attributes:
         index: from 0.
-        pts: when it is shown, in units of the stream's time base from the start of the video.
+        pts: presentation time from the start of the video, in units of the stream's time base.
         time: the same in seconds.
         pixels: (height, width, 3) uint8 RGB.
     """
@@ -50,8 +50,13 @@ class Frame:
 
 @dataclass
 class FrameBatch:
-    """Frames, `images` of those that are to be predicted (`image_id` is the index of the frame), and packets of audio
-    that belong between them."""
+    """Consecutive frames.
+
+    Attributes:
+        frames: all frames of the batch.
+        images: those to predict; `image_id` is the index of the frame.
+        audio: packets of audio between the frames.
+    """
 
     frames: list[Frame]
     images: list[LoadedImage]
@@ -59,24 +64,24 @@ class FrameBatch:
 
 
 def is_video(path: Path) -> bool:
-    """Whether a path is that of a video, by the ending of its name."""
+    """Whether a path has the suffix of a video file."""
     return path.suffix.lower() in VIDEO_SUFFIXES and not path.is_dir()
 
 
 class VideoReader:
-    """The first video stream of a file, and its audio. What is damaged is left out and counted, what is there is read.
+    """The first video stream of a file, and its audio. Damaged frames are skipped and counted.
 
     Args:
         path: of the video.
 
     Attributes:
-        num_frames: as the file says, or from its duration and its rate; None if it says neither.
-        problems: after reading, what could not be read, in words.
+        num_frames: from the file, or from its duration and frame rate; None if unknown.
+        problems: messages about what could not be read, complete after iteration.
 
     Raises:
-        ImportError: PyAV is missing.
-        ValueError: the file is no video, or so damaged that it cannot be opened.
-        FileNotFoundError: there is no such file.
+        ImportError: PyAV is not installed.
+        ValueError: the file is not a video, or too damaged to be opened.
+        FileNotFoundError: the file does not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -86,14 +91,14 @@ class VideoReader:
         try:
             self._file = self._av.open(str(path), metadata_errors="replace")
         except FileNotFoundError:
-            raise FileNotFoundError(f"There is no {path}.") from None
+            raise FileNotFoundError(f"{path} does not exist.") from None
         except (self._av.FFmpegError, OSError) as error:
             raise ValueError(f"{path} cannot be read as a video: {error}") from error
-        covers = self._av.stream.Disposition.attached_pic
-        streams = [s for s in self._file.streams.video if not s.disposition & covers and s.codec_context is not None]
+        cover = self._av.stream.Disposition.attached_pic
+        streams = [s for s in self._file.streams.video if not s.disposition & cover and s.codec_context is not None]
         if not streams:
             self._file.close()
-            raise ValueError(f"{path} has no video that can be decoded.")
+            raise ValueError(f"{path} has no video stream that can be decoded.")
         self.stream = streams[0]
         self.stream.thread_type = "AUTO"
         self.audio = list(self._file.streams.audio)
@@ -106,8 +111,8 @@ class VideoReader:
         self.num_frames: int | None = self.stream.frames or (
             round(self._seconds * self.rate) if self._seconds else None
         )
-        self._size: tuple[int, int] | None = None  # (width, height) of the first frame, before it is turned
-        self._last = -1
+        self._size: tuple[int, int] | None = None  # (width, height) of the first frame as stored
+        self._last_pts = -1
 
     def __enter__(self) -> "VideoReader":
         return self
@@ -116,7 +121,7 @@ class VideoReader:
         self._file.close()
 
     def __iter__(self) -> Iterator[Any]:
-        """[`Frame`]s, and between them PyAV's packets of audio. To be read once."""
+        """[`Frame`]s, interleaved with PyAV's packets of audio. Can be iterated once."""
         index = packets = damaged = 0
         time = 0.0
         for packet in self._packets():
@@ -130,9 +135,9 @@ class VideoReader:
             except self._av.FFmpegError:
                 damaged += 1
                 continue
-            for picture in decoded:
-                damaged += picture.is_corrupt
-                frame = self._frame(index, picture)
+            for av_frame in decoded:
+                damaged += av_frame.is_corrupt
+                frame = self._frame(index, av_frame)
                 index, time = index + 1, frame.time
                 yield frame
         if not index:
@@ -141,35 +146,35 @@ class VideoReader:
             self.problems.append(f"{damaged} frames are damaged")
         if self.stream.frames and packets < self.stream.frames:
             self.problems.append(f"it ends after {packets} of {self.stream.frames} frames")
-        elif not self.stream.frames and self._seconds and time + 1 / self.rate < self._seconds - SLACK:
+        elif not self.stream.frames and self._seconds and time + 1 / self.rate < self._seconds - DURATION_TOLERANCE:
             self.problems.append(f"it ends after {time:.1f} of {self._seconds:.1f} seconds")
 
     def _packets(self) -> Iterator[Any]:
-        """All there are, and None where the decoder has to be told that no more will come."""
+        """All packets, and None to flush the decoder if the file cannot be read to its end."""
         try:
             yield from self._file.demux(self.stream, *self.audio)
         except (self._av.FFmpegError, OSError) as error:
             self.problems.append(f"it cannot be read further: {error}")
             yield None
 
-    def _frame(self, index: int, picture: Any) -> Frame:
+    def _frame(self, index: int, av_frame: Any) -> Frame:
         step = max(1, round(1 / (self.rate * self.time_base)))
-        if picture.pts is None:
-            pts = self._last + step if index else 0
+        if av_frame.pts is None:
+            pts = self._last_pts + step if index else 0
         else:
-            pts = picture.pts - round(self.start / self.time_base)
-        self._last = max(pts, self._last + 1)  # times that stand still or go back are those of a damaged file
-        self._size = self._size or (picture.width, picture.height)
+            pts = av_frame.pts - round(self.start / self.time_base)
+        self._last_pts = max(pts, self._last_pts + 1)  # times in damaged files may repeat or go back
+        self._size = self._size or (av_frame.width, av_frame.height)
         width, height = self._size
-        pixels = picture.to_ndarray(format="rgb24", width=width, height=height)
-        return Frame(index, self._last, float(self._last * self.time_base), _turn(pixels, picture))
+        pixels = av_frame.to_ndarray(format="rgb24", width=width, height=height)
+        return Frame(index, self._last_pts, float(self._last_pts * self.time_base), _apply_rotation(pixels, av_frame))
 
 
-def _turn(pixels: np.ndarray, picture: Any) -> np.ndarray:
-    """As the display matrix of the file wants it to be shown, to the nearest quarter turn, with flips."""
-    for data in picture.side_data:
+def _apply_rotation(pixels: np.ndarray, av_frame: Any) -> np.ndarray:
+    """Apply the display matrix of a frame: flips, and rotation to the nearest quarter turn."""
+    for data in av_frame.side_data:
         if data.type.name == "DISPLAYMATRIX":
-            # the point (x, y) is shown at (a x + c y, b x + d y), shifted to where all is visible
+            # the point (x, y) is displayed at (a x + c y, b x + d y), translated to non-negative coordinates
             a, b, _, c, d = np.frombuffer(bytes(data), dtype=np.int32)[:5].astype(np.int64)
             if abs(b) + abs(c) > abs(a) + abs(d):
                 pixels, a, d = pixels.transpose(1, 0, 2), c, b
@@ -183,17 +188,17 @@ def load_frames(
     *,
     batch_size: int,
     num_workers: int = 1,
-    known: int = 0,
+    num_done: int = 0,
     tiles: bool = False,
 ) -> Iterator[FrameBatch]:
-    """Frames in batches, a few of them in memory.
+    """Frames in batches, of which only a few are in memory at a time.
 
     Args:
-        detector: prepares the frames.
-        batch_size: frames at a time; with tiles, they come one by one.
-        num_workers: 0 reads frames when a batch is asked for, more in a thread (one: they come in their order).
-        known: frames at the beginning that need not be predicted.
-        tiles: keep what tiles are cut from.
+        detector: preprocesses the frames.
+        batch_size: frames per batch; 1 with tiles.
+        num_workers: 0 reads frames on demand, more in one thread, because frames are decoded in order.
+        num_done: number of frames at the beginning that need no prediction.
+        tiles: keep the pixels for cutting tiles.
     """
     items = iter(reader)
     file = reader.path.name
@@ -205,7 +210,7 @@ def load_frames(
                 batch.audio.append(item)
                 continue
             batch.frames.append(item)
-            if item.index >= known:
+            if item.index >= num_done:
                 image = load_image(detector, item.index, file, item.pixels, tiles=tiles)
                 batch.images.append(image)
             if len(batch.frames) == (1 if tiles else batch_size):

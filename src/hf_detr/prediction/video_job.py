@@ -1,25 +1,25 @@
-"""The files of a video's prediction, and going on after a kill.
+"""The output files of a video's prediction, resumable after a kill.
 
 ```
-clip.mp4           the video with boxes; not there before it is whole
-clip.jsonl         a line a frame, in their order: {"frame": 0, "time": 0.0, "objects": [{"score": 0.9, "label": "cat",
+clip.mp4           the video with boxes, written atomically
+clip.jsonl         one line per frame, in order: {"frame": 0, "time": 0.0, "objects": [{"score": 0.9, "label": "cat",
                    "box": {"xmin": ..., "ymin": ..., "xmax": ..., "ymax": ...}}]}; time in seconds from the start,
-                   boxes in pixels of the frame as shown
-clip.job.json      the settings that decide about the results; at the end also what was found and what could not be read
+                   boxes in pixels of the frame as displayed
+clip.job.json      the settings that affect results; at the end also the number of frames and objects, and problems
 ```
-While it goes, the first two are `clip.mp4.partial`, which no player can open, and `clip.jsonl.partial`. Frames that are
-in the latter are only drawn and encoded again.
+During prediction, the first two are `clip.mp4.partial`, which no player can open, and `clip.jsonl.partial`. Frames that
+are recorded in the latter are drawn and encoded again after a kill, but not predicted again.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import PIL.Image
 
-from ..runtime.files import PARTIAL, hold_lock, replacing, sync
+from ..runtime import PARTIAL, acquire_lock, atomic_write, sync
 from .job import compare_settings
 from .predict import Prediction
 from .video import Frame, VideoReader
@@ -28,7 +28,7 @@ from .video_writer import VideoWriter
 
 @dataclass(frozen=True)
 class VideoSummary:
-    """Numbers of a video; `problems`: what could not be read or copied, in words."""
+    """Counts over a video; `problems` are messages about what could not be read or copied."""
 
     frames: int
     objects: int
@@ -40,50 +40,52 @@ class VideoJob:
     """The prediction of a video.
 
     Attributes:
-        video, records, about: see above.
-        settings: that it was begun with.
-        result: of an earlier start that came to its end; None if there was none.
+        video, records, job_file: the output files, see the module.
+        settings: as recorded.
+        result: of an earlier start that finished the job, or None.
     """
 
     video: Path
     records: Path
-    about: Path
+    job_file: Path
     settings: dict[str, Any]
     result: VideoSummary | None
-    _lock: IO[Any] | None = field(default=None, repr=False)
+    _lock: Any = field(default=None, repr=False)  # held as long as the job is referenced
 
 
 def open_video_job(folder: Path, source: Path, settings: Mapping[str, Any], pictures: bool = True) -> VideoJob:
-    """Begin a job in a folder, or go on with the one that is there for a video of this name.
+    """Start a job, or resume the one in the folder for a video of this name.
 
     Args:
-        folder: of the outputs.
+        folder: of the output files.
         source: the video.
-        settings: all that decides about the results, as JSON has it; see `model_settings`.
-        pictures: a video is wanted. A job that ended without one goes on then, with what it has found.
+        settings: everything that affects results, JSON-serialisable; see `model_settings`.
+        pictures: write a video. A job that was finished without one is resumed from its records then.
 
     Raises:
-        FileNotFoundError: there is no such video.
-        ValueError: one of the outputs is there and is of another job, or of none; the message says what differs.
-        TimeoutError: another process works on it.
+        FileNotFoundError: the video does not exist.
+        ValueError: an output file exists and belongs to another job, or to none; the message tells the difference.
+        TimeoutError: another process works on the job.
     """
     if not source.is_file():
-        raise FileNotFoundError(f"There is no {source}.")
-    video, records, about = (folder / f"{source.stem}{ending}" for ending in (".mp4", ".jsonl", ".job.json"))
+        raise FileNotFoundError(f"{source} does not exist.")
+    video, records, job_file = (folder / f"{source.stem}{ending}" for ending in (".mp4", ".jsonl", ".job.json"))
     all_settings = {"images": str(source.resolve()), "bytes": source.stat().st_size, **settings}
     recorded = json.loads(json.dumps(all_settings, default=str))
-    if not about.exists():
+    if not job_file.exists():
         for path in (video, records):
             if path.exists():
-                raise ValueError(f"{path} exists and is of no job. Name another --output_dir.")
+                raise ValueError(
+                    f"{path} already exists but does not belong to a prediction job. Use another --output_dir."
+                )
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock = hold_lock(folder / f".{source.stem}.lock", seconds=5)
+        lock = acquire_lock(folder / f".{source.stem}.lock", seconds=5)
     except TimeoutError as error:
         raise TimeoutError(f"Another process still works on {video}. Wait for it, or end it.") from error
     result = None
-    if about.exists():
-        content = json.loads(about.read_text(encoding="utf-8"))
+    if job_file.exists():
+        content = json.loads(job_file.read_text(encoding="utf-8"))
         compare_settings(folder, content["settings"], recorded)
         if "result" in content and records.exists():
             if pictures and not video.exists():
@@ -91,21 +93,21 @@ def open_video_job(folder: Path, source: Path, settings: Mapping[str, Any], pict
             else:
                 result = VideoSummary(**content["result"])
     else:
-        with replacing(about) as file:
+        with atomic_write(job_file) as file:
             json.dump({"settings": recorded}, file, indent=2)
-    return VideoJob(video, records, about, recorded, result, lock)
+    return VideoJob(video, records, job_file, recorded, result, lock)
 
 
 class VideoOutput:
-    """The outputs of a video's prediction while they grow. What `finish` has not completed is no video, and no records,
-    for anybody else; frames that were recorded are known to the next start.
+    """The output files of a video's prediction. They get their final names in `finish`; a later start resumes after the
+    recorded frames.
 
     Args:
         job: not finished.
         reader: of the video.
 
     Attributes:
-        known: frames that an earlier start has recorded.
+        num_recorded: frames that earlier starts have recorded.
     """
 
     def __init__(self, job: VideoJob, reader: VideoReader) -> None:
@@ -115,7 +117,7 @@ class VideoOutput:
         self._partial_video, self._partial_records = (
             path.with_name(path.name + PARTIAL) for path in (job.video, job.records)
         )
-        self.known = _whole_records(self._partial_records)
+        self.num_recorded = _count_records(self._partial_records)
         self._records = self._partial_records.open("r+", encoding="utf-8")
         self._frames = self._objects = 0
 
@@ -123,10 +125,10 @@ class VideoOutput:
         return self
 
     def record(self, frame: Frame, prediction: Prediction | None, id2label: dict[int, str]) -> list[dict[str, Any]]:
-        """Note what was found in a frame; None for one that is known. Frames come in their order.
+        """Record the objects of a frame; call it for each frame in order, with None for recorded frames.
 
         Returns:
-            the objects, as `pipeline("object-detection")` gives them, numbers as in the file.
+            the objects in the format of `pipeline("object-detection")`, rounded as in the file.
         """
         if prediction is None:
             objects = json.loads(self._records.readline())["objects"]
@@ -144,18 +146,19 @@ class VideoOutput:
         return objects
 
     def write(self, frame: Frame, picture: PIL.Image.Image) -> None:
-        """A picture in the place of a frame. Where it is called for none, there will be no video."""
+        """Write a picture in place of a frame. If it is never called, no video is written."""
         if self._writer is None:
             self._writer = VideoWriter(self._partial_video, self._reader, *picture.size)
         self._writer.write(frame, picture)
 
     def copy_audio(self, packets: list[Any]) -> None:
-        """To be called after the frames of their batch: the first one opens the file."""
-        for packet in packets if self._writer is not None else ():
-            self._writer.copy_audio(packet)  # type: ignore[union-attr]
+        """Copy the audio of a batch, after its frames were written."""
+        if self._writer is not None:
+            for packet in packets:
+                self._writer.copy_audio(packet)
 
     def finish(self) -> VideoSummary:
-        """All frames were written: give the outputs their names."""
+        """Give the output files their final names, after the last frame."""
         problems = list(self._reader.problems)
         if self._writer is not None:
             self._writer.close()
@@ -164,11 +167,11 @@ class VideoOutput:
             sync(self._partial_video)
             self._partial_video.replace(self.job.video)
         summary = VideoSummary(self._frames, self._objects, problems)
-        with replacing(self.job.about) as file:
+        with atomic_write(self.job.job_file) as file:
             json.dump({"settings": self.job.settings, "result": asdict(summary)}, file, indent=2)
         self._records.close()
         sync(self._partial_records)
-        self._partial_records.replace(self.job.records)  # last: with it, the job is finished
+        self._partial_records.replace(self.job.records)  # last, because it marks the job as finished
         sync(self.job.records.parent)
         return summary
 
@@ -181,8 +184,8 @@ class VideoOutput:
                 self._partial_video.unlink(missing_ok=True)
 
 
-def _whole_records(path: Path) -> int:
-    """How many frames an earlier start has recorded; what a kill has left of a further line is cut off."""
+def _count_records(path: Path) -> int:
+    """The number of recorded frames. An incomplete last line, left by a kill, is removed."""
     count = end = 0
     with path.open("a+b") as file:
         file.seek(0)

@@ -1,8 +1,16 @@
-"""What a long job needs to survive: files that are whole or not there, locks, being stopped, and packages that are
-installed by choice."""
+"""What long jobs need: atomic writes, file locks, clean stops on signals, CPU threads, and optional packages."""
 
 from .extras import import_extra
-from .files import PARTIAL, hold_lock, replacing, sync
-from .stop import Everyone, StopRequest, end_with_launcher
+from .files import PARTIAL, acquire_lock, atomic_write, sync
+from .stop import LongBarrier, StopRequest, end_with_launcher
 
-__all__ = ["PARTIAL", "Everyone", "StopRequest", "end_with_launcher", "hold_lock", "import_extra", "replacing", "sync"]
+__all__ = [
+    "PARTIAL",
+    "LongBarrier",
+    "StopRequest",
+    "acquire_lock",
+    "atomic_write",
+    "end_with_launcher",
+    "import_extra",
+    "sync",
+]

@@ -1,4 +1,4 @@
-"""The machine's cores and memory, for the process that computes and for those that load."""
+"""CPU threads, and memory that is reused instead of returned to the kernel."""
 
 import ctypes
 import os
@@ -6,17 +6,17 @@ import sys
 
 import torch
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # numbers of glibc's malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # constants of glibc's malloc.h
 
 
 def use_all_cores(processes: int = 1) -> int:
-    """Give this process its share of the machine's cores, and return how many that is.
+    """Set PyTorch's number of threads to this process' fraction of the machine's cores, and return it.
 
-    `accelerate launch` sets OMP_NUM_THREADS=1 unless told otherwise, which leaves all cores but one idle on a CPU. Any
-    other value was chosen by someone and stays; without one, PyTorch has chosen well.
+    `accelerate launch` sets OMP_NUM_THREADS=1 by default, which leaves all other cores idle on a CPU. Any other value
+    is kept, and without the variable PyTorch's own choice is kept.
 
     Args:
-        processes: processes that share this machine, unless the launcher says so itself (LOCAL_WORLD_SIZE).
+        processes: processes on this machine; the launcher's LOCAL_WORLD_SIZE takes precedence.
     """
     if os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -26,8 +26,8 @@ def use_all_cores(processes: int = 1) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Ask the C library (glibc) to reuse freed blocks instead of giving them back to the kernel at once. A training
-    step frees and allocates the same tensors again; clearing fresh pages can take as long as computing on them."""
+    """Make glibc reuse freed blocks instead of returning them to the kernel. A training step frees and allocates the
+    same tensors again, and zeroing fresh pages can take as long as the computation."""
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

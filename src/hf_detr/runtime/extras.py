@@ -1,14 +1,14 @@
-"""Packages that are installed by choice."""
+"""Optional packages, which extras of this package install."""
 
 import importlib
 from typing import Any
 
 
 def import_extra(package: str, extra: str) -> Any:
-    """A package that an extra of ours installs. Called before a long job, so that nothing is lost for want of it.
+    """Import an optional package. Call it before a long job, so that a missing package does not waste the job's work.
 
     Raises:
-        ImportError: it is not installed, or broken; says which extra has it.
+        ImportError: the package is not installed or cannot be imported; the message names the extra that installs it.
     """
     try:
         return importlib.import_module(package)

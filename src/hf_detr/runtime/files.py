@@ -1,27 +1,22 @@
-"""Files that are there whole or not at all, and locks that a kill releases."""
+"""Atomic writes, and file locks that the kernel releases when a process ends."""
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import BaseFileLock, FileLock, Timeout
 from transformers.utils import logging
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
-
 logger = logging.get_logger(__name__)
-PARTIAL = ".partial"  # ending of files that are still being written
+PARTIAL = ".partial"  # suffix of files that are still being written
 
 
 @contextmanager
-def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """A file to write, put in the place of `path` when all of it is on the disk. A kill leaves `path` as it was, and
-    maybe a file that ends in `.partial`."""
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """A file to write that replaces `path` once all of it is on disk. If the process is killed, `path` is unchanged and
+    a file with the suffix `.partial` may remain."""
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -29,48 +24,41 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:  # a full disk is not made fuller
+    except BaseException:  # free the space on a full disk
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt" and path.is_dir():  # cannot be opened there
+    """Flush a file, or the entries of a folder, to disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
         return
-    number = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
-def hold_lock(path: Path, *, shared: bool = False, seconds: float = 60.0) -> IO[Any]:
-    """Lock a file for as long as the file that is returned stays open. The kernel releases it with the process, however
-    that ends. Where the file system has no locks, a warning says so.
+def acquire_lock(path: Path, *, seconds: float = 60.0) -> BaseFileLock:
+    """Lock a file until the lock is released, is garbage-collected, or the process ends in any way. If the file system
+    does not support locks, a warning is logged and the file is not locked.
 
     Args:
-        shared: others may hold it shared as well.
-        seconds: to wait for it.
+        seconds: how long to wait for another process to release it.
 
     Raises:
-        TimeoutError: another process holds it.
+        TimeoutError: another process still holds the lock.
+        OSError: the file cannot be created.
     """
-    file = path.open("a")
-    if fcntl is None:
-        return file
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > end:
-                file.close()
-                raise TimeoutError(f"{path} is locked by another process.") from None
-            time.sleep(0.1)
-        except OSError as error:
-            logger.warning(f"{path} cannot be locked ({error}). Take care that the job is not started twice at a time.")
-            return file
-        else:
-            return file
+    path.open("a").close()
+    # filelock's soft locks are files, which survive a kill
+    lock: BaseFileLock = FileLock(path, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        raise TimeoutError(f"{path} is locked by another process.") from None
+    except OSError as error:
+        logger.warning(f"{path} cannot be locked ({error}). Make sure that the job runs only once at a time.")
+    return lock

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..runtime import PARTIAL, replacing, sync
+from ..runtime import PARTIAL, atomic_write, sync
 
 WEIGHTS = "model.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)(-epoch-\d+)?$")
@@ -216,5 +216,5 @@ def trim_log(path: Path, last_epoch: int) -> None:
             continue
         if line["epoch"] <= last_epoch:
             kept.append(text)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.writelines(f"{text}\n" for text in kept)

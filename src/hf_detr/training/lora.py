@@ -16,9 +16,9 @@ FULLY_TRAINED = (
     "class_labels_classifier",
     "bbox_predictor",
     "query_position_embeddings",
-    "further_query_groups",
+    "extra_query_groups",
     "dense_head",
-    "denoising_content",
+    "denoising",
 )
 
 

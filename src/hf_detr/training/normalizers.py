@@ -20,7 +20,7 @@ def loss_normalizers(
         model: not wrapped.
         batches: as `DetectionCollator` makes them, of this process.
     """
-    counts = torch.stack([model.count_for_loss(**batch) for batch in batches]).sum(0)
+    counts = torch.stack([model.count_for_loss(batch["labels"]) for batch in batches]).sum(0)
     if accelerator is None:
         return LossNormalizers.from_counts(counts, 1)
     return LossNormalizers.from_counts(accelerator.reduce(counts, reduction="sum"), accelerator.num_processes)

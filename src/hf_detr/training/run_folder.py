@@ -7,7 +7,7 @@ from typing import IO, Any, NamedTuple
 
 from accelerate import Accelerator
 
-from ..runtime import PARTIAL, hold_lock, replacing
+from ..runtime import PARTIAL, acquire_lock, atomic_write
 from .checkpoints import newest_checkpoint, remove
 
 FINISHED = "last"  # folder of the final weights, which a run writes last
@@ -85,7 +85,7 @@ def acquire_run_dir(
 
 def write_arguments(folder: Path, arguments: Mapping[str, Any], accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
-        with replacing(folder / "args.json") as file:
+        with atomic_write(folder / "args.json") as file:
             json.dump(dict(arguments), file, indent=2)
 
 
@@ -120,6 +120,6 @@ def _check_same_run(folder: Path, saved: Mapping[str, Any], arguments: Mapping[s
 def _lock(folder: Path) -> IO[Any]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return hold_lock(folder / LOCK, seconds=GRACE)
+        return acquire_lock(folder / LOCK, seconds=GRACE)
     except TimeoutError:
         raise TimeoutError(f"Another process trains in {folder}. Stop it, or name another --output_dir.") from None

@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..data.processor_size import size_range
-from ..model.backbone import feature_strides
 from ..model.image_processing_hf_detr import DetrImageProcessor
+from ..model.timm_network import feature_strides
 from .arguments import FinetuneArguments
 from .recipes import DataSummary, Start, choose_recipe, summarize
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert
 
-from ..model.boxes import cxcywh_to_xyxy, iou
+from ..model.boxes import iou
 from ..model.matcher import hungarian_matching
 from ..model.modeling_hf_detr import DetrForDetection
 
@@ -71,8 +72,8 @@ class TrainingProbe:
             query_of_object = torch.full((len(classes),), -1, device=device)
             query_of_object[target[0]] = query[0]
             queries.append(query_of_object.cpu())
-            predicted = cxcywh_to_xyxy(boxes[image, query[0]])
-            overlaps.append(iou(predicted, cxcywh_to_xyxy(objects[target[0]])).cpu())
+            predicted = box_convert(boxes[image, query[0]], "cxcywh", "xyxy")
+            overlaps.append(iou(predicted, box_convert(objects[target[0]], "cxcywh", "xyxy")).cpu())
             wrong.append((logits[image, query[0], :-1].argmax(-1) != classes[target[0]]).cpu())
             counts = count_duplicates(logits, boxes)
             confident, repeated = confident + counts[0], repeated + counts[1]
@@ -112,7 +113,7 @@ def count_duplicates(logits: Tensor, boxes: Tensor) -> tuple[int, int]:
     """
     scores, classes = logits.softmax(-1)[..., :-1].max(-1)  # (B, Q)
     confident = scores >= MIN_SCORE
-    corners = cxcywh_to_xyxy(boxes)
+    corners = box_convert(boxes, "cxcywh", "xyxy")
     same = (classes[:, :, None] == classes[:, None]) & (iou(corners[:, :, None], corners[:, None]) >= DUPLICATE_IOU)
     better = (scores[:, None] > scores[:, :, None]) & confident[:, None]  # [b, i, j]: j is better than i
     return int(confident.sum()), int((same & better & confident[:, :, None]).any(2).sum())

@@ -18,8 +18,8 @@ from ..evaluation import CocoEvaluator, evaluate_detection, format_metrics
 from ..hub import prepare_repo, push_folder
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
-from ..runtime import StopRequest, replacing
-from ..visualization import compare_with_truth
+from ..runtime import StopRequest, atomic_write
+from ..visualization import compare_with_ground_truth
 from .arguments import FinetuneArguments
 from .batch_size import fit_batch_size
 from .checkpoints import Progress, any_process, load_checkpoint, save_checkpoint, trim_log, use_plain_weights
@@ -233,7 +233,7 @@ class TrainingRun:
             about = {"epoch": line["epoch"], "dataset": self.args.data.name, "num_images": len(val_set), "split": split}
             self._save_model(self.path, metrics | about)
         if accelerator.is_main_process and accelerator.trackers:
-            image = compare_with_truth(val_set, evaluator.detections())
+            image = compare_with_ground_truth(val_set, evaluator.detections())
             log_image(accelerator, "validation", image, self.progress.step)
         return result
 
@@ -272,9 +272,9 @@ class TrainingRun:
         evaluator = self._evaluator(best, val_loader, val_set)
         metrics |= evaluator.compute()
         if accelerator.is_main_process:
-            with replacing(path / "metrics.json") as file:
+            with atomic_write(path / "metrics.json") as file:
                 json.dump(metrics, file, indent=2)
-            compare_with_truth(val_set, evaluator.detections()).save(path / "validation.png")
+            compare_with_ground_truth(val_set, evaluator.detections()).save(path / "validation.png")
         accelerator.print(f"\nBest checkpoint, epoch {metrics['epoch']}\n{format_metrics(metrics)}\n\nSaved in {path}")
         if self.progress.skipped:
             accelerator.print(f"{self.progress.skipped} steps were skipped; their batches are in {path / 'non_finite'}")
