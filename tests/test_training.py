@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import random_labels, tiny_model
+from conftest import random_labels, tiny_config, tiny_model
 from script_runner import run_script
 
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor

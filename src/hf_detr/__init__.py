@@ -45,7 +45,7 @@ The toolbox: everything else, a package per task
 Importing hf_detr registers its classes with transformers' Auto classes and `pipeline("object-detection")`.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers import AutoConfig, AutoModel, AutoModelForObjectDetection, ObjectDetectionPipeline
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
@@ -57,7 +57,7 @@ from .model.modeling_hf_detr import DetrForDetection, DetrModel
 from .model.outputs import DetrDetectionOutput, DetrModelOutput
 from .prediction.pipeline import DetrDetectionPipeline
 
-DetrForObjectDetection = DetrForDetection  # transformers' name
+DetrForObjectDetection: TypeAlias = DetrForDetection  # transformers' name
 
 __version__ = "0.1.0"
 
@@ -72,7 +72,7 @@ __all__ = [
     "DetrModelOutput",
 ]
 
-DetrForObjectDetection = DetrForDetection  # its name in transformers
+DetrForObjectDetection: TypeAlias = DetrForDetection  # its name in transformers
 
 
 # -- Auto classes ----------------------------------------------------------------------------------------------------

@@ -76,7 +76,9 @@ def export_model(
     try:
         with _atomic_folder(output_dir) as folder:
             _check_folder(output_dir, model)  # again, now that the folder is locked
-            job = _Job(folder, reference, check_cases(model.model.backbone.stride, _working_size(processor)), report)
+            job = _Job(
+                folder, reference, check_cases(model.model.backbone.strides[-1], _working_size(processor)), report
+            )
             model.config.to_json_file(folder / "config.json", use_diff=True)
             processor.to_json_file(folder / "preprocessor_config.json")
             export = {"model": _source(model)} | job.make_float32(graph_format, post_process)

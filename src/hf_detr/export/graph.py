@@ -95,7 +95,7 @@ def trace(model: "DetrForDetection", *, mask_padding: bool, post_process: bool) 
             )
     except Exception as error:  # layers raise errors of any kind
         raise ValueError(
-            f'"{backbone.name}" cannot be exported for any image size: {str(error).strip() or repr(error)}'
+            f'"{model.model.backbone.name}" cannot be exported for any image size: {str(error).strip() or repr(error)}'
         ) from error
 
 

@@ -58,7 +58,8 @@ def plan_masks(backbone: Backbone, in_channels: int) -> MaskPlan | None:
         None if masks are not sufficient: a layer changes the size in an unsupported way.
     """
     # sides that are no multiples of strides, and that differ at every stride
-    start = 5 * backbone.stride + backbone.stride // 2 + 3, 7 * backbone.stride + 5
+    stride = backbone.strides[-1]
+    start = 5 * stride + stride // 2 + 3, 7 * stride + 5
     plan = MaskPlan(start)
     grids = {start}
 
@@ -181,7 +182,7 @@ class MaskedBackbone(nn.Module):
     def __init__(self, backbone: Backbone, plan: MaskPlan | None) -> None:
         super().__init__()
         self.network: Any = backbone.model
-        self.stride = backbone.strides[-1]
+        self.stride: int = backbone.strides[-1]
         self.plan = plan
         self._masks = _Masks()
         for name, grid in plan.layers.items() if plan else ():

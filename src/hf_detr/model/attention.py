@@ -88,11 +88,9 @@ class MultiHeadAttention(Attention):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, attn_implementation: str, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """(B, Q, d), (B, K, d), (B, K, d) to (B, Q, d) and, from "eager" only, the weights (B, heads, Q, K)."""
-        heads = (
-            self.split_heads(projection(states))
-            for projection, states in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
-        )
-        return self.attend(*heads, attention_mask, attn_implementation, **kwargs)
+        queries, keys = self.split_heads(self.q_proj(query)), self.split_heads(self.k_proj(key))
+        values = self.split_heads(self.v_proj(value))
+        return self.attend(queries, keys, values, attention_mask, attn_implementation, **kwargs)
 
 
 class ConditionalAttention(Attention):

@@ -7,7 +7,8 @@ before and after the encoder: one-to-many labels on an auxiliary head, as in Co-
 central region of FCOS (arXiv 1904.01355) as assignment. The head takes no part in predictions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,6 +82,12 @@ class DenseHead(nn.Module):
         super().__init__()
         self.class_labels_classifier = build_class_head(d_model, num_labels)
         self.bbox_predictor = BoxHead(d_model)
+
+    def of(self, outputs: Any) -> Callable[[list[dict[str, Any]], Tensor], dict[str, Tensor]]:
+        """Labels and number of boxes to the terms, for a `DetrModelOutput` with hidden states."""
+        return partial(
+            self, (outputs.encoder_hidden_states[0], outputs.encoder_last_hidden_state), outputs.feature_mask
+        )
 
     def forward(
         self, feature_sets: Sequence[Tensor], mask: Tensor, labels: list[dict[str, Any]], num_boxes: Tensor

@@ -49,8 +49,9 @@ class BoxHead(MLP):
     def _dtype(self, hidden_states: Tensor) -> torch.dtype:
         """Of the weights; of the input where weights are not floating point (quantised layers)."""
         weight = getattr(self.layers[0], "weight", None)
-        is_floating = isinstance(weight, Tensor) and weight.is_floating_point()
-        return weight.dtype if is_floating else hidden_states.dtype
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            return weight.dtype
+        return hidden_states.dtype
 
 
 def build_class_head(d_model: int, num_labels: int) -> nn.Linear:

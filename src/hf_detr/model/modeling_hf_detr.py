@@ -91,7 +91,7 @@ class DetrModel(DetrPreTrainedModel):
         are_boxes = self.decoder.queries_are_boxes
         return build_queries(groups, batch_size, config.d_model, are_boxes=are_boxes, denoising=denoising)
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         pixel_values: Tensor,
@@ -218,7 +218,7 @@ class DetrForDetection(DetrPreTrainedModel):
         """
         return resize_class_head(self, id2label)
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         pixel_values: Tensor,
@@ -241,28 +241,26 @@ class DetrForDetection(DetrPreTrainedModel):
             FloatingPointError: with labels, a prediction is NaN or infinite.
         """
         attentions, states = self._resolve_outputs(output_attentions, output_hidden_states, kwargs)
-        learns = labels is not None
-        if learns:
+        denoising = result = None
+        if labels is not None:
             check_labels(labels, self.config.num_labels, len(pixel_values))
-        denoising = self.denoising(labels) if learns and self.training and self.denoising is not None else None
-        is_dense = learns and self.training and self.dense_head is not None
+            denoising = self.denoising(labels) if self.training and self.denoising is not None else None
+        dense_head = self.dense_head if self.training and labels is not None else None
         outputs = self.model(  # steps 2 to 4
             pixel_values,
             pixel_mask,
             self.model.build_queries(len(pixel_values), pixel_values.device, denoising),
             output_attentions=attentions,
-            output_hidden_states=states or is_dense,
+            output_hidden_states=states or dense_head is not None,
             return_dict=True,
             **kwargs,
         )
-        auxiliary = learns and self.config.auxiliary_loss
+        auxiliary = labels is not None and self.config.auxiliary_loss
         first_layer = 0 if auxiliary else -1
         logits = self.class_labels_classifier(outputs.intermediate_hidden_states[first_layer:])  # (L, B, T, C+1), 5
         pred_boxes = outputs.intermediate_boxes[first_layer:]  # (L, B, T, 4)
-        result = None
-        if learns:  # steps 6 and 7
-            features = (outputs.encoder_hidden_states[0], outputs.encoder_last_hidden_state) if is_dense else ()
-            dense = partial(self.dense_head, features, outputs.feature_mask) if is_dense else None
+        if labels is not None:  # steps 6 and 7
+            dense = None if dense_head is None else dense_head.of(outputs)
             result = self.criterion(logits, pred_boxes, labels, denoising, dense, normalizers)
         output = detection_output(outputs, logits, pred_boxes, self.config.num_queries, result, auxiliary)
         if not states:

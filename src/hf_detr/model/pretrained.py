@@ -163,7 +163,7 @@ class DetrPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in transformers. Weights are saved under our names, also those loaded from another project's checkpoint."""
+        """As in transformers. Weights are saved under our names, also those from another project's checkpoint."""
         super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
     def _upload_modified_files(

@@ -77,7 +77,7 @@ def annotation_ids(folder: Path, files: Sequence[bytes]) -> tuple[list[int], Ann
     return None
 
 
-def category_records(id2label: Mapping[int, str], source: Source | None) -> list[dict[str, Any]]:
+def category_records(id2label: Mapping[int, str], source: AnnotatedSplit | None) -> list[dict[str, Any]]:
     """COCO's `categories` in the order of the model's class ids. Category ids come from the annotations if the model
     has a class for each of their names; otherwise they are the class ids."""
     names = [name for _, name in sorted(id2label.items())]

@@ -77,9 +77,8 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
         pixel_values = pixel_values.to(images[0].device)
         for image, values, (height, width) in zip(images, pixel_values, sizes, strict=True):
             values[:, :height, :width] = image
-        if len(set(sizes)) == 1:
-            pixel_mask = None
-        outputs = to_host(predictor(pixel_values=pixel_values, pixel_mask=pixel_mask))
+        is_padded = len(set(sizes)) > 1
+        outputs = to_host(predictor(pixel_values=pixel_values, pixel_mask=pixel_mask if is_padded else None))
         return ModelOutput(target_size=torch.tensor(target_sizes), **outputs)
 
     def postprocess(

@@ -195,6 +195,12 @@ def fold(backbone: Backbone) -> None:
             convolution.__class__, norm.__class__ = FoldedConv2d, FOLDED_NORMS[type(norm)]
 
 
+def _unfold(convolution: Any) -> None:
+    plain = Conv2dSame if convolution.same_padding else nn.Conv2d
+    del convolution.norm, convolution.same_padding
+    convolution.__class__ = plain
+
+
 @torch.no_grad()
 def fuse(backbone: Backbone) -> None:
     """Write the norms into the weights of the convolutions for good, in place, and take them out of the network: an
@@ -204,9 +210,7 @@ def fuse(backbone: Backbone) -> None:
         convolution: Any = network.get_submodule(convolution_name)
         norm: Any = network.get_submodule(norm_name)
         if type(convolution) is FoldedConv2d:
-            plain: type[nn.Conv2d] = Conv2dSame if convolution.same_padding else nn.Conv2d
-            del convolution.norm, convolution.same_padding
-            convolution.__class__ = plain
+            _unfold(convolution)
         elif type(convolution) not in CONVOLUTIONS or type(norm) not in NORMS or norm.weight is None:
             continue
         convolution.weight, convolution.bias = fuse_conv_bn_weights(

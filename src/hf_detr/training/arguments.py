@@ -190,7 +190,7 @@ def parse_finetune_args(description: str | None, argv: Sequence[str] | None = No
         *parts, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
         if unknown:
             raise ValueError(f"unrecognized arguments: {' '.join(unknown)}")
-        args = FinetuneArguments(*parts, saved=saved)
+        args = FinetuneArguments(*parts, saved=saved)  # type: ignore[misc]
         if saved:
             _check_unchanged(args)
     except ValueError as error:

@@ -3,9 +3,10 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
+from filelock import BaseFileLock
 
 from ..runtime import PARTIAL, acquire_lock, atomic_write
 from .checkpoints import newest_checkpoint, remove
@@ -35,13 +36,13 @@ class RunFolder(NamedTuple):
     Args:
         arguments: as written to `args.json`; `found` is what the run has found with `--auto_batch_size` before.
         checkpoint: to continue from, if there is one.
-        lock: an open file; the folder is locked until it is closed. None on all processes but the main one.
+        lock: held until it is released or the process ends. None on all processes but the main one.
     """
 
     path: Path
     arguments: dict[str, Any]
     checkpoint: Path | None
-    lock: IO[Any] | None
+    lock: BaseFileLock | None
 
 
 def acquire_run_dir(
@@ -117,7 +118,7 @@ def _check_same_run(folder: Path, saved: Mapping[str, Any], arguments: Mapping[s
         )
 
 
-def _lock(folder: Path) -> IO[Any]:
+def _lock(folder: Path) -> BaseFileLock:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return acquire_lock(folder / LOCK, seconds=GRACE)

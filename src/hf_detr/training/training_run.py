@@ -198,7 +198,7 @@ class TrainingRun:
             if "AP" in line or not self.args.data.overfit:
                 tqdm.write(describe_epoch(line, self.recipe.epochs))
             if "AP" in line and not self.args.data.overfit:
-                stride, query_type = self.predictor.model.backbone.stride, self.predictor.config.query_type
+                stride, query_type = self.predictor.model.backbone.strides[-1], self.predictor.config.query_type
                 advice = training_advice(self.progress.evaluations, query_type=query_type, stride=stride)
                 if advice:
                     tqdm.write(f"Stuck? {advice}")
@@ -293,6 +293,15 @@ class TrainingRun:
         result = f"AP50 {evaluations[-1]['AP50']:.2f} on {data.num_images} images after {self.progress.step} steps"
         if self.memorized():
             return f"Overfit: yes, {result}: labels, model and learning rate work together."
-        pixels, stride = data.object_side * size_range(self.processor.size)[0], self.predictor.model.backbone.stride
-        sizes = {"object_pixels": pixels, "stride": stride, "max_objects": data.max_objects}
-        return f"Overfit: NO, {result}. {explain_overfit(evaluations, num_queries=config.num_queries, **sizes)}"
+        pixels, stride = (
+            data.object_side * size_range(self.processor.size)[0],
+            self.predictor.model.backbone.strides[-1],
+        )
+        advice = explain_overfit(
+            evaluations,
+            num_queries=config.num_queries,
+            object_pixels=pixels,
+            stride=stride,
+            max_objects=data.max_objects,
+        )
+        return f"Overfit: NO, {result}. {advice}"
