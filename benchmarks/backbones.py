@@ -39,15 +39,15 @@ TEXT = """# Every timm family in both memory formats
 `python benchmarks/backbones.py --folder sweep` on {versions}.
 Networks run: {done}.
 
-The smallest member of every timm family, in a process of its own: forward and backward on 2 images of 224 x 224 (of its
-own size where it takes no other; 1 image if it has more than 40 million parameters or is slow), as timm builds it (all
-levels, eval mode) and in `hf_detr.model.backbone.Backbone` (deepest level, forward in eval mode, forward and backward
-in training). A cell says whether features and all gradients equal those of contiguous float32, with the largest
-difference in the largest value of its tensor: `ok` within 1e-4 (float32) or 5e-2 (bf16 autocast). Beyond it float64 is the
-referee, on up to {draws} draws of images: `ok` if channels-last is within that of float64, or at most twice as far from
-it as contiguous, on one of them. (Rounding takes values over the zero of a ReLU, or over another pixel under a max
-pooling, and gradients jump, in either format; a wrong kernel is wrong on all images.) The networks have random weights.
-Networks whose contiguous float32 fails: {failed}.
+The smallest member of every timm family, in a process of its own: forward and backward on 2 images of 224 x 224 (of
+its own size where it takes no other; 1 image if it has more than 40 million parameters or is slow), as timm builds it
+(all levels, eval mode) and in `hf_detr.model.backbone.Backbone` (deepest level, forward in eval mode, forward and
+backward in training). A cell says whether features and all gradients equal those of contiguous float32, with the
+largest difference in the largest value of its tensor: `ok` within 1e-4 (float32) or 5e-2 (bf16 autocast). Beyond it
+float64 is the referee, on up to {draws} draws of images: `ok` if channels-last is within that of float64, or at most
+twice as far from it as contiguous, on one of them. (Rounding takes values over the zero of a ReLU, or over another
+pixel under a max pooling, and gradients jump, in either format; a wrong kernel is wrong on all images.) The networks
+have random weights. Networks whose contiguous float32 fails: {failed}.
 
 What kills the process is one operator: the weight gradient of a strided 1x1 convolution without padding on fewer than
 16 channels, in channels-last float32 (uxlfoundation/oneDNN#6035). `replace_unsafe_convolutions` computes it as every

@@ -45,7 +45,7 @@ The toolbox: everything else, a package per task
 Importing hf_detr registers its classes with transformers' Auto classes and `pipeline("object-detection")`.
 """
 
-from typing import Any, TypeAlias
+from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForObjectDetection, ObjectDetectionPipeline
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
@@ -56,8 +56,6 @@ from .model.image_processing_hf_detr import DetrImageProcessor
 from .model.modeling_hf_detr import DetrForDetection, DetrModel
 from .model.outputs import DetrDetectionOutput, DetrModelOutput
 from .prediction.pipeline import DetrDetectionPipeline
-
-DetrForObjectDetection: TypeAlias = DetrForDetection  # transformers' name
 
 __version__ = "0.1.0"
 
@@ -72,7 +70,7 @@ __all__ = [
     "DetrModelOutput",
 ]
 
-DetrForObjectDetection: TypeAlias = DetrForDetection  # its name in transformers
+DetrForObjectDetection = DetrForDetection  # its name in transformers
 
 
 # -- Auto classes ----------------------------------------------------------------------------------------------------
