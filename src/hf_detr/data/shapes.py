@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
-from ..runtime.files import atomic_write as replacing
+from ..runtime.files import atomic_write
 
 CLASSES = ("rectangle", "ellipse", "triangle")
 MIN_SIDE, MAX_SIDE = 96, 160
@@ -97,7 +97,7 @@ def write_drawn_dataset(
                         "iscrowd": 0,
                     }
                 )
-        with replacing(target) as file:
+        with atomic_write(target) as file:
             json.dump(coco, file)
     return folder
 
