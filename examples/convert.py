@@ -2,7 +2,7 @@
 
     python examples/convert.py detr-r50-e632da11.pth OUT
     python examples/convert.py facebook/detr-resnet-50 OUT
-    python examples/convert.py runs/shapes-1 OUT --to transformers
+    python examples/convert.py CHECKPOINT OUT --to transformers
 
 `from_pretrained` reads transformers' checkpoints, too; a converted one only loads faster. The paper's files do not
 contain the number of attention heads, the class names, and whether the backbone is DC5. Options set them; the defaults

@@ -18,7 +18,8 @@ from conftest import padded_batch, randomise_norms, tiny_model
 from safetensors.torch import load_file, save_file
 
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor, DetrModel
-from hf_detr.interop import coco_labels, load_original, save_for_transformers, to_transformers
+from hf_detr.interop import load_original, save_for_transformers, to_transformers
+from hf_detr.interop.original_checkpoints import coco_labels
 
 TOLERANCE = 1e-5
 SIZES = [(64, 96), (48, 70), (64, 40)]

@@ -108,6 +108,7 @@ def test_a_dtype_that_there_is_not_is_refused():
         prepare_for_inference(tiny_model(), "bf16")
 
 
+@pytest.mark.slow  # minutes of compiling
 @torch.no_grad()
 def test_compiled_copies_take_other_sizes():
     """How few recompiles real sizes need is measured by `benchmarks/inference.py`; tiny networks need more."""

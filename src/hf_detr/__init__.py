@@ -11,8 +11,9 @@
     step 4  attention                    multi-head attention
             encoder                      feature map -> memory
             queries                      the object queries of a batch; in training also groups and noised boxes
-            decoder                      queries + memory -> hidden states: learned queries
+            decoder                      queries + memory -> hidden states and boxes: learned queries
             anchor_decoder               the same for queries that are boxes
+            decoders                     the decoders by name
     step 5  heads                        hidden states -> class logits and boxes
             boxes                        IoU and GIoU
     step 6  matcher                      the matching of queries and objects

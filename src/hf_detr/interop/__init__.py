@@ -1,12 +1,11 @@
 """Read and write DETR checkpoints of transformers; read those of the paper's code."""
 
-from .original_checkpoints import coco_labels, load_original
+from .original_checkpoints import load_original
 from .transformers_checkpoints import WEIGHT_NAMES, read_config, read_processor
 from .transformers_export import save_for_transformers, to_transformers
 
 __all__ = [
     "WEIGHT_NAMES",
-    "coco_labels",
     "load_original",
     "read_config",
     "read_processor",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.modeling_hf_detr import DetrForDetection
-from .attention import use_fast_attention
+from .fast_attention import use_fast_attention
 from .folding import fold, fuse
 from .linear import use_fast_linear
 from .memory_format import use_memory_format
