@@ -547,7 +547,7 @@ def test_writing_for_transformers_leaves_out_what_only_trains_and_refuses_anchor
     model = away_from_zero(tiny_model(query_groups=2, dense_loss_coefficient=1))
     theirs = to_transformers(model)
     torch.testing.assert_close(theirs(images()).logits, model(images()).logits, atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match="no anchor queries"):
+    with pytest.raises(ValueError, match="only models with learned queries"):
         to_transformers(tiny_model(query_type="anchor"))
 
 

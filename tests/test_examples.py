@@ -109,7 +109,7 @@ def test_predict_writes_pictures_and_a_json_and_names_what_it_could_not_read(tra
     assert "broken.jpg" in output
     arguments[-1] = "0.5"
     again = script(*arguments, "--output_dir", tmp_path / "out", cwd=tmp_path, ok=False)
-    assert "threshold was 0.0 and is 0.5. Name another --output_dir" in again
+    assert "threshold was 0.0 and is 0.5. Use another --output_dir" in again
 
 
 def test_evaluate_agrees_with_the_number_at_training_time_and_across_processes(trained, script):
@@ -205,7 +205,7 @@ def test_lora_averages_and_early_stopping_in_one_run(trained, script):
     assert "--lora_rank adapts a trained detector" in script("finetune.py", "--lora_rank", "2", cwd=cwd, ok=False)
 
 
-def test_batches_that_do_not_fit_are_halved_and_accumulated(trained, tmp_path):
+def test_batches_that_do_not_fit_are_halved_and_accumulated(trained, tmp_path, script):
     """Memory that ends is played by a `DetrForDetection` that takes 8 images at most."""
     cwd, _ = trained
     limit = """

@@ -21,7 +21,7 @@ from script_runner import Script, run_script
 from torch import nn
 
 from hf_detr import DetrForDetection
-from hf_detr.data import DistributedBatches
+from hf_detr.data.batching import DistributedBatches
 from hf_detr.model.boxes import iou
 from hf_detr.model.loss import LossNormalizers
 from hf_detr.runtime import StopRequest

@@ -103,7 +103,7 @@ def test_only_updates_and_heads_are_given_to_the_optimizer(adapted):
     layers += config.encoder_layers * [attention + 2 * RANK * (width + encoder)]
     places = 2 * RANK * (width + width) if config.query_type == "anchor" else 0
     layers += config.decoder_layers * [2 * attention + places + 2 * RANK * (width + decoder)]
-    projection = RANK * (model.model.backbone.channels + width)
+    projection = RANK * (model.model.backbone.channels[-1] + width)
     low_rank = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     assert low_rank == sum(layers) + projection
 

@@ -132,7 +132,7 @@ def test_what_predicts_is_a_prepared_copy_that_follows_the_model(folder, detecto
     assert detector._predictor() is detector._predictor()
     assert not isinstance(detector.model, PreparedDetr)
     with torch.no_grad():
-        detector.model.class_labels_classifier.bias.add_(torch.tensor([5.0, 0, 0]))
+        detector.model.class_labels_classifier.bias.add_(torch.tensor([0, 9.0, 0]))
         detector.model.model.backbone.model.get_submodule("conv1.0").weight.mul_(-1)
     after = detector(IMAGES[0], threshold=0.0)
     fresh = pipeline("object-detection", model=detector.model, image_processor=detector.image_processor)

@@ -254,6 +254,6 @@ def test_base_and_detection_models_load_from_each_other(checkpoint, tmp_path):
     assert not info["missing_keys"]
     base.save_pretrained(tmp_path / "base")
     model, info = DetrForDetection.from_pretrained(tmp_path / "base", output_loading_info=True)
-    assert {name.split(".")[0] for name in info["missing_keys"]} == {"class_labels_classifier", "bbox_predictor"}
+    assert {name.split(".")[0] for name in info["missing_keys"]} == {"class_labels_classifier"}
     query = "query_position_embeddings.weight"
     assert torch.equal(model.model.state_dict()[query], base.state_dict()[query])

@@ -118,7 +118,7 @@ def build_model_card(
         source=source,
         training=training,
         size=_size(processor),
-        stride=model.model.backbone.stride,
+        stride=model.model.backbone.strides[-1],
     )
     # Not left to the template: a card without it is never renewed and would keep the results of earlier weights.
     card.content = f"{card.content.rstrip()}\n\n{MARKER}\n"

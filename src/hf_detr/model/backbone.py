@@ -1,9 +1,8 @@
 """Step 2: a timm network turns pixels into feature maps; their masks tell locations of the image from padding."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.utils.model import freeze_batch_norm_2d
@@ -22,8 +21,7 @@ from .timm_network import (
 ImageSizes = list[tuple[int, int]]
 
 
-@dataclass
-class FeatureLevel:
+class FeatureLevel(NamedTuple):
     """One level of the backbone's features.
 
     Args:

@@ -1,7 +1,6 @@
 """Step 4: the decoder turns object queries into objects, all in parallel (paper, section 3.2)."""
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,7 @@ from .heads import BoxHead
 from .queries import Queries
 
 
-@dataclass
-class DecoderOutput:
+class DecoderOutput(NamedTuple):
     """What every decoder returns, for L layers and T queries.
 
     Args:

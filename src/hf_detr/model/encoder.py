@@ -5,7 +5,7 @@ Unlike in a plain transformer, positions are added to queries and keys at *every
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.functional import dropout
@@ -30,8 +30,7 @@ class LayerOptions:
     pre_norm: bool = False
 
 
-@dataclass
-class Memory:
+class Memory(NamedTuple):
     """What the decoder reads of the image: the encoder's output, one token per location of the feature map.
 
     Args:

@@ -127,7 +127,7 @@ class DetrModel(DetrPreTrainedModel):
         mask = self._attention_mask(level.mask, features, features, attention)
         encoder_states, encoder_attentions = self.encoder(features, positions, mask, attention, **kwargs)
 
-        queries = queries or self.build_queries(len(pixel_values), pixel_values.device)
+        queries = queries or self.build_queries(pixel_values.shape[0], pixel_values.device)
         queries = queries.to(encoder_states[-1].dtype)
         if attention not in (self.decoder.attn_implementations or (attention,)):
             attention = "sdpa"
@@ -144,7 +144,7 @@ class DetrModel(DetrPreTrainedModel):
             cross_attentions=decoded.cross_attentions if attentions else None,
             encoder_hidden_states=encoder_states if states else None,
             encoder_attentions=encoder_attentions if attentions else None,
-            feature_mask=level.map.new_ones((len(level.map), height, width), dtype=torch.bool)
+            feature_mask=level.map.new_ones((level.map.shape[0], height, width), dtype=torch.bool)
             if level.mask is None
             else level.mask,
         )
@@ -249,7 +249,7 @@ class DetrForDetection(DetrPreTrainedModel):
         outputs = self.model(  # steps 2 to 4
             pixel_values,
             pixel_mask,
-            self.model.build_queries(len(pixel_values), pixel_values.device, denoising),
+            self.model.build_queries(pixel_values.shape[0], pixel_values.device, denoising),
             output_attentions=attentions,
             output_hidden_states=states or dense_head is not None,
             return_dict=True,

@@ -1,8 +1,7 @@
 """Step 4: the object queries of a batch: learned vectors or anchor boxes, and in training extra groups and noised
 ground-truth boxes; and which query attends to which."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,7 @@ BOX_NOISE = 0.4  # largest shift and rescaling, as a fraction of the box (DN-DET
 MIN_SIDE = 1e-3  # of a noised box, as a fraction of the image
 
 
-@dataclass
-class DenoisingQueries:
+class DenoisingQueries(NamedTuple):
     """T queries per image, made from ground-truth objects: `num_groups` noised copies, padded to the image with the
     most objects.
 
@@ -38,8 +36,7 @@ class DenoisingQueries:
     target: Tensor
 
 
-@dataclass
-class Queries:
+class Queries(NamedTuple):
     """The object queries of a batch, T in all: the Q that predict, then, in training, extra query groups and denoising
     queries.
 
@@ -62,7 +59,7 @@ class Queries:
     def to(self, dtype: torch.dtype) -> "Queries":
         """Content and positions in the dtype of the features; boxes keep theirs, which has to hold coordinates."""
         positions = None if self.positions is None else self.positions.to(dtype)
-        return replace(self, content=self.content.to(dtype), positions=positions)
+        return self._replace(content=self.content.to(dtype), positions=positions)
 
 
 def build_queries(
