@@ -92,7 +92,10 @@ def detection_output(
         return tuple(s[:, :, :num_queries] if axes == 1 else s[:, :, :num_queries, :num_queries] for s in states)
 
     logits, pred_boxes = logits[:, :, :num_queries], pred_boxes[:, :, :num_queries]
-    earlier = zip(logits[:-1], pred_boxes[:-1], strict=True)
+    auxiliary_outputs = None
+    if auxiliary:
+        earlier = zip(logits[:-1], pred_boxes[:-1], strict=True)
+        auxiliary_outputs = [{"logits": of_layer, "pred_boxes": boxes} for of_layer, boxes in earlier]
     states = outputs.decoder_hidden_states
     last_hidden_state = outputs.last_hidden_state
     return DetrDetectionOutput(
@@ -100,9 +103,7 @@ def detection_output(
         loss_dict=None if result is None else result.loss_dict,
         logits=logits[-1],
         pred_boxes=pred_boxes[-1],
-        auxiliary_outputs=[{"logits": of_layer, "pred_boxes": boxes} for of_layer, boxes in earlier]
-        if auxiliary
-        else None,
+        auxiliary_outputs=auxiliary_outputs,
         last_hidden_state=None if last_hidden_state is None else last_hidden_state[:, :num_queries],
         decoder_hidden_states=None if states is None else tuple(state[:, :num_queries] for state in states),
         decoder_attentions=first(outputs.decoder_attentions, axes=2),
