@@ -25,7 +25,7 @@ from hf_detr.data.batching import DistributedBatches
 from hf_detr.model.boxes import iou
 from hf_detr.model.loss import LossNormalizers
 from hf_detr.runtime import StopRequest
-from hf_detr.training import TrainStep, add_lora, build_ema, build_schedule, exit_on_error, parameter_groups
+from hf_detr.training import TrainStep, build_ema, build_schedule, exit_on_error, parameter_groups
 from hf_detr.training.checkpoints import (
     Progress,
     checkpoints_in,
@@ -35,6 +35,7 @@ from hf_detr.training.checkpoints import (
     trim_log,
     use_plain_weights,
 )
+from hf_detr.training.lora import add_lora
 from hf_detr.training.meter import EpochMeter
 from hf_detr.training.non_finite import NonFiniteError, first_non_finite
 from hf_detr.training.optimization import SCHEDULES
@@ -166,7 +167,8 @@ def test_frozen_parts_hold_still_exactly(tmp_path):
         step([batch_of([2, 1], first=number)], number + 1)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert not torch.equal(
-        model.state_dict()["bbox_predictor.layers.0.weight"], before["bbox_predictor.layers.0.weight"]
+        model.state_dict()["model.decoder.bbox_predictor.layers.0.weight"],
+        before["model.decoder.bbox_predictor.layers.0.weight"],
     )
     for name, value in model.state_dict().items():
         if name not in trained:
@@ -438,7 +440,7 @@ def test_the_same_command_goes_on_and_another_is_refused(tmp_path):
     folder = tmp_path / "run"
     first = acquire(folder)
     assert first.checkpoint is None
-    first.lock.close()
+    first.lock.release()
     accelerator, _, history = saved_run(tmp_path)
     saved = save_checkpoint(accelerator, folder, history, keep=1)
     with acquire(folder).lock:
@@ -447,14 +449,14 @@ def test_the_same_command_goes_on_and_another_is_refused(tmp_path):
         acquire(folder, epochs=5, seed=1)
     again = acquire(folder, report_to=["tensorboard"])  # which changes nothing of what is learned
     assert again.checkpoint == saved
-    again.lock.close()
+    again.lock.release()
     (folder / "last").mkdir()
     with pytest.raises(FileExistsError, match="it has ended"):
         acquire(folder)
     more = acquire(folder, resume=True, epochs=5)
     assert more.checkpoint == saved
     assert json.loads((folder / "args.json").read_text())["epochs"] == 5
-    more.lock.close()
+    more.lock.release()
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
@@ -469,8 +471,8 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
     held = acquire(tmp_path / "run")
     with pytest.raises(TimeoutError, match="Another process trains"):
         acquire(tmp_path / "run")
-    held.lock.close()
-    acquire(tmp_path / "run").lock.close()
+    held.lock.release()
+    acquire(tmp_path / "run").lock.release()
 
 
 def test_signals_are_noted_and_the_second_interrupt_is_obeyed():

@@ -8,7 +8,8 @@ import torch
 from conftest import padded_batch, random_labels, randomise_norms, relative_difference, tiny_model
 
 from hf_detr import DetrForDetection
-from hf_detr.training import add_lora, merge_lora, parameter_groups
+from hf_detr.training import parameter_groups
+from hf_detr.training.lora import add_lora, merge_lora
 
 pytest.importorskip("peft")
 RANK = 4

@@ -203,7 +203,12 @@ def pad_features(maps: Sequence[Tensor], indices: list[list[int]]) -> tuple[Tens
     map (B, C, max h, max w) and its mask (B, max h, max w); None if all maps have one size."""
     count, channels = sum(map(len, indices)), maps[0].shape[1]
     height, width = max(features.shape[2] for features in maps), max(features.shape[3] for features in maps)
-    padded = maps[0].new_zeros((count, height, width, channels)).permute(0, 3, 1, 2)  # the transformer reads tokens
+    padded = torch.empty(
+        (count, channels, height, width),
+        dtype=maps[0].dtype,
+        device=maps[0].device,
+        memory_format=torch.channels_last,  # the transformer reads tokens
+    ).zero_()
     mask = torch.zeros(count, height, width, dtype=torch.bool, device=padded.device)
     for features, of_images in zip(maps, indices, strict=True):
         h, w = features.shape[2:]

@@ -5,7 +5,6 @@ from ..runtime.cores import use_all_cores
 from .arguments import parse_finetune_args
 from .foreseeable_errors import exit_on_error
 from .launch import build_accelerator
-from .lora import add_lora, merge_lora
 from .optimization import build_ema, build_schedule, parameter_groups, preferred_precision
 from .recipes import choose_recipe, summarize
 from .run_recipe import resolve_recipe
@@ -22,7 +21,6 @@ from .training_run import TrainingRun
 __all__ = [
     "TrainStep",
     "TrainingRun",
-    "add_lora",
     "build_accelerator",
     "build_ema",
     "build_loaders",
@@ -34,7 +32,6 @@ __all__ = [
     "exit_on_error",
     "feature_strides",
     "load_data",
-    "merge_lora",
     "parameter_groups",
     "parse_finetune_args",
     "preferred_precision",
