@@ -205,7 +205,7 @@ def test_lora_averages_and_early_stopping_in_one_run(trained, script):
     assert "--lora_rank adapts a trained detector" in script("finetune.py", "--lora_rank", "2", cwd=cwd, ok=False)
 
 
-def test_batches_that_do_not_fit_are_halved_and_accumulated(trained, tmp_path):
+def test_batches_that_do_not_fit_are_halved_and_accumulated(trained, tmp_path, script):
     """Memory that ends is played by a `DetrForDetection` that takes 8 images at most."""
     cwd, _ = trained
     limit = """

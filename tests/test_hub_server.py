@@ -29,7 +29,9 @@ import json, sys
 from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, errors, hf_hub_download, snapshot_download
 """
-CODE = IMPORTS + """
+CODE = (
+    IMPORTS
+    + """
 api = HfApi()
 
 def pull(repo, **options):
@@ -44,6 +46,7 @@ def error_of(function, *args, **options):
     return ["nothing", ""]
 
 """
+)
 
 
 @pytest.fixture(scope="module")
