@@ -463,7 +463,7 @@ def test_the_card_states_what_was_measured_in_that_run(checkpoint):
     for row in ("| AP | 0.400 |", "| APl | n/a |", "| cat | 0.500 |", "| dog | 0.300 |", "| bird | n/a |"):
         assert row in text
     assert 'pipeline("object-detection", model="ann/pets", trust_remote_code=True)' in text
-    assert "![Images of the validation set" in text
+    assert "![Validation images" in text
     assert "| seed | 0 |" in text
     assert "/secret/place" not in text
     assert "64 x 96 pixels" in text
@@ -503,6 +503,6 @@ def test_the_template_can_be_replaced(checkpoint, tmp_path):
 def test_every_class_and_query_count_reads_well():
     one = tiny_model(id2label={0: "cat"}, label2id={"cat": 0})
     text = str(build_model_card(one, "ann/one"))
-    assert "finds 1 class of objects" in text
+    assert "detects 1 class of objects" in text
     assert "\n\n\n" not in text
     assert io.StringIO(text).readline() == "---\n"
