@@ -42,7 +42,7 @@ def spread(model):
     with torch.no_grad():
         head = getattr(model.model.decoder, "bbox_predictor", None) or model.bbox_predictor
         head.layers[-1].weight.normal_(0, 0.3)  # that of anchors starts at zero
-        model.class_labels_classifier.weight.mul_(3)
+        model.class_labels_classifier.weight.mul_(6)
     return model
 
 
