@@ -197,3 +197,13 @@ def test_trainer_divides_the_loss_by_the_accumulated_batches():
 
 def test_the_alias_for_code_that_comes_from_transformers():
     assert hf_detr.DetrForObjectDetection is DetrForDetection
+
+
+def test_another_number_of_queries_in_the_config_than_in_the_model_is_refused():
+    model = tiny_model()
+    model.config.num_queries = 6
+    with pytest.raises(ValueError, match="num_queries=6, but the model has 12 queries"):
+        model(torch.randn(1, 3, 64, 64))
+    model.config.num_queries = 12
+    model.resize_queries(6)
+    assert model(torch.randn(1, 3, 64, 64)).logits.shape[1] == 6

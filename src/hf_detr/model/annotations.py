@@ -110,7 +110,7 @@ def check_labels(labels: list[dict[str, Any]], num_labels: int, batch_size: int)
     """Refuse labels that would train something else than what was meant.
 
     Args:
-        labels: one dict an image with `class_labels` (N,), integers in [0, num_labels), and `boxes` (N, 4), cxcywh in
+        labels: one dict per image with `class_labels` (N,), integers in [0, num_labels), and `boxes` (N, 4), cxcywh in
             [0, 1] of the image without its padding, with positive width and height.
 
     Raises:

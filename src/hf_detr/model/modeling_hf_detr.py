@@ -79,8 +79,17 @@ class DetrModel(DetrPreTrainedModel):
     def build_queries(
         self, batch_size: int, device: torch.device, denoising: DenoisingQueries | None = None
     ) -> Queries:
-        """The object queries of a batch; extra query groups only in training."""
-        config = self.config
+        """The object queries of a batch; extra query groups only in training.
+
+        Raises:
+            ValueError: the config has another number of queries than the model.
+        """
+        config, available = self.config, self.query_position_embeddings.num_embeddings
+        if available != config.num_queries:  # or the loss would take the others for an extra query group
+            raise ValueError(
+                f"The config has num_queries={config.num_queries}, but the model has {available} queries. Change both "
+                "with model.resize_queries."
+            )
 
         def rows(embeddings: nn.Embedding) -> Tensor:  # by a call, which offloaded weights need
             return embeddings(torch.arange(embeddings.num_embeddings, device=device))

@@ -32,7 +32,7 @@ def post_process_detection(
         target_sizes: (height, width) of each image in pixels, before any resizing; None keeps boxes in [0, 1].
 
     Returns:
-        one dict an image: `scores` (N,), `labels` (N,) and `boxes` (N, 4), xyxy, clipped to the image.
+        one dict per image: `scores` (N,), `labels` (N,) and `boxes` (N, 4), xyxy, clipped to the image.
 
     Raises:
         ValueError: the number of target sizes is not the number of images, or that of thresholds not of classes.
