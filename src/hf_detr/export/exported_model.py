@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..model.backbone import image_sizes
 from ..model.configuration_hf_detr import DetrConfig
-from ..model.modeling_hf_detr import check_images
+from ..model.image_io import check_images
 from ..model.outputs import DetrDetectionOutput
 from ..speed import named_dtype
 from .runtimes import GRAPH_FILES, Run, open_graph

@@ -4,23 +4,20 @@ import copy
 import importlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor
 
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
-from ..runtime import PARTIAL, acquire_lock
 from .export_check import TOLERANCE, Case, CheckResult, check_cases, compare
-from .exported_model import EXPORT_FILE, ExportedDetr, input_names, is_exported, load_exported, output_names
+from .export_folder import atomic_folder, check_folder, model_source
+from .exported_model import EXPORT_FILE, ExportedDetr, input_names, load_exported, output_names
 from .graph import trace, write_graph
 from .masked_backbone import plan_masks
 from .quantize import CalibrationImages, quantize_graph
@@ -74,14 +71,14 @@ def export_model(
     was_training = model.training
     reference = (model if model.device.type == "cpu" else copy.deepcopy(model).cpu()).eval()
     try:
-        with _atomic_folder(output_dir) as folder:
-            _check_folder(output_dir, model)  # again, now that the folder is locked
+        with atomic_folder(output_dir) as folder:
+            check_folder(output_dir, model)  # again, now that the folder is locked
             job = _Job(
                 folder, reference, check_cases(model.model.backbone.strides[-1], _working_size(processor)), report
             )
             model.config.to_json_file(folder / "config.json", use_diff=True)
             processor.to_json_file(folder / "preprocessor_config.json")
-            export = {"model": _source(model)} | job.make_float32(graph_format, post_process)
+            export = {"model": model_source(model)} | job.make_float32(graph_format, post_process)
             if images is not None:
                 export |= job.make_int8(export, images)
             if evaluate is not None:
@@ -192,7 +189,7 @@ def _check_request(
     """Raise all errors that can be found before anything is computed."""
     if graph_format not in GRAPH_FILES:
         raise ValueError(f'Unknown format "{graph_format}"; use one of {", ".join(GRAPH_FILES)}.')
-    _check_folder(output_dir, model)
+    check_folder(output_dir, model)
     types = {parameter.dtype for parameter in model.parameters()}
     if types != {torch.float32}:
         raise ValueError(f"Only float32 models can be exported, got {', '.join(map(str, types))}. Call model.float().")
@@ -202,29 +199,6 @@ def _check_request(
     if calibration is None:
         return None
     return CalibrationImages(calibration, processor)
-
-
-def _check_folder(output_dir: Path, model: DetrForDetection) -> None:
-    if not output_dir.exists():
-        return
-    if not output_dir.is_dir():
-        raise FileExistsError(f"{output_dir} is a file; pass a folder.")
-    if not any(output_dir.iterdir()):
-        return
-    if not is_exported(output_dir):
-        raise FileExistsError(f"{output_dir} is neither empty nor an export. Nothing was written.")
-    earlier = json.loads((output_dir / EXPORT_FILE).read_text(encoding="utf-8")).get("model")
-    if earlier != _source(model):
-        raise FileExistsError(
-            f"{output_dir} is the export of another model ({earlier or 'built in Python'}). Nothing was written. Use "
-            "another folder."
-        )
-
-
-def _source(model: DetrForDetection) -> str:
-    """The origin of the model: a folder or a Hub id; empty if it was built in Python."""
-    name = model.config.name_or_path
-    return os.path.realpath(name) if name and os.path.isdir(name) else name
 
 
 def _working_size(processor: DetrImageProcessor) -> tuple[int, int]:
@@ -260,42 +234,3 @@ def _versions(graph_format: str, quantized: bool) -> dict[str, str]:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _atomic_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill that replaces `target` on success and is removed after an error. If only the replacement fails,
-    it is kept, and the error names its path. The next export cleans up after a kill."""
-    target = Path(os.path.realpath(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial, old, lock_file = (target.with_name(f".{target.name}{ending}") for ending in (PARTIAL, ".old", ".lock"))
-    lock = acquire_lock(lock_file, seconds=1)
-    try:
-        if old.exists() and not target.exists():  # killed between the two renames
-            old.rename(target)
-        for orphan in (partial, old):
-            shutil.rmtree(orphan, ignore_errors=True)
-        partial.mkdir()
-        try:
-            yield partial
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        _replace_folder(partial, target, old)
-    finally:
-        with suppress(OSError):  # Windows cannot delete an open file
-            lock_file.unlink()
-        lock.release()
-
-
-def _replace_folder(partial: Path, target: Path, old: Path) -> None:
-    try:
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-    except OSError as error:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        kept = partial.rename(target.with_name(f"{target.name}-{uuid4().hex[:8]}"))
-        raise OSError(f"The export is complete but cannot be moved to {target} ({error}). It is in {kept}.") from error
-    shutil.rmtree(old, ignore_errors=True)

@@ -203,3 +203,21 @@ def allocate_batch(
     for mask, (h, w) in zip(pixel_mask, sizes, strict=True):
         mask[:h, :w] = 1
     return pixel_values, pixel_mask
+
+
+def check_images(pixel_values: Tensor, pixel_mask: Tensor | None, num_channels: int) -> None:
+    """Refuse what is no batch of images.
+
+    Raises:
+        ValueError: `pixel_values` is not (B, num_channels, H, W), or `pixel_mask` is not (B, H, W).
+    """
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
+        raise ValueError(
+            f"`pixel_values` must be (batch, {num_channels}, height, width), got {tuple(pixel_values.shape)}. "
+            "The image processor makes them."
+        )
+    expected = (pixel_values.shape[0], *pixel_values.shape[2:])
+    if pixel_mask is not None and pixel_mask.shape != expected:
+        raise ValueError(
+            f"`pixel_mask` must be {tuple(expected)} to fit `pixel_values`, got {tuple(pixel_mask.shape)}."
+        )

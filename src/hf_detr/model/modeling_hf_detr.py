@@ -17,6 +17,7 @@ from .decoders import build_decoder
 from .dense_supervision import DenseHead
 from .encoder import Encoder, LayerOptions, Memory
 from .heads import BoxHead, build_class_head
+from .image_io import check_images
 from .initialization import init_as_torch, init_class_head, init_queries
 from .loss import DetrLoss, LossNormalizers
 from .outputs import DetrDetectionOutput, DetrModelOutput, detection_output
@@ -293,22 +294,6 @@ class DetrForDetection(DetrPreTrainedModel):
         Batch norm that is being trained still computes its statistics batch by batch.
         """
         return self.criterion.count(labels, self.class_labels_classifier.weight.device)
-
-
-def check_images(pixel_values: Tensor, pixel_mask: Tensor | None, num_channels: int) -> None:
-    """Raises:
-    ValueError: not (B, num_channels, H, W), or a mask that is not (B, H, W).
-    """
-    if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
-        raise ValueError(
-            f"`pixel_values` must be (batch, {num_channels}, height, width), got {tuple(pixel_values.shape)}. "
-            "The image processor makes them."
-        )
-    expected = (pixel_values.shape[0], *pixel_values.shape[2:])
-    if pixel_mask is not None and pixel_mask.shape != expected:
-        raise ValueError(
-            f"`pixel_mask` must be {tuple(expected)} to fit `pixel_values`, got {tuple(pixel_mask.shape)}."
-        )
 
 
 __all__ = ["DetrForDetection", "DetrModel"]

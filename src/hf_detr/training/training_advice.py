@@ -1,9 +1,11 @@
 """Advice in words where training is stuck, from the figures of the training probe."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 PATIENCE = 4  # evaluations without progress from which training counts as stuck
 MIN_PROGRESS = 0.01  # of AP50
+MEMORIZED_AP50 = 0.9  # from which a model has memorized the images of --overfit
 STUCK_AP50 = 0.5  # training that was better than this before is not stuck
 
 
@@ -65,6 +67,23 @@ def _reason(now: Mapping[str, float], query_type: str, stride: int) -> str:
     )
     unknown = "No figure stands out: train longer, or try --overfit 8 to see whether the model can learn at all."
     return next((reason for applies, reason in reasons if applies), unknown)
+
+
+def has_memorized(history: Sequence[Mapping[str, float]]) -> bool:
+    """Whether the model has memorized the images of `--overfit`; `history` as in [`explain_overfit`]."""
+    return bool(history) and history[-1]["AP50"] > MEMORIZED_AP50
+
+
+def describe_overfit(history: Sequence[Mapping[str, float]], *, num_images: int, steps: int, **figures: Any) -> str:
+    """The result of `--overfit` in words.
+
+    Args:
+        history, figures: as in [`explain_overfit`].
+    """
+    result = f"AP50 {history[-1]['AP50']:.2f} on {num_images} images after {steps} steps"
+    if has_memorized(history):
+        return f"Overfit: yes, {result}: labels, model and learning rate work together."
+    return f"Overfit: NO, {result}. {explain_overfit(history, **figures)}"
 
 
 def explain_overfit(

@@ -30,10 +30,8 @@ from .run_recipe import RunRecipe
 from .setup import describe_run
 from .sharding import gather_weights
 from .step import Batch, TrainStep, in_groups, share_buffers
-from .training_advice import explain_overfit, training_advice
+from .training_advice import describe_overfit, has_memorized, training_advice
 from .training_probe import TrainingProbe
-
-MEMORIZED_AP50 = 0.9  # from which a model has memorized the images of --overfit
 
 
 class TrainingRun:
@@ -252,8 +250,7 @@ class TrainingRun:
         return False
 
     def memorized(self) -> bool:
-        evaluations = self.progress.evaluations
-        return bool(evaluations) and evaluations[-1]["AP50"] > MEMORIZED_AP50
+        return has_memorized(self.progress.evaluations)
 
     # -- results ------------------------------------------------------------------------------------------------------
 
@@ -284,24 +281,16 @@ class TrainingRun:
         last = self.progress.evaluations[-1]
         self._save_model(path / "last", {name: last[name] for name in ("epoch", "AP", "AP50", self.args.run.metric)})
         if self.args.data.overfit and accelerator.is_main_process:
-            print(self._describe_overfit(), flush=True)
+            data, config = self.recipe.data, self.predictor.config
+            result = describe_overfit(
+                self.progress.evaluations,
+                num_images=data.num_images,
+                steps=self.progress.step,
+                object_pixels=data.object_side * size_range(self.processor.size)[0],
+                stride=self.predictor.model.backbone.strides[-1],
+                max_objects=data.max_objects,
+                num_queries=config.num_queries,
+            )
+            print(result, flush=True)
         accelerator.wait_for_everyone()  # a launcher ends all processes soon after one has failed
         accelerator.end_training()
-
-    def _describe_overfit(self) -> str:
-        data, config, evaluations = self.recipe.data, self.predictor.config, self.progress.evaluations
-        result = f"AP50 {evaluations[-1]['AP50']:.2f} on {data.num_images} images after {self.progress.step} steps"
-        if self.memorized():
-            return f"Overfit: yes, {result}: labels, model and learning rate work together."
-        pixels, stride = (
-            data.object_side * size_range(self.processor.size)[0],
-            self.predictor.model.backbone.strides[-1],
-        )
-        advice = explain_overfit(
-            evaluations,
-            num_queries=config.num_queries,
-            object_pixels=pixels,
-            stride=stride,
-            max_objects=data.max_objects,
-        )
-        return f"Overfit: NO, {result}. {advice}"
