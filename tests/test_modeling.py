@@ -207,3 +207,15 @@ def test_another_number_of_queries_in_the_config_than_in_the_model_is_refused():
     model.config.num_queries = 12
     model.resize_queries(6)
     assert model(torch.randn(1, 3, 64, 64)).logits.shape[1] == 6
+
+
+def test_the_feature_mask_has_the_values_of_a_pixel_mask():
+    """By hand: at stride 32, an image of 64 x 96 fills 2 x 3 locations of a batch of 96 x 96. transformers' common
+    tests subtract outputs from one another, which bool tensors do not allow."""
+    model = tiny_model().eval()
+    mask = torch.ones(2, 96, 96)
+    mask[0, 64:] = 0
+    padded = model(torch.randn(2, 3, 96, 96) * mask[:, None], mask).feature_mask
+    assert padded.dtype == torch.int64
+    assert padded.tolist() == [[[1, 1, 1], [1, 1, 1], [0, 0, 0]], [[1, 1, 1]] * 3]
+    assert model(torch.randn(1, 3, 96, 96)).feature_mask.tolist() == [[[1, 1, 1]] * 3]

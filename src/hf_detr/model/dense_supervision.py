@@ -85,9 +85,8 @@ class DenseHead(nn.Module):
 
     def of(self, outputs: Any) -> Callable[[list[dict[str, Any]], Tensor], dict[str, Tensor]]:
         """Labels and number of boxes to the terms, for a `DetrModelOutput` with hidden states."""
-        return partial(
-            self, (outputs.encoder_hidden_states[0], outputs.encoder_last_hidden_state), outputs.feature_mask
-        )
+        features = outputs.encoder_hidden_states[0], outputs.encoder_last_hidden_state
+        return partial(self, features, outputs.feature_mask.bool())
 
     def forward(
         self, feature_sets: Sequence[Tensor], mask: Tensor, labels: list[dict[str, Any]], num_boxes: Tensor

@@ -154,9 +154,9 @@ class DetrModel(DetrPreTrainedModel):
             cross_attentions=decoded.cross_attentions if attentions else None,
             encoder_hidden_states=encoder_states if states else None,
             encoder_attentions=encoder_attentions if attentions else None,
-            feature_mask=level.map.new_ones((level.map.shape[0], height, width), dtype=torch.bool)
+            feature_mask=features.new_ones((len(features), height, width), dtype=torch.int64)
             if level.mask is None
-            else level.mask,
+            else level.mask.long(),
         )
 
     def _attention_mask(self, mask: Tensor | None, queries: Tensor, keys: Tensor, attention: str) -> Any:

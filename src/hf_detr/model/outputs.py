@@ -25,7 +25,7 @@ class DetrModelOutput(ModelOutput):
         encoder_hidden_states: with `output_hidden_states`: the projected features, then each layer's output, each
             (B, hw, d).
         encoder_attentions: with `output_attentions`: per encoder layer (B, heads, hw, hw).
-        feature_mask: (B, h, w) bool, True where a location shows image; h and w are the rows and columns of hw.
+        feature_mask: (B, h, w), 1 = image, 0 = padding, as `pixel_mask`; h and w are the rows and columns of hw.
     """
 
     last_hidden_state: Tensor | None = None
