@@ -24,7 +24,8 @@ from hf_detr.evaluation import (
     evaluate_detection,
     format_metrics,
 )
-from hf_detr.evaluation.coco_metrics import canonical_id, coco_details
+from hf_detr.evaluation.coco_metrics import coco_details
+from hf_detr.model.annotations import canonical_id
 
 CASES = {
     "plain": {},

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 from tqdm.auto import tqdm
 
+from ..model.annotations import canonical_id
 from ..model.post_processing import to_host
 from ..runtime.extras import import_extra
-from .coco_metrics import MAX_DETECTIONS, canonical_id, coco_metrics, no_garbage_collection
+from .coco_metrics import MAX_DETECTIONS, coco_metrics, no_garbage_collection
 
 if TYPE_CHECKING:
     from ..data.schema import DetectionDataset
@@ -32,13 +33,16 @@ class CocoEvaluator:
     """
 
     def __init__(self, dataset: "DetectionDataset") -> None:
-        from ..data.schema import category_ids, id2label
+        from ..data.schema import category_ids, id2label, source_id
 
         self.id2label = id2label(dataset)
         self.category_ids = category_ids(dataset)
         self.images: list[dict[str, Any]] = []
         self.annotations: list[dict[str, Any]] = []
-        for row in dataset.select_columns(["image_id", "width", "height", "objects"]).with_format(None):
+        self._ids_of_source: dict[int, Any] = {}
+        columns = {"image_id", "source_id", "width", "height", "objects"} & set(dataset.features)
+        for row in dataset.select_columns(sorted(columns)).with_format(None):
+            self._ids_of_source[row["image_id"]] = source_id(row)
             self.images.append({"id": row["image_id"], "width": row["width"], "height": row["height"]})
             objects = row["objects"]
             self.annotations += [
@@ -47,7 +51,7 @@ class CocoEvaluator:
                     objects["category"], objects["bbox"], objects["area"], objects["iscrowd"], strict=True
                 )
             ]
-        self._source_ids = {canonical_id(image["id"]): image["id"] for image in self.images}
+        self._image_ids = {canonical_id(image["id"]): image["id"] for image in self.images}
         self._found: dict[Any, tuple[Any, Any, Any]] = {}  # image id -> boxes xywh (N, 4), labels (N,), scores (N,)
 
     def update(self, image_ids: Iterable[Any], results: Iterable[Mapping[str, Tensor]]) -> None:
@@ -59,7 +63,7 @@ class CocoEvaluator:
         """
         for image_id, result in zip(image_ids, results, strict=True):
             key = canonical_id(image_id)
-            if key not in self._source_ids:
+            if key not in self._image_ids:
                 raise ValueError(f"Image {key} is not of the data set that is measured against.")
             self._found[key] = (
                 box_convert(result["boxes"].detach().cpu().double(), "xyxy", "xywh").numpy(),
@@ -78,15 +82,22 @@ class CocoEvaluator:
     def predictions(self) -> list[dict[str, Any]]:
         """Detections as `coco_metrics` takes them: with class ids, in the order of the data set's images."""
         return [
-            {"image_id": source_id, "category_id": label, "bbox": box, "score": score}
-            for key, source_id in self._source_ids.items()
+            {"image_id": image_id, "category_id": label, "bbox": box, "score": score}
+            for key, image_id in self._image_ids.items()
             if key in self._found
             for box, label, score in zip(*(array.tolist() for array in self._found[key]), strict=True)
         ]
 
     def detections(self) -> list[dict[str, Any]]:
         """COCO results with the source's ids: `image_id`, `category_id`, `bbox` [x, y, width, height], `score`."""
-        return [record | {"category_id": self.category_ids[record["category_id"]]} for record in self.predictions()]
+        return [
+            record
+            | {
+                "image_id": self._ids_of_source[record["image_id"]],
+                "category_id": self.category_ids[record["category_id"]],
+            }
+            for record in self.predictions()
+        ]
 
     def compute(self, max_detections: int = MAX_DETECTIONS) -> dict[str, Any]:
         """The result of `coco_metrics`, with its errors."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..model.annotations import canonical_id, is_ignored
 from ..runtime.extras import import_extra
 
 DESCRIPTIONS = {
@@ -46,7 +47,7 @@ def coco_metrics(
         images: records with an `id`. Every image counts, also one without objects or detections. Ids may be numbers of
             any size or text; `"1"`, `1` and `1.0` are one id.
         annotations: records with `image_id`, `category_id` (a class id 0 ... N-1), `bbox` [x_min, y_min, width,
-            height] in pixels, and optionally `area` in square pixels (default: width x height) and `iscrowd`.
+            height] in pixels, and optionally `area` in square pixels (default: width x height), `iscrowd` and `ignore`.
         detections: records with `image_id`, `category_id`, `bbox` and `score`.
         id2label: class id to name.
         max_detections: the detections with the highest scores that count per image and class. AR1, AR10 and AR100
@@ -95,7 +96,7 @@ def coco_details(
     values = [every, every[0], every[5], *(precision[..., size] for size in (1, 2, 3))]
     values += [*(at_most[limit][..., 0] for limit in (1, 10, 100)), *(recall[..., size] for size in (1, 2, 3))]
     metrics: dict[str, Any] = {name: _mean(value) for name, value in zip(METRICS, values, strict=True)}
-    areas = np.array([_area(record) for record in annotations if not record.get("iscrowd")])
+    areas = np.array([_area(record) for record in annotations if not is_ignored(record)])
     return {
         "metrics": metrics | {"per_class": per_class(0)},
         "by_size": {
@@ -123,19 +124,6 @@ def class_names(id2label: Mapping[int, str]) -> list[str]:
     """The names in the order of their class ids; names that several classes share are followed by the id."""
     count = Counter(id2label.values())
     return [id2label[i] if count[id2label[i]] == 1 else f"{id2label[i]} ({i})" for i in sorted(id2label, key=id_order)]
-
-
-def canonical_id(value: Any) -> Any:
-    """One form per id: `"1"`, `1`, `1.0`, and arrays and tensors of one of them, become the integer 1; other text
-    stays text."""
-    if type(value) is int:  # by far the most frequent
-        return value
-    value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, str) and value.removeprefix("-").isdecimal() and str(int(value)) == value:
-        return int(value)
-    return value
 
 
 def id_order(value: Any) -> tuple[bool, Any]:
@@ -183,7 +171,7 @@ def _run_engine(
         objects[:, 6].astype(np.int64),
         objects[:, 1:5],
         area=np.array([_area(record) for record in annotations], dtype=np.float64),
-        iscrowd=np.array([bool(record.get("iscrowd")) for record in annotations], dtype=bool),
+        iscrowd=np.array([is_ignored(record) for record in annotations], dtype=bool),
     )
     run = engine.COCOeval(ground_truth, ground_truth.load_res(found), "bbox")
     run.params.max_dets = max_counts

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..model.annotations import canonical_id, is_ignored
 from ..runtime.extras import import_extra
-from .coco_metrics import Floats, Record, canonical_id, id_order
+from .coco_metrics import Floats, Record, id_order
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -68,7 +69,7 @@ def match_detections(
     for records, crowd, other in ((annotations, 1, 0), (detections, 2, 2)):
         for record in records:
             groups = by_image.setdefault(canonical_id(record["image_id"]), ([], [], []))
-            groups[crowd if record.get("iscrowd") else other].append(record)
+            groups[crowd if is_ignored(record) else other].append(record)
     found: list[Record] = []
     objects: list[Record] = []
     parts: list[tuple[Any, ...]] = [(np.empty(0, int), np.empty(0, bool), np.empty((0, 2), int), np.empty((0, 2)))]

@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..model.annotations import canonical_id
 from ..runtime.extras import import_extra
-from .coco_metrics import Floats, Record, canonical_id, class_names, id_order
+from .coco_metrics import Floats, Record, class_names, id_order
 from .detection_matching import Bools, Ints, Matching, match_detections
 
 ERROR_TYPES = ("classification", "localisation", "both", "duplicate", "background", "missed")

@@ -11,10 +11,11 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from ..model.annotations import canonical_id
 from ..model.image_processing_hf_detr import HfDetrImageProcessor
 from .charts import line_chart
 from .coco_evaluator import CocoEvaluator
-from .coco_metrics import DESCRIPTIONS, MAX_DETECTIONS, Record, canonical_id, class_names, coco_details
+from .coco_metrics import DESCRIPTIONS, MAX_DETECTIONS, Record, class_names, coco_details
 from .error_analysis import (
     above,
     best_thresholds,

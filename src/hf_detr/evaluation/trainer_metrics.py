@@ -11,8 +11,9 @@ from torch import Tensor
 from torchvision.ops import box_convert
 from transformers import EvalPrediction
 
+from ..model.annotations import canonical_id
 from ..model.outputs import DetrDetectionOutput
-from .coco_metrics import MAX_DETECTIONS, Floats, canonical_id, coco_metrics, id_order, no_garbage_collection
+from .coco_metrics import MAX_DETECTIONS, Floats, coco_metrics, id_order, no_garbage_collection
 
 if TYPE_CHECKING:
     from ..model.image_processing_hf_detr import DetrImageProcessor

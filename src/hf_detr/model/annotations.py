@@ -5,6 +5,7 @@
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,55 @@ logger = logging.get_logger(__name__)
 BOX_TOLERANCE = 1e-5  # rounding of float32 divisions by the image size
 NOT_FINITE = "the box is not finite"
 NO_AREA = "the box has no area. Remove it from the data"
+
+
+def canonical_id(value: Any) -> Any:
+    """One form per id: `"1"`, `1`, `1.0`, and arrays, tensors and lists of one of them, become the integer 1; other
+    text stays text, and what cannot be an id becomes its text."""
+    if type(value) is int:  # by far the most frequent
+        return value
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, (np.ndarray, np.generic, Tensor)) and math.prod(value.shape) == 1:
+        value = value.item()
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.removeprefix("-").isdecimal() and str(int(value)) == value:
+        return int(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def read_flag(value: Any) -> bool:
+    """A flag such as `iscrowd` as annotation tools write it: true, 1, 1.0, "1", "true" or "yes"; false, 0, 0.0, "0",
+    "false", "no", "" or missing.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if value is None or (type(value) is int and value in (0, 1)):  # by far the most frequent
+        return bool(value)
+    value = value.item() if hasattr(value, "item") else value
+    text = str(value).strip().lower()
+    if text in ("1", "1.0", "true", "yes"):
+        return True
+    if text in ("", "0", "0.0", "false", "no"):
+        return False
+    raise ValueError(f"must be 0 or 1, got {value!r}")
+
+
+def is_ignored(record: Mapping[str, Any]) -> bool:
+    """Whether a COCO record marks a group (`iscrowd`) or a region to ignore (`ignore`) instead of an object.
+
+    Raises:
+        ValueError: one of the flags is neither true nor false; the message names it.
+    """
+    for name in ("iscrowd", "ignore"):
+        try:
+            if read_flag(record.get(name)):
+                return True
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+    return False
 
 
 def box_problem(bbox: Any, size: tuple[int, int] | None) -> tuple[str, str] | None:
@@ -69,26 +119,32 @@ def coco_to_labels(annotation: dict[str, Any], size: tuple[int, int], index: int
             f'{where}: its annotation must be a dict {{"image_id": int, "annotations": [COCO objects]}}, got '
             f"{sorted(annotation) if isinstance(annotation, dict) else type(annotation).__name__}."
         )
-    try:
-        image_id = int(annotation["image_id"])
-    except (TypeError, ValueError):
-        raise ValueError(f"{where}: image_id must be an integer, got {annotation['image_id']!r}.") from None
+    image_id = canonical_id(annotation["image_id"])
+    if not isinstance(image_id, int):
+        raise ValueError(f"{where}: image_id must be an integer, got {annotation['image_id']!r}.")
+    if not -(2**63) <= image_id < 2**63:
+        raise ValueError(f"{where}: image_id {image_id} does not fit 64 bits. Number the images instead.")
     where = f"Image {index} (image_id {image_id})"
     records = []
     for number, record in enumerate(annotation["annotations"]):
-        if record.get("iscrowd", 0):
-            logger.warning_once("Crowd annotations (iscrowd=1) mark groups, not objects; they are not in the labels.")
-            continue
-        problem = box_problem(record.get("bbox"), size)
-        category = record.get("category_id")
-        reason = problem[1] if problem else None
-        if reason is None and (isinstance(category, bool) or not isinstance(category, (int, np.integer))):
-            reason = f"category_id must be an integer, got {category!r}"
+        try:
+            if is_ignored(record):
+                logger.warning_once(
+                    "Crowd annotations (iscrowd=1) mark groups, not objects; they are not in the labels."
+                )
+                continue
+            problem, reason = box_problem(record.get("bbox"), size), None
+        except ValueError as error:
+            problem, reason = None, str(error)
+        category = canonical_id(record.get("category_id"))
+        reason = problem[1] if problem else reason
+        if reason is None and (isinstance(category, bool) or not isinstance(category, int)):
+            reason = f"category_id must be an integer, got {record.get('category_id')!r}"
         if reason:
             raise ValueError(
                 f"{where}, annotation {number} (id {record.get('id', 'none')}), bbox {record.get('bbox')}: {reason}."
             )
-        records.append(record)
+        records.append({**record, "category_id": category})
     height, width = size
     given = torch.tensor([[float(value) for value in record["bbox"]] for record in records], dtype=torch.float64)
     given = given.reshape(-1, 4)
@@ -97,7 +153,7 @@ def coco_to_labels(annotation: dict[str, Any], size: tuple[int, int], index: int
     areas = [record.get("area") for record in records]
     areas = [float(w * h) if area is None else float(area) for area, (w, h) in zip(areas, given[:, 2:], strict=True)]
     return {
-        "class_labels": torch.tensor([int(record["category_id"]) for record in records], dtype=torch.int64),
+        "class_labels": torch.tensor([record["category_id"] for record in records], dtype=torch.int64),
         "boxes": (box_convert(corners, "xyxy", "cxcywh") / scale).float(),
         "area": torch.tensor(areas, dtype=torch.float32),
         "iscrowd": torch.zeros(len(records), dtype=torch.int64),

@@ -9,6 +9,7 @@ import datasets
 import evaluate
 
 from hf_detr.evaluation import METRICS, coco_metrics, records_from_batches
+from hf_detr.model.annotations import canonical_id
 
 _DESCRIPTION = "COCO average precision and recall of object detection: the twelve numbers, and AP per class."
 _INPUTS = """
@@ -34,6 +35,8 @@ class CocoDetection(evaluate.Metric):
         for name, records in batch.items():
             fields = self.features[name]
             batch[name] = [{key: _plain(record.get(key)) for key in fields} for record in records]
+        for record in batch["references"]:  # numbers of any size, and text
+            record["image_id"] = "" if record["image_id"] is None else str(canonical_id(record["image_id"]))
         super().add_batch(**batch, **kwargs)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
@@ -55,7 +58,7 @@ class CocoDetection(evaluate.Metric):
                         "labels": ids,
                         "area": numbers,
                         "iscrowd": ids,
-                        "image_id": datasets.Value("int64"),
+                        "image_id": datasets.Value("string"),
                     },
                 }
             ),
@@ -68,7 +71,8 @@ class CocoDetection(evaluate.Metric):
         id2label: dict[int, str] | None = None,
         max_detections: int = 100,
     ) -> dict[str, Any]:
-        images, annotations, detections = records_from_batches(predictions, references)
+        given = [reference | {"image_id": reference["image_id"] or None} for reference in references]
+        images, annotations, detections = records_from_batches(predictions, given)
         if id2label is None:
             ids = {record["category_id"] for record in annotations + detections}
             id2label = {i: str(i) for i in range(max(ids, default=0) + 1)}
