@@ -16,11 +16,11 @@ from torchvision.transforms import v2
 from hf_detr import DetrImageProcessor
 from hf_detr.data.augmentation import (
     Augmentation,
-    AugmentedDataset,
     RandomSizeCrop,
     flip_rotate_augmentation,
     paper_augmentation,
 )
+from hf_detr.data.augmented_dataset import AugmentedDataset
 from hf_detr.data.collate import DetectionCollator
 from hf_detr.data.schema import detection_info
 

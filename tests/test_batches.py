@@ -15,7 +15,8 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from hf_detr import DetrImageProcessor
-from hf_detr.data.augmentation import AugmentedDataset, paper_augmentation
+from hf_detr.data.augmentation import paper_augmentation
+from hf_detr.data.augmented_dataset import AugmentedDataset
 from hf_detr.data.batching import (
     AspectRatioBatches,
     DistributedBatches,

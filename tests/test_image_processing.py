@@ -174,12 +174,25 @@ class TestKindsOfImages:
             (np.full((4, 5, 3), -0.3), "normalises by itself"),
             (np.zeros((9, 5, 7)), "Neither the first nor the last axis"),
             (np.zeros((0, 5, 3), dtype=np.uint8), "must be"),
-            (np.full((4, 5, 3), 300), r"values in \[0, 255\]"),
+            (np.full((4, 5, 3), 70000), r"values in \[0, 255\] or \[0, 65535\], got \[70000, 70000\]"),
+            (np.full((4, 5, 3), -1), r"values in \[0, 255\] or \[0, 65535\], got \[-1, -1\]"),
         ],
     )
     def test_what_is_no_image_is_refused(self, image, message):
         with pytest.raises(ValueError, match=message):
             to_rgb_tensor(image)
+
+    @pytest.mark.parametrize(("largest", "divisor"), [(255, 1), (65535, 257)])
+    def test_one_rule_holds_for_wide_integers_of_all_kinds(self, largest, divisor):
+        """Values up to 255 are taken as they are, up to 65535 they are scaled to 8 bits, whatever holds them."""
+        values = np.linspace(0, largest, 20).round().reshape(4, 5)
+        expected = torch.from_numpy((values / divisor).round().astype(np.uint8)).expand(3, -1, -1)
+        kinds = [values.astype(dtype) for dtype in (np.uint16, np.int32, np.int64)]
+        kinds += [torch.from_numpy(values).to(torch.int32), torch.from_numpy(values.astype(np.uint16))]
+        kinds += [Image.fromarray(values.astype(np.uint16)), Image.fromarray(values.astype(np.int32))]
+        assert [image.mode for image in kinds[-2:]] == ["I;16", "I"]
+        for image in kinds:
+            assert torch.equal(to_rgb_tensor(image), expected)
 
     def test_broken_and_missing_files_are_named(self, tmp_path):
         path = tmp_path / "cut.jpg"

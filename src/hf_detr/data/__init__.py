@@ -1,6 +1,7 @@
 """Datasets in any format, augmentation, and batches for training."""
 
-from .augmentation import Augmentation, AugmentedDataset, flip_rotate_augmentation, paper_augmentation
+from .augmentation import Augmentation, flip_rotate_augmentation, paper_augmentation
+from .augmented_dataset import AugmentedDataset
 from .batching import build_loader, image_sizes, padding_fraction
 from .coco_export import export_coco
 from .collate import DetectionCollator

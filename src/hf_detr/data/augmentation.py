@@ -1,15 +1,12 @@
-"""Augmentation of rows: the paper's recipe or any torchvision v2 or Albumentations transform, reproducible by seed."""
+"""Augmentation of rows: the paper's recipe, or any transform of torchvision v2 or Albumentations."""
 
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms import v2
@@ -240,56 +237,3 @@ def _albumentations_scale(name: str, image: Any) -> Tensor:
     """What to divide boxes in pixels by, (4,): the image size for the formats that are relative to the image."""
     height, width = F.get_size(image)
     return torch.tensor([width, height] * 2 if name in ("yolo", "albumentations") else [1, 1, 1, 1])
-
-
-class AugmentedDataset(Dataset[Row]):
-    """Rows of a dataset with a new augmentation each epoch, a function of `(seed, epoch, index)` only.
-
-    The same seed thus gives the same epoch, whatever the number of workers and processes and the order of the batches.
-    The global generators of PyTorch (CPU), NumPy and `random` are seeded for each row and restored afterwards.
-
-    Args:
-        dataset: a `datasets.Dataset` in the schema, or any sequence of such rows.
-        augmentation: from row to row; an `Augmentation`, or any callable that uses the generators above. If it has a
-            method `set_random_seed`, that is called with a seed for each row.
-        seed: not negative.
-    """
-
-    def __init__(self, dataset: Any, augmentation: Callable[[Row], Row], seed: int = 0) -> None:
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}.")
-        self.dataset = dataset
-        self.augmentation = augmentation
-        self.seed = seed
-        # in shared memory, so that persistent workers, which have a copy of this object, see changes
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, in this process and in the workers that are already running."""
-        self._epoch.fill_(epoch)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Row:
-        index = int(index)
-        seeds = np.random.SeedSequence([self.seed, int(self._epoch), index % len(self)]).generate_state(4)
-        row = self.dataset[index]
-        with _seeded(int(seeds[0]), int(seeds[1]), int(seeds[2])):
-            if hasattr(self.augmentation, "set_random_seed"):
-                self.augmentation.set_random_seed(int(seeds[3]))
-            return self.augmentation(row)
-
-
-@contextmanager
-def _seeded(for_torch: int, for_numpy: int, for_random: int) -> Iterator[None]:
-    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    torch.default_generator.manual_seed(for_torch)  # torch.manual_seed would also seed the accelerators
-    np.random.seed(for_numpy)
-    random.seed(for_random)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before[0])
-        np.random.set_state(before[1])
-        random.setstate(before[2])

@@ -99,46 +99,53 @@ def _is_file(text: str) -> bool:
         return False
 
 
-def to_rgb_tensor(image: Image, timeout: float | None = None) -> Tensor:
+def to_rgb_tensor(
+    image: Image, timeout: float | None = None, *, image_range: tuple[float, float] | None = None
+) -> Tensor:
     """Any image to (3, H, W) RGB: uint8, or float32 in [0, 1] if it came as floats in [0, 1].
 
+    One rule holds for all kinds of images: 8-bit values are taken as they are. Wider integers (uint16, int32, and the
+    modes I;16 and I of PIL) are 0 to 255 if no value of the image is above 255, and 0 to 65535 if none is above 65535.
+    Floats are in [0, 1] if no value is above 1, and otherwise in [0, 255]. All other values are refused.
+
+    Args:
+        image_range: the values of black and white in images that are not 8-bit, in place of the rule; values outside
+            are clipped. (0, 4095) is for sensors of 12 bits.
+
     Raises:
-        ValueError: not an image, or one with NaN, with no pixels, or with channels that cannot be understood.
+        ValueError: not an image, or one with NaN, with no pixels, with values that the rule does not have, or with
+            channels that cannot be understood.
         TypeError: not a kind of object that can hold an image.
     """
     if isinstance(image, (str, Path)):
         image = open_image(image, timeout)
     if isinstance(image, PIL.Image.Image):
-        return _pil_to_rgb(image)
+        return _pil_to_rgb(image, image_range)
     if isinstance(image, np.ndarray):
         if image.dtype == np.uint16:  # torch has no arithmetic on it
             image = image.astype(np.int32)
-            return _array_to_rgb(torch.from_numpy(image), top=65535)
         if not (np.issubdtype(image.dtype, np.number) or image.dtype == np.bool_):
-            raise TypeError(f"An array of {image.dtype} is no image.")
-        return _array_to_rgb(torch.from_numpy(np.require(image, requirements=["C", "W"])))
+            raise TypeError(f"Arrays of dtype {image.dtype} are not supported as images.")
+        return _array_to_rgb(torch.from_numpy(np.require(image, requirements=["C", "W"])), image_range)
     if isinstance(image, Tensor):
-        if image.dtype == torch.uint16:
-            return _array_to_rgb(image.to(torch.int32), top=65535)
-        return _array_to_rgb(image)
+        return _array_to_rgb(image.to(torch.int32) if image.dtype == torch.uint16 else image, image_range)
     raise TypeError(
         f"An image must be a PIL image, a numpy array, a torch tensor, a path or a URL, not {type(image).__name__}."
     )
 
 
-def _pil_to_rgb(image: PIL.Image.Image) -> Tensor:
+def _pil_to_rgb(image: PIL.Image.Image, image_range: tuple[float, float] | None) -> Tensor:
     image = PIL.ImageOps.exif_transpose(image)
     if min(image.size) == 0:
         raise ValueError(f"The image has no pixels: {image.width} x {image.height}.")
     if image.mode.startswith("I"):  # "I;16" and its relatives, and "I", in which Pillow holds 16-bit grey as well
-        grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
-        return torch.from_numpy(np.rint(grey / 257).astype(np.uint8)).expand(3, -1, -1)
+        return _array_to_rgb(torch.from_numpy(np.array(image).astype(np.int32)), image_range)
     if image.mode == "F":
-        return _array_to_rgb(torch.from_numpy(np.array(image)))
+        return _array_to_rgb(torch.from_numpy(np.array(image)), image_range)
     return torch.from_numpy(convert_to_rgb(image, return_numpy=True)).permute(2, 0, 1)
 
 
-def _array_to_rgb(image: Tensor, top: int = 255) -> Tensor:
+def _array_to_rgb(image: Tensor, image_range: tuple[float, float] | None = None) -> Tensor:
     if image.ndim == 2:
         image = image.expand(3, -1, -1)
     if image.ndim != 3 or 0 in image.shape:
@@ -149,30 +156,44 @@ def _array_to_rgb(image: Tensor, top: int = 255) -> Tensor:
         image = image.permute(2, 0, 1)
     elif image.shape[0] not in channels:
         raise ValueError(f"Neither the first nor the last axis of {tuple(image.shape)} can be channels (1 to 4).")
-    if image.is_floating_point():
-        image = image.float()
-        if not image.isfinite().all():
-            raise ValueError("The image contains NaN or infinite values.")
-        low, high = image.aminmax()
-        if low < 0 or high > 255:
-            raise ValueError(
-                f"Float images must have values in [0, 1] or [0, 255], got [{low:.4g}, {high:.4g}]. The processor "
-                "normalises by itself; give it the image as it was before."
-            )
-        if high > 1:
-            image = image.round().to(torch.uint8)
-    elif image.dtype == torch.bool:
+    if image.dtype == torch.bool:
         image = image.to(torch.uint8) * 255
-    elif image.dtype != torch.uint8 or top != 255:
-        if image.amin() < 0 or image.amax() > top:
-            raise ValueError(f"Integer images must have values in [0, {top}], got [{image.amin()}, {image.amax()}].")
-        image = (image.float() * (255 / top)).round().to(torch.uint8)
+    elif image.dtype != torch.uint8:
+        image = _to_8_bit(image, image_range)
     if image.shape[0] in (2, 4):  # the last channel is transparency, over white as for PIL images
         white = 1.0 if image.is_floating_point() else 255.0
         alpha = image[-1:].float() / white
         colour = image[:-1].float() * alpha + white * (1 - alpha)
         image = colour if image.is_floating_point() else colour.round().to(torch.uint8)
     return image.expand(3, -1, -1) if image.shape[0] == 1 else image
+
+
+def _to_8_bit(image: Tensor, image_range: tuple[float, float] | None) -> Tensor:
+    """Values other than bytes to bytes; floats in [0, 1] stay."""
+    floating = image.is_floating_point()
+    if floating and not image.isfinite().all():
+        raise ValueError("The image contains NaN or infinite values.")
+    if image_range is not None:
+        black, white = image_range
+        if black == white:
+            raise ValueError(f"image_range must be the values of black and white, got {image_range}.")
+        scaled = (image.double() - black) * (255 / (white - black))
+        return scaled.clamp(0, 255).round().to(torch.uint8)
+    low, high = (value.item() for value in image.aminmax())
+    if floating:
+        if low < 0 or high > 255:
+            raise ValueError(
+                f"Float images must have values in [0, 1] or [0, 255], got [{low:.4g}, {high:.4g}]. The processor "
+                "normalises by itself; give it the image as it was before. For images with another range, such as "
+                "those of scientific instruments, set image_range=(black, white)."
+            )
+        return image.round().to(torch.uint8) if high > 1 else image.float()
+    if low < 0 or high > 65535:
+        raise ValueError(
+            f"Integer images must have values in [0, 255] or [0, 65535], got [{low}, {high}]. Set "
+            "image_range=(black, white) to the values that are black and white."
+        )
+    return image.to(torch.uint8) if high <= 255 else (image.double() / 257).round().to(torch.uint8)
 
 
 def allocate_batch(

@@ -24,8 +24,9 @@ class HfDetrImageProcessor(TorchvisionBackend):
 
     Images may be PIL images, numpy arrays or torch tensors (channels first or last, grey, with or without alpha),
     paths or URLs, one or a list. Whatever they are, they become 8-bit RGB first: transparency is laid over white,
-    16-bit values are scaled, EXIF orientation is applied (annotation tools show the turned image). Float arrays with
-    all values in [0, 1] are taken as already rescaled.
+    EXIF orientation is applied (annotation tools show the turned image), and wider values are scaled: see
+    `image_io.to_rgb_tensor` for the rule. `image_range=(black, white)` sets the values that are black and white in
+    images that are not 8-bit. Float arrays with all values in [0, 1] are taken as already rescaled.
 
     Defaults are the paper's: shortest edge 800, longest at most 1333, ImageNet mean and standard deviation. Other
     forms of `size`: `{"height": h, "width": w}` for exactly this size, `{"max_height": h, "max_width": w}` for the
@@ -45,6 +46,8 @@ class HfDetrImageProcessor(TorchvisionBackend):
 
     # The score at which a detection of each class counts, for `threshold="per_class"`; saved with the processor.
     class_thresholds: list[float] | None = None
+    # The values of black and white in images that are not 8-bit; None takes the rule of `image_io.to_rgb_tensor`.
+    image_range: tuple[float, float] | None = None
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -66,7 +69,7 @@ class HfDetrImageProcessor(TorchvisionBackend):
         images = flat_list_of_images(images)
         if not images:
             raise ValueError("There are no images.")
-        return [to_rgb_tensor(image).to(device) for image in images]
+        return [to_rgb_tensor(image, image_range=self.image_range).to(device) for image in images]
 
     def preprocess(  # type: ignore[override]
         self,

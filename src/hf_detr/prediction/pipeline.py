@@ -64,7 +64,7 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
         return preprocess, forward, postprocess | ({} if round_boxes is None else {"round_boxes": round_boxes})
 
     def preprocess(self, image: Any, timeout: float | None = None) -> dict[str, Any]:
-        pixels = to_rgb_tensor(image, timeout)
+        pixels = to_rgb_tensor(image, timeout, image_range=self.image_processor.image_range)
         inputs = self.image_processor(pixels, do_pad=False, return_tensors="pt")
         return {"pixel_values": [inputs["pixel_values"][0]], "target_size": [tuple(pixels.shape[-2:])]}
 

@@ -136,7 +136,7 @@ def load_image(
     Raises:
         ValueError, TypeError: not a usable image.
     """
-    pixels = to_rgb_tensor(image)
+    pixels = to_rgb_tensor(image, image_range=detector.image_processor.image_range)
     inputs = detector.preprocess(pixels)
     height, width = pixels.shape[-2:]
     rgb = _to_pil(pixels) if picture else None

@@ -1,0 +1,78 @@
+"""Rows of a dataset with a new augmentation each epoch, reproducible by seed."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ..model.image_io import to_rgb_tensor
+from .augmentation import Row
+
+
+class AugmentedDataset(Dataset[Row]):
+    """Rows of a dataset with a new augmentation each epoch, a function of `(seed, epoch, index)` only.
+
+    The same seed thus gives the same epoch, whatever the number of workers and processes and the order of the batches.
+    The global generators of PyTorch (CPU), NumPy and `random` are seeded for each row and restored afterwards.
+
+    Args:
+        dataset: a `datasets.Dataset` in the schema, or any sequence of such rows.
+        augmentation: from row to row; an `Augmentation`, or any callable that uses the generators above. If it has a
+            method `set_random_seed`, that is called with a seed for each row.
+        seed: not negative.
+        image_range: the values of black and white in images that are not 8-bit, as of the image processor; images are
+            then RGB tensors (3, H, W) for the augmentation.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        augmentation: Callable[[Row], Row],
+        seed: int = 0,
+        *,
+        image_range: tuple[float, float] | None = None,
+    ) -> None:
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}.")
+        self.dataset = dataset
+        self.augmentation = augmentation
+        self.seed = seed
+        self.image_range = image_range
+        # in shared memory, so that persistent workers, which have a copy of this object, see changes
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, in this process and in the workers that are already running."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Row:
+        index = int(index)
+        seeds = np.random.SeedSequence([self.seed, int(self._epoch), index % len(self)]).generate_state(4)
+        row = self.dataset[index]
+        if self.image_range is not None:
+            row = row | {"image": to_rgb_tensor(row["image"], image_range=self.image_range)}
+        with _seeded(int(seeds[0]), int(seeds[1]), int(seeds[2])):
+            if hasattr(self.augmentation, "set_random_seed"):
+                self.augmentation.set_random_seed(int(seeds[3]))
+            return self.augmentation(row)
+
+
+@contextmanager
+def _seeded(for_torch: int, for_numpy: int, for_random: int) -> Iterator[None]:
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.default_generator.manual_seed(for_torch)  # torch.manual_seed would also seed the accelerators
+    np.random.seed(for_numpy)
+    random.seed(for_random)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])
+        random.setstate(before[2])
