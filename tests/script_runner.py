@@ -12,7 +12,7 @@ from pathlib import Path
 PRELOADED = [
     "torch.distributed", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch._dynamo",
     "transformers.trainer", "transformers.image_processing_utils", "datasets", "accelerate", "hf_detr.training",
-    "faster_coco_eval", "scipy.optimize", "timm.models",
+    "hotcoco", "scipy.optimize", "timm.models",
 ]  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from ..model.annotations import box_problem
 from .findings import Finding
@@ -9,6 +11,7 @@ from .records import AnnotatedSplit, BoxRecord, ImageRecord
 
 EDGE_TOLERANCE = 1.0  # pixels by which a box may extend beyond its image through rounding
 MAX_RELATIVE = 1.05  # largest value of a box that is still taken for relative to the image
+MAX_CROWDS = 0.9  # fraction of the boxes that may be crowds
 MIN_AGREEMENT = 0.98  # fraction of boxes that must fit another box format before it is suspected
 
 
@@ -30,11 +33,15 @@ def quick_checks(split: AnnotatedSplit, *, bbox_format: str | None = None) -> li
     suspicion = suspected_format(split) if bbox_format is None else None
     if suspicion is not None:
         findings.append(finding(*suspicion))
-    first: dict[int, ImageRecord] = {}
+    first: dict[Any, ImageRecord] = {}
+    files: dict[Path, ImageRecord] = {}
     for image in split.images:
-        if first.setdefault(image.id, image) is not image:
-            message = f"has the same id as {first[image.id].record}"
+        if first.setdefault(image.source_id, image) is not image:
+            message = f"has the same id as {first[image.source_id].record}"
             findings.append(finding("image-id-duplicate", image.record, message, image))
+        if image.read is None and files.setdefault(image.path, image) is not image:
+            message = f"names the same file as {files[image.path].record}"
+            findings.append(finding("image-record-duplicate", image.record, message, image))
     for image in split.images:
         findings += [finding(code, image.record, message, image) for code, message in _image_problems(image)]
         size = image.recorded_size if image.header is None or image.header.problem else image.size
@@ -55,7 +62,11 @@ def _split_problems(split: AnnotatedSplit) -> Iterator[tuple[str, str, str]]:
     """Code, record and message of each problem of the split as a whole."""
     if not split.images and not split.orphans:
         yield "split-empty", split.format, "there are no images"
-    if split.split == "train" and split.images and not any(image.boxes for image in split.images):
+    boxes = [box for image in split.images for box in image.boxes]
+    crowds = sum(box.iscrowd for box in boxes)
+    if boxes and crowds > MAX_CROWDS * len(boxes) and (len(boxes) >= 5 or split.split == "train"):
+        yield "crowds-only", split.format, f"{crowds} of {len(boxes)} boxes"
+    elif split.split == "train" and not boxes and any(image.size != (0, 0) for image in split.images):
         yield "boxes-missing", split.format, f"none of the {len(split.images)} images has a box"
     for name, count in Counter(split.names).items():
         if count > 1:
@@ -67,7 +78,7 @@ def _image_problems(image: ImageRecord) -> Iterator[tuple[str, str]]:
     if header is None:
         return
     if header.problem is not None:
-        code = "image-unreadable" if image.path.exists() else "image-missing"
+        code = "image-unreadable" if image.read is not None or image.path.exists() else "image-missing"
         yield code, f"{image.path}: {header.problem}"
     elif recorded is not None and recorded != header.size:
         message = f"recorded as {recorded[0]} x {recorded[1]}, but the file has {header.size[0]} x {header.size[1]}"
@@ -102,8 +113,16 @@ def box_problems(box: BoxRecord, size: tuple[int, int] | None) -> Iterator[tuple
         if excess > EDGE_TOLERANCE:
             message = f"bbox {box.bbox} extends {excess:.1f} pixels beyond the image of {size[0]} x {size[1]}"
             yield "box-partly-outside", message
-    if box.area is not None and not 0 < box.area <= width * height * 1.01 + 1:
+    area = _number(box.area)
+    if box.area is not None and (area is None or not 0 < area <= width * height * 1.01 + 1):
         yield "area-wrong", f"the area is {box.area}, but bbox {box.bbox} has {width * height:.1f}"
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def numeric_boxes(image: ImageRecord) -> list[BoxRecord]:

@@ -10,13 +10,14 @@ from datasets import Dataset, Image
 from tqdm.auto import tqdm
 
 from ..runtime.files import atomic_write
-from .schema import category_ids, id2label
+from .dataset_folder import path_parts
+from .schema import category_ids, id2label, source_id
 
 
 def export_coco(dataset: Dataset, folder: str | Path, split: str, *, progress: bool = True) -> Path:
     """Write `folder/annotations/instances_SPLIT.json`, and the unchanged image files into `folder/SPLIT`.
 
-    Categories have the ids of the source. Loading the result gives the same rows.
+    Images and categories have the ids of the source. Loading the result gives the same rows.
 
     Returns:
         the annotation file.
@@ -35,10 +36,11 @@ def _record(row: dict[str, Any], ids: dict[int, int]) -> dict[str, Any]:
     objects = row["objects"]
     columns = zip(*(objects[key] for key in ("id", "category", "bbox", "area", "iscrowd")), strict=True)
     return row | {
+        "image_id": source_id(row),
         "objects": [
             {"id": i, "category_id": ids[category], "bbox": bbox, "area": area, "iscrowd": crowd}
             for i, category, bbox, area, crowd in columns
-        ]
+        ],
     }
 
 
@@ -49,7 +51,7 @@ def _writer(image: dict[str, Any]) -> Callable[[Path], Any]:
 
 
 def write_coco(
-    folder: Path, split: str, categories: dict[int, str], rows: Iterable[tuple[dict[str, Any], Callable[[Path], Any]]]
+    folder: Path, split: str, categories: dict[Any, str], rows: Iterable[tuple[dict[str, Any], Callable[[Path], Any]]]
 ) -> Path:
     """Write a split. The annotation file is written last, when all images are complete.
 
@@ -66,10 +68,11 @@ def write_coco(
         raise FileExistsError(f"{target} already exists. Choose another folder.")
     images, annotations = [], []
     used: set[str] = set()
-    for record, write in rows:
-        name = record["file_name"]
-        if name in used or Path(name).is_absolute() or ".." in Path(name).parts:  # keep files within the folder
-            name = f"{record['image_id']}-{Path(name).name}"
+    for number, (record, write) in enumerate(rows, start=1):
+        parts = path_parts(record["file_name"])
+        name = "/".join(parts)
+        if name in used or name != record["file_name"]:  # keep files within the folder, and names that all systems have
+            name = f"{number}-{parts[-1]}"
         used.add(name)
         path = folder / split / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,6 @@ from .records import AnnotatedSplit, BoxRecord, ImageRecord
 
 logger = logging.get_logger(__name__)
 
-MAX_INVALID = 0.001  # fraction of boxes that may be invalid and are dropped with a warning; COCO itself has two
-
 
 class Kind(NamedTuple):
     """One kind of finding: "error" or "warning", what it is, and what to do."""
@@ -30,9 +28,29 @@ KINDS: dict[str, Kind] = {
         "annotation-unreadable": ("error", "an annotation file or line cannot be parsed", "Correct or remove it."),
         "image-record-incomplete": ("error", "an image record has no id or file name", "Complete the record."),
         "image-id-duplicate": ("error", "two image records have the same id", "Give each image a unique id."),
+        "image-record-duplicate": (
+            "error",
+            "several image records name the same file",
+            "The objects of each would be background for the others. Merge the records.",
+        ),
+        "image-name-stale": (
+            "warning",
+            "an annotation file names another image than the one that is called like it",
+            "Correct the name, if the wrong image is taken.",
+        ),
         "image-missing": ("error", "the image file does not exist", "Add the file, or remove the record."),
         "image-unreadable": ("error", "the file cannot be opened as an image", "Replace it, or remove the record."),
         "image-truncated": ("error", "the image file is truncated or corrupt", "Replace the file."),
+        "image-unsupported": (
+            "error",
+            "training cannot read the values of the image",
+            "Set image_range=(black, white) of the image processor (--image_range BLACK WHITE), or convert the file.",
+        ),
+        "image-dim": (
+            "warning",
+            "the image has more than 8 bits and becomes nearly one shade of grey",
+            "Set image_range=(black, white) of the image processor (--image_range BLACK WHITE): 0 4095 for 12 bits.",
+        ),
         "image-size-mismatch": (
             "error",
             "the recorded size differs from the size of the file",
@@ -58,7 +76,13 @@ KINDS: dict[str, Kind] = {
         ),
         "category-unknown": ("error", "the category of a box is not defined", "Add it, or correct the record."),
         "category-name-duplicate": ("error", "two categories have the same name", "Merge or rename them."),
-        "annotation-orphan": ("error", "an annotation belongs to no image", "Add the image, or remove the record."),
+        "annotation-orphan": ("warning", "an annotation belongs to no image", "Add the image, or remove the record."),
+        "crowds-only": (
+            "error",
+            "nearly all objects are marked as crowds (iscrowd, ignore or difficult), which are not learned",
+            "If they are ordinary objects, as in some exports of masks, load them with crowds_as_objects=True "
+            "(--crowds_as_objects).",
+        ),
         "box-partly-outside": ("warning", "a box extends beyond its image", "It is clipped in training."),
         "annotation-id-duplicate": ("warning", "two annotations have the same id", "Ids should be unique."),
         "area-wrong": (
@@ -74,6 +98,11 @@ KINDS: dict[str, Kind] = {
         ),
         "image-unannotated": ("warning", "an image file has no record", "Annotate it, or move it elsewhere."),
         "image-duplicate": ("warning", "an image occurs twice in a split", "Remove one."),
+        "image-similar": (
+            "warning",
+            "an image looks like one of another split, with other boxes or nothing on it",
+            "Make sure that it is another one.",
+        ),
         "image-leaked": (
             "error",
             "an image is in two splits",
@@ -127,15 +156,19 @@ class Finding:
         return f"{self.file}: {self.record}: {self.message}"
 
 
-def drop_few_invalid(split: AnnotatedSplit, findings: list[Finding]) -> list[Finding]:
-    """Drop invalid boxes from the split, with a warning, if they are at most one in a thousand.
+def drop_few_invalid(split: AnnotatedSplit, findings: list[Finding], max_invalid: float) -> list[Finding]:
+    """Drop invalid boxes from the split, with a warning, if they are few.
+
+    Args:
+        max_invalid: fraction of the boxes that counts as few. From one in a hundred on, a single box always does.
 
     Returns:
         the findings without those of the dropped boxes.
     """
-    codes = ("box-empty", "box-outside", "box-not-numbers")
+    codes = ("box-empty", "box-outside", "box-not-numbers", "category-unknown")
     invalid = [finding for finding in findings if finding.code in codes and finding.box is not None]
-    if not invalid or len(invalid) > MAX_INVALID * sum(len(image.boxes) for image in split.images):
+    limit = max_invalid * sum(len(image.boxes) for image in split.images)
+    if not invalid or len(invalid) > max(limit, 1 if max_invalid >= 0.01 else 0):
         return findings
     dropped = {id(finding.box) for finding in invalid}
     for image in split.images:
@@ -153,12 +186,8 @@ def log_warnings(split: AnnotatedSplit, findings: list[Finding]) -> None:
         logger.warning(f"{split.file}: {listed}. Run examples/check_dataset.py to list them.")
 
 
-def raise_on_errors(findings: list[Finding], *, on_disk: bool = True) -> None:
-    """Raise a ValueError with the first errors of each kind and their fix, if there are any.
-
-    Args:
-        on_disk: the data are a folder, which `examples/check_dataset.py` can clean.
-    """
+def raise_on_errors(findings: list[Finding]) -> None:
+    """Raise a ValueError with the first errors of each kind and their fix, if there are any."""
     errors = [finding for finding in findings if finding.severity == "error"]
     if not errors:
         return
@@ -168,6 +197,5 @@ def raise_on_errors(findings: list[Finding], *, on_disk: bool = True) -> None:
         listed = "; ".join(f"{finding.record}: {finding.message}" for finding in examples)
         more = f" (and {count - len(examples)} more)" if count > len(examples) else ""
         lines.append(f"  {listed}{more}. {KINDS[code].fix}")
-    if on_disk:
-        lines.append("`python examples/check_dataset.py FOLDER` lists all; --fix OUT also writes a cleaned copy.")
+    lines.append("`python examples/check_dataset.py DATASET` lists all; --fix OUT also writes a cleaned copy.")
     raise ValueError(f"{errors[0].file}: {len(errors)} problems.\n" + "\n".join(lines))

@@ -1,183 +1,217 @@
 """Datasets of Hugging Face `datasets`, saved or on the Hub, whose rows have an image and `objects`."""
 
-from collections.abc import Iterable
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import DatasetDict, Image, IterableDataset, concatenate_datasets
+from datasets import Dataset, DatasetDict, Image, IterableDataset
 
 from ..model.image_io import ImageHeader, read_image_header
-from .checks import quick_checks
-from .findings import Finding, raise_on_errors
-from .formats.imagefolder import FIELD_NAMES, objects_as_records
-from .formats.parsing import integer_id
-from .records import AnnotatedSplit, BoxRecord, ImageRecord, split_names
-from .schema import DetectionDataset, detection_info, split_off_validation, unique_names
+from .checks import box_problems
+from .formats.imagefolder import FIELD_NAMES, METADATA, number_categories, read_objects
+from .image_files import is_litter
+from .records import AnnotatedSplit, ImageRecord, numbered
+from .rows import corners_to_sizes, match_classes, to_row
+from .schema import DetectionDataset, describe_source, loaded_features
+from .split_names import name_rank
+from .split_source import Progress
 
 
-def load_rows(
+def is_hub_format(folder: Path) -> bool:
+    """Whether a folder was saved by `save_to_disk` or holds Parquet files as on the Hub."""
+    if any((folder / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
+        return True
+    files = [file for place in (folder, folder / "data") for file in place.glob("*.parquet")]
+    return any(file.name.lower() not in METADATA and not is_litter(file.name) for file in files)
+
+
+class RowsSource:
+    """A dataset of `datasets`: a folder for which [`is_hub_format`] holds, or an id on the Hub.
+
+    Args:
+        kwargs: for `datasets.load_dataset`.
+
+    Raises:
+        FileNotFoundError: there is no such dataset.
+    """
+
+    max_invalid = 0.02  # of somebody else's data, which cannot be corrected in place; at least one box
+
+    def __init__(self, path: str, cache_dir: str | Path | None, **kwargs: Any) -> None:
+        self.name = path
+        self._loaded = open_rows(path, cache_dir, streaming=False, **kwargs)
+
+    def state(self) -> str:
+        fingerprints = {name: rows._fingerprint for name, rows in self._loaded.items()}
+        return json.dumps([self.name, fingerprints], sort_keys=True)
+
+    def split_name(self, split: str) -> str | None:
+        """The dataset's own name of a split."""
+        return find_split_name(self._loaded, split)
+
+    def has(self, split: str) -> bool:
+        return self.split_name(split) is not None
+
+    def find(self, split: str, progress: Progress) -> AnnotatedSplit | None:
+        name = self.split_name(split)
+        if name is None:
+            return None
+        rows, source = self._loaded[name], f"{self.name} ({name})"
+        check_columns(rows, source)
+        raw = rows.cast_column("image", Image(decode=False))
+        split_ = AnnotatedSplit("datasets", split, Path(source), [], [], [], Path(source))
+        for index, row in enumerate(progress(raw, len(raw))):
+            image = _image_record(row, index, partial(_bytes_of, raw, index))
+            split_.images.append(image)
+            try:
+                image.boxes = read_objects(row["objects"], f"row {index}")
+            except ValueError as error:
+                split_.orphans.append(("annotation-unreadable", f"row {index}", str(error)))
+        names, ids, has_names = number_categories(split_.images, _class_names(rows))
+        split_.names, split_.category_ids, split_.has_names = names, ids, has_names
+        return split_
+
+    def images(self, split: str) -> Dataset | None:
+        name = self.split_name(split)
+        return None if name is None else self._loaded[name].select_columns("image").cast_column("image", Image())
+
+    def describe_missing(self, split: str) -> str:
+        return f'{self.name} has no split "{split}", only {sorted(self._loaded)}.'
+
+
+def open_rows(path: str, cache_dir: str | Path | None, *, streaming: bool, **kwargs: Any) -> Mapping[str, Any]:
+    """The splits of a dataset by their names.
+
+    Raises:
+        FileNotFoundError: there is no such dataset, or it cannot be reached.
+    """
+    folder = Path(path)
+    if not folder.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        raise FileNotFoundError(f"{path} does not exist.")
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        loaded = datasets.load_from_disk(path)
+        loaded = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
+        return {name: rows.to_iterable_dataset() for name, rows in loaded.items()} if streaming else loaded
+    cache = None if cache_dir is None else str(cache_dir)
+    try:
+        return datasets.load_dataset(path, streaming=streaming, cache_dir=cache, **kwargs)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{path} is no folder, and no dataset on the Hub that can be reached: {error}"
+        ) from error
+
+
+def find_split_name(loaded: Mapping[str, Any], split: str) -> str | None:
+    """The name that fits a split best."""
+    ranked = [(rank, name) for name in loaded if (rank := name_rank(name, split)) is not None]
+    return min(ranked)[1] if ranked else None
+
+
+def stream_rows(
     path: str,
     split: str,
     *,
     id2label: dict[int, str] | None,
     bbox_format: str | None,
-    validation_fraction: float,
-    seed: int,
-    streaming: bool,
+    crowds_as_objects: bool,
     cache_dir: str | Path | None,
     **kwargs: Any,
-) -> DetectionDataset:
-    """See [`~hf_detr.data.load_detection_dataset`]. Images are not copied, only their annotations are."""
-    loaded = _open(path, streaming, cache_dir, **kwargs)
-    name = next((name for name in split_names(split) if name in loaded), None)
-    part_of_train = (
-        bool(validation_fraction)
-        and split in ("train", "val")
-        and "train" in loaded
-        and not any(name in loaded for name in split_names("val"))
-        and not streaming
-    )
-    if name is None and not part_of_train:
-        hint = "; a validation split cannot be split off while streaming" if streaming else ""
-        raise FileNotFoundError(f'{path} has no split "{split}", only {sorted(loaded)}{hint}.')
-    name = "train" if part_of_train else str(name)
-    rows = to_schema(loaded[name], f"{path} ({name})", id2label=id2label, bbox_format=bbox_format)
-    if not part_of_train:
-        return rows
-    return split_off_validation(rows, validation_fraction, seed)["train" if split == "train" else "test"]
-
-
-def _open(path: str, streaming: bool, cache_dir: str | Path | None, **kwargs: Any) -> Any:
-    folder = Path(path)
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        loaded = datasets.load_from_disk(path)
-        loaded = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
-        return {name: rows.to_iterable_dataset() for name, rows in loaded.items()} if streaming else loaded
-    return datasets.load_dataset(
-        path, streaming=streaming, cache_dir=None if cache_dir is None else str(cache_dir), **kwargs
-    )
-
-
-def to_schema(
-    rows: DetectionDataset, source: str, *, id2label: dict[int, str] | None = None, bbox_format: str | None = None
-) -> DetectionDataset:
-    """Rows with `image` and `objects` (boxes and categories, as lists or as dicts) to the schema.
-
-    Args:
-        source: names the dataset in messages.
+) -> IterableDataset:
+    """Rows in the schema, converted while they are read. An unusable row raises a ValueError that names it.
 
     Raises:
-        ValueError: there is no `image` or no `objects` column, or the records would break training.
+        FileNotFoundError: there is no such split.
     """
-    features = rows.features
-    if features is not None and not {"image", "objects"} <= set(features):
-        raise ValueError(
-            f"{source} has the columns {sorted(features)}; a detection dataset must have image and objects."
+    loaded = open_rows(path, cache_dir, streaming=True, **kwargs)
+    name = find_split_name(loaded, split)
+    if name is None:
+        raise FileNotFoundError(
+            f'{path} has no split "{split}", only {sorted(loaded)}; a validation split cannot be split off while '
+            "streaming."
         )
-    names = _class_names(rows, source)
-    given = [id2label[index] for index in sorted(id2label)] if id2label is not None else [str(name) for name in names]
-    unknown = [name for name in names if str(name) not in given]
-    if unknown:
-        raise ValueError(f"{source} has a category {unknown[0]!r}, which is none of the classes {given[:20]}.")
-    stored = range(len(names)) if isinstance(_category_feature(rows), datasets.ClassLabel) else names
-    class_ids = {value: given.index(str(name)) for value, name in zip(stored, names, strict=True)}
-    info = detection_info(unique_names(given), list(range(len(given))), source)
-
-    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
-        return _convert(row, index, class_ids, bbox_format)
-
-    if isinstance(rows, IterableDataset):
-        extra = [name for name in (rows.column_names or []) if name not in info.features]
-        mapped = rows.map(convert, with_indices=True, remove_columns=extra, features=info.features)
-        mapped.info.description = info.description
-        return mapped
-    raw = rows.cast_column("image", Image(decode=False))
-    without_image = datasets.Features({name: f for name, f in info.features.items() if name != "image"})
-    converted = raw.map(convert, with_indices=True, remove_columns=rows.column_names, features=without_image)
-    raise_on_errors(_check(converted, given, source, bbox_format), on_disk=False)
-    images = raw.select_columns("image").cast_column("image", Image())
-    result = concatenate_datasets([images, converted], axis=1).select_columns(list(info.features))
-    result.info.description = info.description
-    return result
-
-
-def _category_feature(rows: DetectionDataset) -> Any:
-    objects = (rows.features or {}).get("objects")
-    if objects is None:
-        return None
-    inner = getattr(objects, "feature", objects)
-    for name in FIELD_NAMES["category"]:
-        if isinstance(inner, dict) and name in inner:
-            return getattr(inner[name], "feature", inner[name])
-    return None
-
-
-def _class_names(rows: DetectionDataset, source: str) -> list[Any]:
-    """The names of a `ClassLabel`; without one, all categories that occur."""
-    feature = _category_feature(rows)
-    if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
-    if isinstance(rows, IterableDataset):
+    rows, source = loaded[name], f"{path} ({name})"
+    check_columns(rows, source)
+    names = _class_names(rows)
+    if names is None and id2label is None:
         raise ValueError(
             f"{source} does not name its classes, and they cannot be collected while streaming: pass id2label."
         )
-    found = {
-        entry.get("category")
-        for row in rows.select_columns("objects")
-        for entry in objects_as_records(row["objects"] or {})
-    }
-    return sorted(found - {None}, key=lambda name: (isinstance(name, str), name))
+    given = names if names is not None else list((id2label or {}).values())
+    template = AnnotatedSplit("datasets", split, Path(source), given, list(range(len(given))), [], Path(source))
+    classes = match_classes(template, id2label, [])
+    features = loaded_features(classes.names)
+
+    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
+        image = _image_record(row, index, lambda: b"")
+        try:
+            image.boxes = read_objects(row["objects"], f"row {index}")
+        except ValueError as error:
+            raise ValueError(f"{source}, row {index}: {error}") from error
+        template.images = [image]
+        number_categories(template.images, given)
+        if bbox_format == "xyxy":
+            corners_to_sizes(template)
+        for box in image.boxes:
+            width, height = image.size
+            for code, message in box_problems(box, (width, height) if width else None):
+                if code not in ("box-partly-outside", "area-wrong"):
+                    raise ValueError(f"{source}, {box.record}: {message}")
+            box.iscrowd = 0 if crowds_as_objects else box.iscrowd
+        image_id = image.source_id if numbered([image.source_id]) == [image.source_id] else index
+        row = to_row(image, image_id, classes.class_ids, numbered([box.id for box in image.boxes]))
+        del row["image"]  # the stream's own
+        return row
+
+    extra = [column for column in (rows.column_names or []) if column not in features]
+    mapped = rows.map(convert, with_indices=True, remove_columns=extra, features=features)
+    mapped.info.description = describe_source(classes.category_ids, source)
+    return mapped
 
 
-def _convert(row: dict[str, Any], index: int, class_ids: dict[Any, int], bbox_format: str | None) -> dict[str, Any]:
-    entries = objects_as_records(row["objects"] or {})
-    boxes = [[float(value) for value in entry["bbox"]] for entry in entries]
-    if bbox_format == "xyxy":
-        boxes = [[x, y, right - x, bottom - y] for x, y, right, bottom in boxes]
-    width, height = _image_size(row["image"])
-    name = row.get("file_name") or (row["image"].get("path") if isinstance(row["image"], dict) else None)
-    return {
-        "image_id": integer_id(row.get("image_id"), index),
-        "file_name": Path(name).name if name else f"{index}.png",
-        "width": width,
-        "height": height,
-        "objects": {
-            "id": [integer_id(entry.get("id"), number) for number, entry in enumerate(entries)],
-            "bbox": boxes,
-            "category": [class_ids[entry["category"]] for entry in entries],
-            "area": [
-                box[2] * box[3] if entry.get("area") is None else float(entry["area"])
-                for box, entry in zip(boxes, entries, strict=True)
-            ],
-            "iscrowd": [int(bool(entry.get("iscrowd") or 0)) for entry in entries],
-        },
-    }
+def check_columns(rows: DetectionDataset, source: str) -> None:
+    """Raises ValueError if there is no `image` or no `objects` column."""
+    if rows.features is not None and not {"image", "objects"} <= set(rows.features):
+        raise ValueError(
+            f"{source} has the columns {sorted(rows.features)}; a detection dataset must have image and objects."
+        )
 
 
-def _image_size(image: Any) -> tuple[int, int]:
-    """(width, height) in pixels as shown, of a decoded image or of its file."""
-    if not isinstance(image, dict):
-        return int(image.width), int(image.height)
-    return read_image_header(BytesIO(image["bytes"]) if image.get("bytes") else Path(image["path"])).size
+def _image_record(row: Mapping[str, Any], index: int, read: Callable[[], bytes]) -> ImageRecord:
+    """The record of a row with the header of its image, without objects."""
+    image = row["image"]
+    name = row.get("file_name") or (image.get("path") if isinstance(image, dict) else None)
+    file_name = Path(name).name if name else f"{index}.png"
+    source_id = index if row.get("image_id") is None else row["image_id"]
+    record = ImageRecord(Path(file_name), file_name, source_id, f"row {index} ({file_name})")
+    if image is None:
+        record.header = ImageHeader(problem="the image is None")
+    elif not isinstance(image, dict):  # decoded, in a stream
+        record.header = ImageHeader((image.width, image.height), (image.width, image.height))
+    elif image.get("bytes") is not None:
+        record.header, record.read = read_image_header(BytesIO(image["bytes"])), read
+    else:
+        record.path = Path(image["path"])
+        record.header = read_image_header(record.path)
+    return record
 
 
-def _check(
-    converted: Iterable[dict[str, Any]], names: list[str], source: str, bbox_format: str | None
-) -> list[Finding]:
-    """The quick checks on converted rows."""
-    images = []
-    for row in converted:
-        objects, size = row["objects"], (row["width"], row["height"])
-        header = ImageHeader(size, size, problem=None if min(size) > 0 else "cannot be opened as an image")
-        columns = zip(objects["id"], objects["bbox"], objects["category"], objects["area"], strict=True)
-        boxes = [
-            BoxRecord(f"object {number}", bbox, category, object_id, area)
-            for number, (object_id, bbox, category, area) in enumerate(columns)
-        ]
-        image = ImageRecord(Path(row["file_name"]), row["file_name"], row["image_id"], f"image {row['image_id']}")
-        image.boxes, image.header = boxes, header
-        images.append(image)
-    split = AnnotatedSplit("datasets", "", Path(source), names, list(range(len(names))), images, Path(source))
-    return quick_checks(split, bbox_format=bbox_format)
+def _bytes_of(rows: Dataset, index: int) -> bytes:
+    content: bytes = rows[index]["image"]["bytes"]
+    return content
+
+
+def _class_names(rows: DetectionDataset) -> list[str] | None:
+    """The names of the `ClassLabel` of the categories, if they are one."""
+    objects = (rows.features or {}).get("objects")
+    inner = getattr(objects, "feature", objects)
+    if isinstance(inner, Mapping):
+        for name in FIELD_NAMES["category"]:
+            if name in inner:
+                feature = getattr(inner[name], "feature", inner[name])
+                return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    return None

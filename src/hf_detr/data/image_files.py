@@ -1,4 +1,4 @@
-"""Image files below a folder."""
+"""Files below a folder, without what operating systems and editors leave there."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -7,10 +7,16 @@ from pathlib import Path
 import PIL.Image
 
 IMAGE_SUFFIXES = frozenset(PIL.Image.registered_extensions()) - {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".ps", ".eps"}
+LITTER = frozenset({"__macosx", "@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin"})
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder is no content: hidden (`.ipynb_checkpoints`, macOS' `._1.jpg`), or one of `LITTER`."""
+    return name.startswith(".") or name.lower() in LITTER
 
 
 def walk_files(folder: Path, on_unreadable: Callable[[Path], None] = lambda folder: None) -> Iterator[Path]:
-    """All files below a folder, symbolic links followed, each folder once.
+    """All files below a folder but litter, symbolic links followed, each folder once.
 
     Args:
         on_unreadable: called with each folder that cannot be listed.
@@ -27,7 +33,8 @@ def walk_files(folder: Path, on_unreadable: Callable[[Path], None] = lambda fold
             subfolders.clear()
             continue
         visited.add(real)
-        yield from (current / name for name in names)
+        subfolders[:] = [name for name in subfolders if not is_litter(name)]
+        yield from (current / name for name in names if not is_litter(name))
 
 
 def image_files(folder: Path) -> list[Path]:

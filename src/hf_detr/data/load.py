@@ -1,23 +1,29 @@
 """Any annotated folder, or a Hugging Face dataset, to one schema."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 
-from .folder_cache import CachedFolder
-from .formats import describe_layouts
-from .hub_datasets import load_rows
-from .schema import DetectionDataset, split_off_validation
+from .dataset_folder import DatasetFolder
+from .hub_datasets import RowsSource, is_hub_format, stream_rows
+from .schema import DetectionDataset
 from .schema import id2label as names_of
+from .split_cache import SplitCache
+from .split_source import FolderSource, SplitSource
+from .validation_cut import cut_validation
 
 
 def load_detection_dataset(
     path: str | Path,
     split: str = "train",
     *,
-    id2label: dict[int, str] | None = None,
+    files: Mapping[str, str | Path] | None = None,
+    images: str | Path | None = None,
+    id2label: Mapping[int, str] | Mapping[str, str] | None = None,
     bbox_format: Literal["xywh", "xyxy"] | None = None,
+    crowds_as_objects: bool = False,
     validation_fraction: float = 0.15,
     seed: int = 0,
     streaming: bool = False,
@@ -27,18 +33,22 @@ def load_detection_dataset(
 ) -> DetectionDataset:
     """Images and boxes of one split, with the columns of `hf_detr.data.schema`.
 
-    The format of a folder is detected (COCO, YOLO, Pascal VOC or imagefolder; `hf_detr.data.formats` has the layouts).
-    Anything else is a dataset that `datasets` can load, saved or on the Hub, with an `objects` column. Folders are
-    checked; the result is an Arrow file in the cache, which is used until a file of the folder changes.
+    The format of a folder is detected (COCO, YOLO, Pascal VOC, imagefolder, labelme or VIA; docs/layouts.md has the
+    layouts). Anything else is a dataset that `datasets` can load, saved or on the Hub, with an `objects` column. The
+    records are checked; the result is an Arrow file in the cache, which is used until a file of the source changes.
 
     Args:
         path: folder, annotation file or Hub id.
         split: "train", "val" or "test". Without a validation split, a fraction of the training split is split off by
-            `seed`, with a warning; "train" is then the rest.
-        id2label: class names, by class id, of a model. Classes are matched to them by name, and unknown classes are an
-            error. Without them, all splits have the classes of the training split first, then any others.
+            `seed`, with a warning; "train" is then the rest. Images that look the same stay on one side.
+        files: annotation files (or folders of them) by split, in place of a search of `path`.
+        images: the folder of the images, if it is not where they are usually looked for.
+        id2label: class names, by class id, of a model. Classes are matched to them by name, categories that are only
+            numbers by class id, and unknown classes are an error. Without them, all splits have the classes of the
+            training split first, then any others.
         bbox_format: "xyxy" if boxes are stored as corners, "xywh" if they certainly are not. None expects [x_min,
             y_min, width, height], and raises an error if the boxes appear to be corners.
+        crowds_as_objects: learn objects that are marked as crowds, as some exports of masks mark all of them.
         validation_fraction: fraction of the training images to split off; 0 keeps "train" complete.
         streaming: return an `IterableDataset`. From the Hub only what is used is then downloaded, and nothing is
             checked in advance.
@@ -52,33 +62,70 @@ def load_detection_dataset(
     Raises:
         FileNotFoundError: `path` does not exist, or has no such split.
         ValueError: the data would break training. The message names the first records and the fix. Invalid boxes (no
-            area, outside the image) are dropped with a warning instead if they are at most one in a thousand.
+            area, outside the image) are dropped with a warning instead if they are few: one in a thousand in a folder,
+            one in fifty, or one, in a Hugging Face dataset.
+        TypeError: `kwargs` has arguments that an annotated folder does not take.
     """
-    folder = Path(path)
-    if not folder.exists() or _is_hub_format(folder):
-        return load_rows(
-            str(path), split, id2label=id2label, bbox_format=bbox_format, validation_fraction=validation_fraction,
-            seed=seed, streaming=streaming, cache_dir=cache_dir, **kwargs,
+    names = _class_names(id2label)
+    if bbox_format not in (None, "xywh", "xyxy"):
+        raise ValueError(f'bbox_format must be "xywh", "xyxy" or None, got {bbox_format!r}.')
+    from_hub = files is None and is_rows(path)
+    if from_hub and streaming:
+        return stream_rows(
+            str(path), split, id2label=names, bbox_format=bbox_format, crowds_as_objects=crowds_as_objects,
+            cache_dir=cache_dir, **kwargs,
         )  # fmt: skip
-    cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
-    cached = CachedFolder(folder, cache, id2label, bbox_format, progress)
-    if id2label is None and split != "train":
-        train = cached.read("train")
-        cached.train_classes = [] if train is None else list(names_of(train).values())
-    dataset = cached.read(split)
-    if validation_fraction and split == "val" and dataset is None:
-        complete = cached.read("train")
-        dataset = None if complete is None else split_off_validation(complete, validation_fraction, seed)["test"]
-    elif validation_fraction and split == "train" and dataset is not None and not cached.has("val"):
-        dataset = split_off_validation(dataset, validation_fraction, seed)["train"]
+    cache = SplitCache(
+        find_source(path, files=files, images=images, cache_dir=cache_dir, **kwargs),
+        Path(cache_dir or datasets.config.HF_DATASETS_CACHE),
+        id2label=names,
+        bbox_format=bbox_format,
+        crowds_as_objects=crowds_as_objects,
+        progress=progress,
+    )
+    if names is None and split != "train":
+        train = cache.read("train")
+        cache.train_classes = [] if train is None else list(names_of(train).values())
+    dataset = cache.read(split)
+    is_cut = split in ("train", "val") and bool(validation_fraction)
+    if is_cut and (dataset is None if split == "val" else not cache.has("val")):
+        complete = cache.read("train")
+        if complete is not None:
+            train, validation = cut_validation(complete, cache.copies(complete), validation_fraction, seed)
+            dataset = train if split == "train" else validation
     if dataset is None:
-        raise FileNotFoundError(f'No split "{split}" in {folder}. Looked for {describe_layouts(split)}.')
+        raise FileNotFoundError(cache.source.describe_missing(split))
     return dataset.to_iterable_dataset() if streaming else dataset
 
 
-def _is_hub_format(folder: Path) -> bool:
-    """Whether a folder was saved by `save_to_disk` or holds Parquet files as on the Hub."""
-    markers = ("dataset_dict.json", "state.json")
-    return any((folder / marker).is_file() for marker in markers) or any(
-        any(place.glob("*.parquet")) for place in (folder, folder / "data")
-    )
+def is_rows(path: str | Path) -> bool:
+    """Whether `path` is a dataset of `datasets`, saved or on the Hub, and no annotated folder."""
+    return not Path(path).exists() or is_hub_format(Path(path))
+
+
+def find_source(
+    path: str | Path,
+    *,
+    files: Mapping[str, str | Path] | None = None,
+    images: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    **kwargs: Any,
+) -> SplitSource:
+    """The source at a path; the arguments are those of [`load_detection_dataset`]."""
+    if files is None and is_rows(path):
+        if images is not None:
+            raise ValueError(f"{path} is a Hugging Face dataset, which holds its images: images={images} has no use.")
+        return RowsSource(str(path), cache_dir, **kwargs)
+    if kwargs:
+        raise TypeError(f"{path} is an annotated folder, for which {sorted(kwargs)[0]} has no meaning.")
+    return FolderSource(DatasetFolder(path, files, images))
+
+
+def _class_names(id2label: Mapping[Any, str] | None) -> dict[int, str] | None:
+    """Names by class id; text keys, as JSON has them, are numbers."""
+    if id2label is None:
+        return None
+    try:
+        return {int(class_id): name for class_id, name in id2label.items()}
+    except (TypeError, ValueError):
+        raise ValueError(f"The keys of id2label must be class ids, got {list(id2label)[:5]}.") from None

@@ -6,18 +6,15 @@ A reader changes nothing and drops nothing: an invalid record is returned with i
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from ..model.annotations import canonical_id
 from ..model.image_io import ImageHeader, read_image_header
+from .dataset_folder import DatasetFolder
 
-# every name under which the files of a split are found; any other split goes by its own name only
-SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
-
-
-def split_names(split: str) -> tuple[str, ...]:
-    """The names under which the files of this split are found."""
-    return SPLIT_NAMES.get(split, (split,))
+Orphan: TypeAlias = tuple[str, str, str]  # code of `findings.KINDS`, record, message
 
 
 @dataclass
@@ -29,13 +26,15 @@ class BoxRecord:
         bbox: [x_min, y_min, width, height] in pixels, whatever the format stores; or the original content if that
             cannot be parsed.
         category: class id in [0, N); None if the source has no category `category_name`.
+        id: of the source, or a number.
+        iscrowd: 1 for groups and regions to ignore, which are no objects to learn and whose detections are not judged.
         problem: why the record cannot be parsed, if it cannot.
     """
 
     record: str
     bbox: Any
     category: int | None
-    id: int
+    id: Any
     area: float | None = None
     iscrowd: int = 0
     problem: str | None = None
@@ -47,18 +46,24 @@ class ImageRecord:
     """One image and its objects as they were written.
 
     Attributes:
+        source_id: the id in the annotations, a number of any size or text, in the form of `canonical_id`.
         record: identifies the record in messages: "image 3 (a.jpg)".
         recorded_size: (width, height) in pixels according to the annotations, if they have it.
         header: size and orientation of the file, filled in by [`read_headers`].
+        read: reads the file's bytes, where the image is not a file at `path`.
     """
 
     path: Path
     file_name: str
-    id: int
+    source_id: Any
     record: str
     recorded_size: tuple[int, int] | None = None
     boxes: list[BoxRecord] = field(default_factory=list)
     header: ImageHeader | None = None
+    read: Callable[[], bytes] | None = None
+
+    def __post_init__(self) -> None:
+        self.source_id = canonical_id(self.source_id)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -73,25 +78,35 @@ class AnnotatedSplit:
     Attributes:
         format: name of the annotation format, such as "COCO".
         file: the annotation file, or the folder of annotation files.
-        names, category_ids: of the classes, by class id.
+        names, category_ids: of the classes, by class id. Category ids are numbers or text.
         image_folder: where the images are, and images without a record would be.
-        orphans: (code of `findings.KINDS`, record, message) of annotations without an image, of images without
-            annotations, and of other records that the reader could not use, such as duplicate ids.
+        orphans: code, record and message of annotations without an image, of images without annotations, and of other
+            records that the reader could not use, such as duplicate ids.
         ambiguous_ids: ids that several image records share, so that their annotations cannot be assigned.
+        has_names: whether the source names its classes; otherwise `names` are its category ids as text.
     """
 
     format: str
     split: str
     file: Path
     names: list[str]
-    category_ids: list[int]
+    category_ids: list[Any]
     images: list[ImageRecord]
     image_folder: Path
-    orphans: list[tuple[str, str, str]] = field(default_factory=list)
-    ambiguous_ids: set[int] = field(default_factory=set)
+    orphans: list[Orphan] = field(default_factory=list)
+    ambiguous_ids: set[Any] = field(default_factory=set)
+    has_names: bool = True
 
 
-def _no_files(path: Path) -> Iterable[Path]:
+def numbered(ids: list[Any]) -> list[int]:
+    """The ids themselves if all are different integers of 64 bits, which datasets and models can carry; otherwise
+    running numbers from 1."""
+    if len(set(ids)) == len(ids) and all(type(value) is int and 0 <= value < 2**63 for value in ids):
+        return ids
+    return list(range(1, len(ids) + 1))
+
+
+def _no_files(folder: DatasetFolder) -> Iterable[Path]:
     return ()
 
 
@@ -102,16 +117,19 @@ class AnnotationFormat:
     Attributes:
         name: for messages.
         layout: where the format is looked for, with `{split}` for the name of the split.
-        find: (file or folder, split) to the split; None if the folder has no such split in this format. Raises
-            ValueError, naming the file, if an annotation file cannot be parsed.
+        find: (folder, split) to the split; None if the folder has no such split in this format. Raises ValueError,
+            naming the file, if an annotation file cannot be parsed, or if it names a split that is not there.
+        read: (folder, file, split) to the split in an annotation file (or folder of them) that the user named; None if
+            the file is not of this format.
         files_elsewhere: files outside a folder that its annotations refer to. Cached rows are invalid once one of them
             changes.
     """
 
     name: str
     layout: str
-    find: Callable[[Path, str], AnnotatedSplit | None]
-    files_elsewhere: Callable[[Path], Iterable[Path]] = _no_files
+    find: Callable[[DatasetFolder, str], AnnotatedSplit | None]
+    read: Callable[[DatasetFolder, Path, str], AnnotatedSplit | None]
+    files_elsewhere: Callable[[DatasetFolder], Iterable[Path]] = _no_files
 
 
 def read_headers(
@@ -124,6 +142,10 @@ def read_headers(
     """
     missing = [image for image in images if image.header is None]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        headers = progress(pool.map(read_image_header, [image.path for image in missing]))
+        headers = progress(pool.map(_read_header, missing))
         for image, header in zip(missing, headers, strict=True):
             image.header = header
+
+
+def _read_header(image: ImageRecord) -> ImageHeader:
+    return read_image_header(image.path if image.read is None else BytesIO(image.read()))

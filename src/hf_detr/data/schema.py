@@ -3,7 +3,8 @@
 | column | |
 |---|---|
 | `image` | the image, opened when it is read, EXIF orientation applied |
-| `image_id` | int, unique in its split |
+| `image_id` | int, unique in its split: the source's if all of its ids are such numbers, otherwise counted from 1 |
+| `source_id` | optional: the source's id as JSON, a number of any size or text; see [`source_id`] |
 | `file_name` | as in the annotations |
 | `width`, `height` | in pixels, of the image as shown (EXIF orientation applied) |
 | `objects` | lists of equal length, one entry per object, see below |
@@ -16,17 +17,16 @@ The class names are in the features; the category ids of the source, if it has a
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Image, IterableDataset, List, Value
-from transformers.utils import logging
+from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, IterableDataset, List, Value
 
-logger = logging.get_logger(__name__)
 DetectionDataset: TypeAlias = Dataset | IterableDataset
 
 
 def detection_features(names: list[str]) -> Features:
-    """The features of a dataset with these classes."""
+    """The features of a dataset with these classes, without the optional ones."""
     return Features(
         {
             "image": Image(),
@@ -45,12 +45,22 @@ def detection_features(names: list[str]) -> Features:
     )
 
 
-def detection_info(names: list[str], category_ids: list[int], source: str) -> DatasetInfo:
+def loaded_features(names: list[str]) -> Features:
+    """The features of a dataset that was loaded, with the optional ones."""
+    return Features({**detection_features(names), "source_id": Value("string")})
+
+
+def detection_info(names: list[str], category_ids: list[Any], source: str) -> DatasetInfo:
     """The features, and in the description, which every copy and subset inherits, the source and its category ids."""
     return DatasetInfo(
         features=detection_features(names),
-        description=json.dumps({"source": source, "category_ids": category_ids}),
+        description=describe_source(category_ids, source),
     )
+
+
+def describe_source(category_ids: list[Any], source: str) -> str:
+    """The description of a dataset's info."""
+    return json.dumps({"source": source, "category_ids": category_ids})
 
 
 def id2label(dataset: DetectionDataset) -> dict[int, str]:
@@ -59,7 +69,19 @@ def id2label(dataset: DetectionDataset) -> dict[int, str]:
     return dict(enumerate(names))
 
 
-def category_ids(dataset: DetectionDataset) -> dict[int, int]:
+def source_id(row: Mapping[str, Any]) -> int | str:
+    """The id that an image has in the source: a number of any size, or text."""
+    found: int | str = json.loads(row["source_id"]) if row.get("source_id") is not None else row["image_id"]
+    return found
+
+
+def learned_objects(objects: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """The `objects` of a row without crowds, which are not learned."""
+    kept = [index for index, crowd in enumerate(objects["iscrowd"]) if not crowd]
+    return {name: [values[index] for index in kept] for name, values in objects.items()}
+
+
+def category_ids(dataset: DetectionDataset) -> dict[int, Any]:
     """Category ids of the source by class id; 0 ... N-1 if the source has only names."""
     return dict(enumerate(_description(dataset).get("category_ids") or range(len(id2label(dataset)))))
 
@@ -75,20 +97,6 @@ def _description(dataset: DetectionDataset) -> dict[str, Any]:
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def split_off_validation(dataset: Dataset, fraction: float, seed: int) -> DatasetDict:
-    """Split off a random validation split: "train" and "test" of `train_test_split`.
-
-    Raises:
-        ValueError: there are less than two images.
-    """
-    if len(dataset) < 2:
-        raise ValueError(f"{source_of(dataset)} has {len(dataset)} images, too few to split off a validation split.")
-    logger.warning_once(
-        f"{source_of(dataset)} has no validation split: {fraction:.0%} of its images are split off with seed {seed}."
-    )
-    return dataset.train_test_split(test_size=fraction, seed=seed)
 
 
 def unique_names(names: list[str]) -> list[str]:

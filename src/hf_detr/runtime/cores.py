@@ -9,6 +9,11 @@ import torch
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # constants of glibc's malloc.h
 
 
+def available_cores() -> int:
+    """The CPU cores that this process may use. Only Linux can restrict them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_all_cores(processes: int = 1) -> int:
     """Set PyTorch's number of threads to this process' fraction of the machine's cores, and return it.
 
@@ -19,8 +24,7 @@ def use_all_cores(processes: int = 1) -> int:
         processes: processes on this machine; the launcher's LOCAL_WORLD_SIZE takes precedence.
     """
     if os.environ.get("OMP_NUM_THREADS") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", processes))))
+        torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", processes))))
     keep_freed_memory()
     return torch.get_num_threads()
 

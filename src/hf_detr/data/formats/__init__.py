@@ -3,17 +3,20 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..dataset_folder import DatasetFolder
 from ..records import AnnotatedSplit
 from .coco import COCO
 from .imagefolder import IMAGEFOLDER
+from .labelme import LABELME
+from .via import VIA
 from .voc import PASCAL_VOC
 from .yolo import YOLO
 
-FORMATS = (COCO, YOLO, PASCAL_VOC, IMAGEFOLDER)  # in the order in which they are looked for
+FORMATS = (COCO, YOLO, PASCAL_VOC, IMAGEFOLDER, LABELME, VIA)  # in the order in which they are looked for
 
 
-def find_annotations(path: str | Path, split: str) -> AnnotatedSplit | None:
-    """Read one split of an annotated file or folder, in the first of `FORMATS` that finds it.
+def find_annotations(folder: DatasetFolder, split: str) -> AnnotatedSplit | None:
+    """One split of an annotated folder: the file that was given for it, or else what the first of `FORMATS` finds.
 
     Args:
         split: "train", "val" (found as "valid" and "validation", too), "test" or any other name.
@@ -22,24 +25,34 @@ def find_annotations(path: str | Path, split: str) -> AnnotatedSplit | None:
         the split, or None if there is no such split.
 
     Raises:
-        ValueError: an annotation file cannot be parsed; the message names it.
+        ValueError: an annotation file cannot be parsed, or is of none of the formats; the message names it.
     """
+    file = folder.files_given.get(split)
+    if file is not None:
+        for annotation_format in FORMATS:
+            found = annotation_format.read(folder, file, split)
+            if found is not None:
+                return found
+        names = ", ".join(entry.name for entry in FORMATS)
+        raise ValueError(f"{file} is of none of the formats that can be read: {names}.")
+    if not folder.is_searched:
+        return None
     for annotation_format in FORMATS:
-        found = annotation_format.find(Path(path), split)
+        found = annotation_format.find(folder, split)
         if found is not None:
             return found
     return None
 
 
 def describe_layouts(split: str) -> str:
-    """Where annotations of this split are looked for, for error messages."""
-    return ", ".join(f"{entry.name} ({entry.layout.format(split=split)})" for entry in FORMATS)
+    """Where annotations of this split are looked for, a line per format, for error messages."""
+    return "".join(f"\n  {entry.name}: {entry.layout.format(split=split)}" for entry in FORMATS)
 
 
-def files_elsewhere(path: Path) -> Iterator[Path]:
+def files_elsewhere(folder: DatasetFolder) -> Iterator[Path]:
     """Files outside a folder that its annotations refer to, in any format."""
     for annotation_format in FORMATS:
-        yield from annotation_format.files_elsewhere(path)
+        yield from annotation_format.files_elsewhere(folder)
 
 
 __all__ = ["FORMATS", "describe_layouts", "files_elsewhere", "find_annotations"]

@@ -1,156 +1,167 @@
 """Reading COCO JSON."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from ..records import AnnotatedSplit, AnnotationFormat, BoxRecord, ImageRecord, split_names
-from .parsing import integer_id, read_text, recorded_size
+from ...model.annotations import canonical_id, is_ignored
+from ..dataset_folder import DatasetFolder
+from ..records import AnnotatedSplit, AnnotationFormat, BoxRecord, ImageRecord, Orphan
+from ..split_names import name_rank
+from .json_files import find_json
+from .parsing import box_of_segmentation, image_places, locate_images, read_json, recorded_size
 
 KEYS = {"images", "annotations", "categories"}
 
 
-def find_coco(path: Path, split: str) -> AnnotatedSplit | None:
-    """COCO JSON of one split, see `COCO.layout`. A single `.json` file, or a folder with only one COCO file, whatever
-    its name, is the split "train"."""
-    if path.is_file():
-        return read_coco(path, path.parent, split) if path.suffix == ".json" and split == "train" else None
-    for name in split_names(split):
-        candidates = sorted((path / "annotations").glob(f"instances_{name}*.json"))
-        for file in (*candidates, path / name / "_annotations.coco.json", path / f"{name}.json"):
-            if file.is_file():
-                return read_coco(file, path, split)
-    if split == "train":
-        files = sorted((*path.glob("*.json"), *(path / "annotations").glob("*.json")))
-        if len(files) == 1 and _is_coco(files[0]):
-            return read_coco(files[0], path, split)
+def find_coco(folder: DatasetFolder, split: str) -> AnnotatedSplit | None:
+    """The COCO file that is named after the split, or lies in a folder that is. The only COCO file of a folder,
+    whatever its name, is the split "train"."""
+    found = find_json(folder, split, is_coco, "COCO", refused=_missing_keys)
+    return None if found is None else read_coco(folder, found[0], split, found[1])
+
+
+def read_coco_file(folder: DatasetFolder, file: Path, split: str) -> AnnotatedSplit | None:
+    """A file that the user named."""
+    if file.suffix.lower() != ".json":
+        return None
+    content = read_json(file)
+    if is_coco(content):
+        return read_coco(folder, file, split, content)
+    if (problem := _missing_keys(content)) is not None:
+        raise ValueError(f"{file} {problem}.")
     return None
 
 
-def _is_coco(file: Path) -> bool:
-    try:
-        content = json.loads(read_text(file))
-    except (ValueError, OSError):
-        return False
+def is_coco(content: Any) -> bool:
     return isinstance(content, dict) and set(content) >= KEYS
 
 
-def read_coco(file: Path, folder: Path, split: str) -> AnnotatedSplit:
+def _missing_keys(content: Any) -> str | None:
+    """What a file lacks that has some of the keys of COCO, but not all."""
+    missing = sorted(KEYS - set(content)) if isinstance(content, dict) and KEYS & set(content) else []
+    return f"is not COCO: {missing} are missing" if missing else None
+
+
+def read_coco(folder: DatasetFolder, file: Path, split: str, content: dict[str, Any]) -> AnnotatedSplit:
     """One COCO JSON file. Its category ids become class ids 0 ... N-1 in ascending order. A category without boxes that
     others name as their supercategory, as in Roboflow's exports, is not a class.
 
     Raises:
-        ValueError: the file is not COCO; names it, and the record.
+        ValueError: a part of it is not COCO; names the file, and the record.
     """
-    content = _parse(file)
-    image_folder = _image_folder(file, folder, split, content)
+    for key in KEYS:
+        if not isinstance(content[key], list) or not all(isinstance(record, dict) for record in content[key]):
+            raise ValueError(f"{file} is not COCO: {key} must be a list of records.")
     categories = _classes(file, content)
-    images, orphans, ambiguous_ids = _images(content["images"], image_folder)
-    class_ids = {category["id"]: class_id for class_id, category in enumerate(categories)}
+    stem = file.stem.removeprefix("instances_")
+    places = image_places(folder, file.parent, *dict.fromkeys((stem, split, *_named_after(folder, split))))
+    images, orphans, ambiguous_ids = _images(folder, content["images"], places, split)
+    class_ids = {canonical_id(category["id"]): class_id for class_id, category in enumerate(categories)}
     orphans += _add_boxes(images, content["annotations"], class_ids)
+    parents = {image.path.parent for image in images.values()}
+    inside = [place for place in places if place in parents or any(place in p.parents for p in parents)]
     return AnnotatedSplit(
         "COCO",
         split,
         file,
         [str(category["name"]) for category in categories],
-        [category["id"] for category in categories],
+        [canonical_id(category["id"]) for category in categories],
         list(images.values()),
-        image_folder,
+        inside[0] if inside else folder.path,
         orphans,
         ambiguous_ids,
     )
 
 
-def _parse(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    missing = KEYS - set(content if isinstance(content, dict) else ())
-    if missing:
-        raise ValueError(f"{file} is not COCO: {sorted(missing)} are missing.")
-    for category in content["categories"]:
-        if not isinstance(category.get("id"), int) or not category.get("name"):
-            raise ValueError(f"{file}: each category needs an integer id and a name, got {category}.")
-    return dict(content)
-
-
-def _image_folder(file: Path, folder: Path, split: str, content: dict[str, Any]) -> Path:
-    """The first of the usual folders that holds one of the first images."""
-    stem = file.stem.removeprefix("instances_")
-    usual = [
-        base / name
-        for base in (folder, folder.parent)
-        for name in (stem, split, f"images/{stem}", f"images/{split}", "images", "")
-    ]
-    folders = [place for place in (file.parent, *usual) if place.is_dir()]
-    for record in content["images"][:20]:
-        for place in folders:
-            if record.get("file_name") and (place / str(record["file_name"])).is_file():
-                return place
-    return next((place for place in usual[:5] if place.is_dir()), folder)
+def _named_after(folder: DatasetFolder, split: str) -> list[str]:
+    """Folders of the dataset that are named after the split, such as `Train`."""
+    inside = (place.relative_to(folder.path) for place in folder.image_folders if place.is_relative_to(folder.path))
+    parts = {part for place in inside for part in place.parts}
+    return sorted(part for part in parts if name_rank(part, split) is not None)
 
 
 def _classes(file: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
     """The categories that are classes, by id."""
-    used = {record.get("category_id") for record in content["annotations"]}
+    for category in content["categories"]:
+        category_id = canonical_id(category.get("id"))
+        if isinstance(category_id, bool) or not isinstance(category_id, (int, str)) or not category.get("name"):
+            raise ValueError(f"{file}: each category needs an id and a name, got {category}.")
+    used = {canonical_id(record.get("category_id")) for record in content["annotations"]}
     parents = {c.get("supercategory") for c in content["categories"] if c.get("supercategory") != c["name"]} - {"none"}
-    classes = [c for c in content["categories"] if c["id"] in used or c["name"] not in parents]
-    return sorted(classes, key=lambda category: category["id"])
+    classes = [c for c in content["categories"] if canonical_id(c["id"]) in used or c["name"] not in parents]
+    return sorted(classes, key=lambda c: (isinstance(canonical_id(c["id"]), str), canonical_id(c["id"])))
 
 
 def _images(
-    records: list[dict[str, Any]], image_folder: Path
-) -> tuple[dict[Any, ImageRecord], list[tuple[str, str, str]], set[int]]:
-    """Image records by their original id, orphans, and ambiguous ids."""
+    folder: DatasetFolder, records: list[dict[str, Any]], places: list[Path], split: str
+) -> tuple[dict[Any, ImageRecord], list[Orphan], set[Any]]:
+    """Image records by their id, orphans, and ambiguous ids."""
     images: dict[Any, ImageRecord] = {}
-    orphans, ambiguous_ids = [], set()
+    orphans: list[Orphan] = []
+    ambiguous_ids = set()
     for number, record in enumerate(records):
-        name, given_id = str(record.get("file_name", "")), record.get("id")
+        name, given_id = str(record.get("file_name") or ""), canonical_id(record.get("id"))
         described = f"image {given_id} ({name})"
-        if not name or given_id is None:
+        if not name or given_id is None or not isinstance(given_id, (int, float, str)):
             orphans.append(("image-record-incomplete", f"image number {number}", "needs an id and a file_name"))
         elif given_id in images:
             other = images[given_id]
             orphans.append(("image-id-duplicate", described, f"has the same id as {other.file_name}"))
-            ambiguous_ids.add(other.id)
+            ambiguous_ids.add(given_id)
         else:
             size = recorded_size(record.get("width"), record.get("height"))
-            path = image_folder / name
-            images[given_id] = ImageRecord(path, name, integer_id(given_id, number), described, size)
+            images[given_id] = ImageRecord(folder.path, name, given_id, described, size)
+    paths = locate_images(folder, [image.file_name for image in images.values()], split, places)
+    for image, path in zip(images.values(), paths, strict=True):
+        image.path = path
     return images, orphans, ambiguous_ids
 
 
 def _add_boxes(
     images: dict[Any, ImageRecord], records: list[dict[str, Any]], class_ids: dict[Any, int]
-) -> list[tuple[str, str, str]]:
+) -> list[Orphan]:
     """Attach the annotations to their images; returns those without an image, and duplicate ids."""
-    orphans: list[tuple[str, str, str]] = []
+    orphans: list[Orphan] = []
     ids: set[Any] = set()
     for number, record in enumerate(records):
-        described = f"annotation {record.get('id', f'number {number}')}"
-        if record.get("id") in ids:
+        annotation_id = canonical_id(record.get("id"))
+        described = f"annotation {f'number {number}' if annotation_id is None else annotation_id}"
+        if annotation_id is not None and annotation_id in ids:
             orphans.append(("annotation-id-duplicate", described, "another annotation has the same id"))
-        ids.add(record.get("id"))
-        image = images.get(record.get("image_id"))
+        ids.add(annotation_id)
+        image = images.get(canonical_id(record.get("image_id")))
         if image is None:
             orphans.append(("annotation-orphan", described, f"there is no image {record.get('image_id')}"))
             continue
-        area = record.get("area")
-        image.boxes.append(
-            BoxRecord(
-                described,
-                record.get("bbox"),
-                class_ids.get(record.get("category_id")),
-                integer_id(record.get("id"), number),
-                float(area) if isinstance(area, (int, float)) else None,
-                int(bool(record.get("iscrowd", 0))),
-                category_name=record.get("category_id"),
-            )
-        )
+        image.boxes.append(_box(record, described, number if annotation_id is None else annotation_id, class_ids))
     return orphans
 
 
+def _box(record: dict[str, Any], described: str, box_id: Any, class_ids: dict[Any, int]) -> BoxRecord:
+    category_id, bbox, area, problem = record.get("category_id"), record.get("bbox"), record.get("area"), None
+    crowd = False
+    try:
+        crowd = is_ignored(record)
+        if bbox is None or bbox == []:
+            bbox = box_of_segmentation(record.get("segmentation"))
+    except ValueError as error:
+        problem = str(error)
+    category = canonical_id(category_id)
+    return BoxRecord(
+        described,
+        bbox,
+        class_ids.get(category) if isinstance(category, (int, str)) else None,
+        box_id,
+        area,
+        int(crowd),
+        problem,
+        category_name=category_id,
+    )
+
+
 COCO = AnnotationFormat(
-    "COCO", "annotations/instances_{split}*.json, {split}/_annotations.coco.json, {split}.json", find_coco
+    "COCO",
+    "annotations/instances_{split}.json, {split}/_annotations.coco.json, {split}.json, or one COCO file",
+    find_coco,
+    read_coco_file,
 )

@@ -1,11 +1,20 @@
 """Reading Hugging Face imagefolders, and the `objects` column of Hugging Face datasets."""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..records import AnnotatedSplit, AnnotationFormat, BoxRecord, ImageRecord, split_names
-from .parsing import integer_id, read_text, recorded_size
+import numpy as np
+import pyarrow.parquet as pq
+
+from ...model.annotations import canonical_id, is_ignored
+from ..dataset_folder import DatasetFolder, path_parts
+from ..records import AnnotatedSplit, AnnotationFormat, BoxRecord, ImageRecord, Orphan
+from ..split_names import name_rank, split_of
+from .parsing import box_of_segmentation, read_text, recorded_size
+
+METADATA = ("metadata.jsonl", "metadata.parquet")
 
 # names under which datasets on the Hub store each field of their objects
 FIELD_NAMES = {
@@ -14,63 +23,161 @@ FIELD_NAMES = {
     "area": ("area", "areas"),
     "iscrowd": ("iscrowd", "is_crowd"),
     "id": ("id", "ids", "bbox_id", "annotation_id"),
+    "segmentation": ("segmentation", "segmentations"),
 }
+# names of the numbers of a box that is a dict
+BOX_KEYS = (("x", "y", "width", "height"), ("x", "y", "w", "h"), ("left", "top", "width", "height"))
+CORNER_KEYS = (("xmin", "ymin", "xmax", "ymax"), ("x_min", "y_min", "x_max", "y_max"), ("x1", "y1", "x2", "y2"))
 
 
-def find_imagefolder(path: Path, split: str) -> AnnotatedSplit | None:
-    """`metadata.jsonl` in the folder of the split; for "train" also in the folder itself."""
-    if path.is_file():
-        return None
-    folders = [path / name for name in split_names(split)] + ([path] if split == "train" else [])
-    files = (folder / "metadata.jsonl" for folder in folders)
-    file = next((file for file in files if file.is_file()), None)
-    return None if file is None else read_imagefolder(file, split)
+def find_imagefolder(folder: DatasetFolder, split: str) -> AnnotatedSplit | None:
+    """The metadata in a folder that is named after the split. Metadata above the folders of splits has rows of all of
+    them: a row is of the split whose folder its `file_name` begins with, and of "train" if it begins with none."""
+    files = [file for file in folder.of_type(".jsonl", ".parquet", depth=3) if file.name.lower() in METADATA]
+    ranked = []
+    for file in files:
+        ranks = [rank for part in _folders_of(folder, file) if (rank := name_rank(part, split)) is not None]
+        if ranks:
+            ranked.append((min(ranks), file))
+    if ranked:
+        return read_imagefolder(folder, min(ranked)[1], split)
+    for file in files:
+        if any(split_of(part) for part in _folders_of(folder, file)):
+            continue
+        found = read_imagefolder(folder, file, split)
+        splits = {id(image): _split_of_row(image.file_name) for image in found.images}
+        own = [image for image in found.images if (splits[id(image)] or "train") == split]
+        if own or split == "train":
+            found.images = own
+            return found
+    return None
 
 
-def read_imagefolder(file: Path, split: str) -> AnnotatedSplit:
-    """`metadata.jsonl` of a Hugging Face imagefolder: `file_name` and `objects` per line, with `bbox` and `category`
-    (names or class ids, see `FIELD_NAMES`), as lists or as a list of dicts; `image_id`, `id`, `area` and `iscrowd` are
-    optional."""
-    rows: list[tuple[str, dict[str, Any]]] = []
-    orphans: list[tuple[str, str, str]] = []
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                rows.append((f"line {number}", row | {"objects": objects_as_records(row.get("objects") or {})}))
-            except (json.JSONDecodeError, TypeError, AttributeError, ValueError) as error:
-                orphans.append(("annotation-unreadable", f"line {number}", str(error)))
-    names, category_ids, class_ids = _classes({entry.get("category") for _, row in rows for entry in row["objects"]})
-    images, number = [], 0
-    for index, (line, row) in enumerate(rows):
-        name = str(row.get("file_name", ""))
-        size = recorded_size(row.get("width"), row.get("height"))
-        image = ImageRecord(file.parent / name, name, integer_id(row.get("image_id"), index), f"{line} ({name})", size)
-        for position, entry in enumerate(row["objects"]):
-            number += 1
-            image.boxes.append(
-                BoxRecord(
-                    f"{line} object {position}",
-                    entry.get("bbox"),
-                    class_ids.get(entry.get("category")),
-                    integer_id(entry.get("id"), number),
-                    entry.get("area"),
-                    int(bool(entry.get("iscrowd") or 0)),
-                    category_name=entry.get("category"),
-                )
-            )
+def read_imagefolder_file(folder: DatasetFolder, file: Path, split: str) -> AnnotatedSplit | None:
+    """Metadata that the user named, or the folder with it."""
+    inside = [file / name for name in METADATA if (file / name).is_file()] if file.is_dir() else []
+    if file.suffix.lower() in (".jsonl", ".parquet") or inside:
+        return read_imagefolder(folder, inside[0] if inside else file, split)
+    return None
+
+
+def _folders_of(folder: DatasetFolder, file: Path) -> tuple[str, ...]:
+    return file.relative_to(folder.path).parts[:-1]
+
+
+def _split_of_row(file_name: str) -> str | None:
+    return next((split for part in path_parts(file_name)[:-1] if (split := split_of(part))), None)
+
+
+def read_imagefolder(folder: DatasetFolder, file: Path, split: str) -> AnnotatedSplit:
+    """`metadata.jsonl` or `metadata.parquet` of a Hugging Face imagefolder: `file_name` and `objects` per row, with
+    `bbox` and `category` (names or class ids, see `FIELD_NAMES`), as lists or as a list of dicts; `image_id`, `id`,
+    `area` and `iscrowd` are optional."""
+    orphans: list[Orphan] = []
+    images: list[ImageRecord] = []
+    for index, (described, row) in enumerate(_rows(file, orphans)):
+        name = str(row.get("file_name") or "")
+        if not name:
+            orphans.append(("image-record-incomplete", described, "needs a file_name"))
+            continue
+        places = [file.parent] if folder.images_given is None else [folder.images_given, file.parent]
+        path = folder.find_image(name, split, places) or file.parent / name
+        image_id = index if row.get("image_id") is None else row["image_id"]
+        image = ImageRecord(path, name, image_id, f"{described} ({name})", _size(row))
+        try:
+            image.boxes = read_objects(row.get("objects"), described)
+        except ValueError as error:
+            orphans.append(("annotation-unreadable", described, str(error)))
+            continue
         images.append(image)
-    return AnnotatedSplit("imagefolder", split, file, names, category_ids, images, file.parent, orphans)
+    names, category_ids, has_names = number_categories(images)
+    split_ = AnnotatedSplit("imagefolder", split, file, names, category_ids, images, file.parent, orphans)
+    split_.has_names = has_names
+    return split_
 
 
-def _classes(categories: set[Any]) -> tuple[list[str], list[int], dict[Any, int]]:
-    """Names and category ids by class id, and class ids by category."""
-    categories = categories - {None}
-    if all(isinstance(category, int) for category in categories):
-        ids = sorted(categories)
-        return [str(i) for i in ids], [int(i) for i in ids], {i: class_id for class_id, i in enumerate(ids)}
-    names = sorted(str(category) for category in categories)
-    return names, list(range(len(names))), {category: names.index(str(category)) for category in categories}
+def _size(row: Mapping[str, Any]) -> tuple[int, int] | None:
+    return recorded_size(row.get("width"), row.get("height"))
+
+
+def _rows(file: Path, orphans: list[Orphan]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row with its name for messages; lines that are not JSON records go to `orphans`."""
+    if file.suffix.lower() == ".parquet":
+        try:
+            rows = pq.read_table(file).to_pylist()
+        except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of both
+            raise ValueError(f"{file} is not valid Parquet: {error}") from error
+        yield from ((f"row {number}", row) for number, row in enumerate(rows))
+        return
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            orphans.append(("annotation-unreadable", f"line {number}", str(error)))
+            continue
+        if isinstance(row, dict):
+            yield f"line {number}", row
+        else:
+            orphans.append(("annotation-unreadable", f"line {number}", f"must be a JSON object, got {line[:60]}"))
+
+
+# -- objects, here and in datasets ---------------------------------------------------------------------------------
+
+
+def read_objects(objects: Any, where: str) -> list[BoxRecord]:
+    """The `objects` of one row as box records, whose `category_name` is what the row has, and whose `category` is None
+    until [`number_categories`].
+
+    Args:
+        objects: a dict of lists, a list of dicts, or None.
+        where: identifies the row in messages.
+
+    Raises:
+        ValueError: boxes or categories are missing, or their numbers differ.
+    """
+    return [
+        _box_record(entry, f"{where} object {position}", position)
+        for position, entry in enumerate(objects_as_records(objects))
+    ]
+
+
+def _box_record(entry: Mapping[str, Any], record: str, position: int) -> BoxRecord:
+    problem, crowd, bbox = None, False, entry.get("bbox")
+    try:
+        crowd = is_ignored(entry)
+        bbox = box_of_segmentation(entry.get("segmentation")) if bbox is None or len(bbox) == 0 else _box_numbers(bbox)
+    except (ValueError, TypeError) as error:
+        problem = str(error)
+    area = entry.get("area")
+    category = entry.get("category")
+    return BoxRecord(
+        record,
+        bbox,
+        None,
+        position if entry.get("id") is None else canonical_id(entry["id"]),
+        area,
+        int(crowd),
+        problem,
+        category_name=category.item() if isinstance(category, np.generic) else category,
+    )
+
+
+def _box_numbers(bbox: Any) -> Any:
+    """A box as a list, from a list, a dict with the usual keys, or text such as "[1, 2, 3, 4]" and "1,2,3,4"."""
+    if isinstance(bbox, Mapping):
+        for keys in (*BOX_KEYS, *CORNER_KEYS):
+            if set(keys) <= set(bbox):
+                values = [bbox[key] for key in keys]
+                if keys in BOX_KEYS:
+                    return values
+                left, top, right, bottom = (float(value) for value in values)
+                return [left, top, right - left, bottom - top]
+        raise ValueError(f"a bbox that is a dict must have the keys {', '.join(BOX_KEYS[0])}, got {sorted(bbox)}")
+    if isinstance(bbox, str):
+        return [float(value) for value in bbox.strip(" []()").replace(";", ",").replace(",", " ").split()]
+    return list(bbox)
 
 
 def objects_as_records(objects: Any) -> list[dict[str, Any]]:
@@ -80,20 +187,30 @@ def objects_as_records(objects: Any) -> list[dict[str, Any]]:
     Raises:
         ValueError: boxes or categories are missing, or their numbers differ.
     """
-    if isinstance(objects, list):
+    if objects is None:
+        return []
+    if isinstance(objects, (list, tuple, np.ndarray)):
+        wrong = next((entry for entry in objects if not isinstance(entry, Mapping)), None)
+        if wrong is not None:
+            raise ValueError(f"each of the objects must be a dict, got {str(wrong)[:60]}")
         return [_fields(entry) for entry in objects]
+    if not isinstance(objects, Mapping):
+        raise ValueError(f"objects must be a dict of lists or a list of dicts, got {str(objects)[:60]}")
     columns = _fields(objects)
     if not columns:
         return []
-    if "bbox" not in columns or "category" not in columns:
-        raise ValueError(f"objects must have bbox and category, got {sorted(objects)}.")
+    if not {"bbox", "segmentation"} & set(columns) or "category" not in columns:
+        raise ValueError(f"objects must have bbox and category, got {sorted(objects)}")
+    wrong = next((name for name, values in columns.items() if not hasattr(values, "__len__")), None)
+    if wrong is not None:
+        raise ValueError(f"{wrong} of objects must be a list, got {columns[wrong]!r}")
     lengths = {key: len(values) for key, values in columns.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"The lists of objects must have equal lengths, got {lengths}.")
+        raise ValueError(f"the lists of objects must have equal lengths, got {lengths}")
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _fields(entry: dict[str, Any]) -> dict[str, Any]:
+def _fields(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The known fields that are set, under our names."""
     found = {
         key: next((entry[name] for name in names if entry.get(name) is not None), None)
@@ -102,4 +219,40 @@ def _fields(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-IMAGEFOLDER = AnnotationFormat("imagefolder", "{split}/metadata.jsonl", find_imagefolder)
+def number_categories(images: list[ImageRecord], names: list[str] | None = None) -> tuple[list[str], list[Any], bool]:
+    """Give each box record its class id.
+
+    Args:
+        names: of the classes, if the source has them; its categories are then their numbers, or names.
+
+    Returns:
+        names and category ids by class id, and whether the source has names: without them, its categories are only
+        numbers.
+    """
+    boxes = [box for image in images for box in image.boxes]
+    if names is not None:
+        known = {name: class_id for class_id, name in enumerate(names)}
+        for box in boxes:
+            category = canonical_id(box.category_name)
+            if isinstance(category, str):
+                box.category = known.get(category)
+            elif isinstance(category, int) and 0 <= category < len(names):
+                box.category = category
+            else:
+                box.category = known.get(str(category))
+        return names, list(range(len(names))), True
+    found = {canonical_id(box.category_name) for box in boxes} - {None}
+    found = {category for category in found if isinstance(category, (int, str)) and category != ""}
+    only_numbers = bool(found) and all(isinstance(category, int) for category in found)
+    ordered = sorted(found) if only_numbers else sorted(found, key=str)
+    class_ids = {category: class_id for class_id, category in enumerate(ordered)}
+    for box in boxes:
+        category = canonical_id(box.category_name)
+        box.category = class_ids.get(category) if isinstance(category, (int, str)) else None
+    ids = ordered if only_numbers else list(range(len(ordered)))
+    return [str(category) for category in ordered], ids, not only_numbers
+
+
+IMAGEFOLDER = AnnotationFormat(
+    "imagefolder", "{split}/metadata.jsonl or metadata.parquet", find_imagefolder, read_imagefolder_file
+)

@@ -1,0 +1,375 @@
+"""What people really bring: the samples of docs/layouts.md, and layouts, ids and files that deviate from them."""
+
+import json
+import logging
+import re
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from hf_detr.data import id2label, load_detection_dataset
+from hf_detr.dataset_check import check_dataset
+from hf_detr.training import build_processor, load_data, parse_finetune_args
+
+PAGE = Path(__file__).parents[1] / "docs" / "layouts.md"
+SCENE = {("nut", (10, 20, 30, 40)), ("bolt", (50, 10, 20, 20))}
+
+
+def _samples() -> dict[str, list[tuple[str, str]]]:
+    """The code blocks of each section of the page: the path in their first line, and their content."""
+    samples = {}
+    tool = ""
+    for heading, level, body in re.findall(r"^((##+) [^\n]*)\n(.*?)(?=^##|\Z)", PAGE.read_text() + "\n", re.M | re.S):
+        title = heading.lstrip("# ")
+        tool = title if level == "##" else tool
+        blocks = re.findall(r"^```\w+ (\S+)\n(.*?)^```$", body, re.M | re.S)
+        if blocks:
+            samples[title if title == tool or tool in title else f"{tool}, {title}"] = blocks
+    return samples
+
+
+SAMPLES = _samples()
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load_anew(path, split="train", **kwargs):
+        kwargs = {"cache_dir": tmp_path / "cache", "progress": False, "validation_fraction": 0} | kwargs
+        return load_detection_dataset(path, split, **kwargs)
+
+    return load_anew
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_detr"), "propagate", True)
+    return caplog
+
+
+def image(path: Path, size: tuple[int, int] = (100, 80), colour: str = "white") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def write(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def scene(rows, index: int = 0) -> set:
+    names, objects = id2label(rows), rows[index]["objects"]
+    boxes = zip(objects["category"], objects["bbox"], strict=True)
+    return {(names[category], tuple(round(value, 6) for value in bbox)) for category, bbox in boxes}
+
+
+def test_the_page_has_every_tool():
+    tools = ["CVAT", "Label Studio", "Roboflow", "FiftyOne", "labelImg", "labelme", "VIA", "Ultralytics", "darknet"]
+    assert all(any(tool in title for title in SAMPLES) for tool in tools)
+    assert len(SAMPLES) >= 20
+
+
+@pytest.mark.parametrize("inside", ["", "export/"], ids=["at the top", "one folder deeper"])
+@pytest.mark.parametrize("title", SAMPLES)
+def test_every_sample_of_the_page_loads(title, inside, load, tmp_path):
+    folder = tmp_path / "data"
+    for path, content in SAMPLES[title]:
+        if path == "images":
+            for number, name in enumerate(content.split()):
+                image(folder / inside / name, colour=["white", "grey"][number])
+        else:
+            write(folder / inside, {path: content})
+    rows = load(folder)
+    assert len(rows) == 1
+    assert scene(rows) == SCENE
+    if any(name in content for name in ("valid/", "/val", "autosplit_val") for _, content in SAMPLES[title]):
+        val = load(folder, "val")
+        assert [row["objects"]["bbox"] for row in val] == [[]]
+        assert id2label(val) == id2label(rows)
+
+
+# -- names and places that deviate -----------------------------------------------------------------------------------
+
+
+def coco(file_name: str, **image_fields) -> str:
+    """COCO with one image of the scene."""
+    return json.dumps(
+        {
+            "images": [{"id": 1, "file_name": file_name, "width": 100, "height": 80} | image_fields],
+            "categories": [{"id": 1, "name": "bolt"}, {"id": 2, "name": "nut"}],
+            "annotations": [
+                {"id": 1, "image_id": 1, "category_id": 2, "bbox": [10, 20, 30, 40]},
+                {"id": 2, "image_id": 1, "category_id": 1, "bbox": [50, 10, 20, 20]},
+            ],
+        }
+    )
+
+
+LABELS = "1 0.25 0.5 0.3 0.5\n0 0.6 0.25 0.2 0.25\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        ("a.jpg", "images/a.jpg"),
+        ("images\\a.jpg", "images/a.jpg"),
+        ("..\\..\\server\\files\\images\\a.jpg", "images/a.jpg"),
+        ("/mnt/nas/project/images/a.jpg", "images/a.jpg"),
+        ("C:\\data\\a.jpg", "images/a.jpg"),
+        ("http://tool.example/data/upload/7/a.jpg?token=1", "images/a.jpg"),
+        ("/data/local-files/?d=photos/a%20b.jpg", "images/a b.jpg"),
+        ("s3://bucket/images/4/a.jpg", "images/4/a.jpg"),
+        ("A.JPG", "images/a.jpg"),
+        ("a", "images/a.jpg"),
+        ("mu\u0308hle.jpg", "images/m\u00fchle.jpg"),
+        ("M\u00dcHLE.jpg", "images/mu\u0308hle.jpg"),
+        ("a.jpg", "somewhere/else/a.jpg"),
+        ("left/a.jpg", "deep/left/a.jpg"),
+    ],
+)
+def test_an_image_is_found_by_what_the_annotations_call_it(name, stored, load, tmp_path):
+    image(tmp_path / "data" / stored)
+    image(tmp_path / "data" / "deep" / "right" / "b.jpg")
+    write(tmp_path / "data", {"result.json": coco(name)})
+    assert scene(load(tmp_path / "data")) == SCENE
+
+
+def test_an_image_that_two_files_could_be_is_not_guessed(load, tmp_path):
+    for place in ("left", "right"):
+        image(tmp_path / "data" / place / "a.jpg")
+    write(tmp_path / "data", {"result.json": coco("a.jpg")})
+    with pytest.raises(ValueError, match=r"image 1 \(a\.jpg\).*there is no such file"):
+        load(tmp_path / "data")
+    write(tmp_path / "data", {"result.json": coco("C:\\x\\right\\a.jpg")})
+    assert len(load(tmp_path / "data")) == 1
+
+
+def test_an_image_of_another_split_is_not_taken(load, tmp_path):
+    """Both splits number their images from 1: the missing one is missing, and not the other split's."""
+    image(tmp_path / "data" / "train" / "1.jpg")
+    image(tmp_path / "data" / "val" / "2.jpg")
+    write(tmp_path / "data", {"annotations/instances_val.json": coco("1.jpg")})
+    with pytest.raises(ValueError, match=r"val.1\.jpg: there is no such file"):
+        load(tmp_path / "data", "val")
+
+
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ("instances_Train.json", "instances_Val.json"),
+        ("annotations/train.json", "annotations/validation.json"),
+        ("train/annotations.json", "valid/annotations.json"),
+        ("labels/parts_train.json", "labels/parts_val.json"),
+        ("annotations/train_annotations.json", "annotations/VALIDATION_annotations.json"),
+        ("annotations/instances_training2024.json", "annotations/instances_val2024.json"),
+        ("annotations/trainval.json", "annotations/val.json"),
+        ("coco/Train/_annotations.coco.json", "coco/Valid/_annotations.coco.json"),
+    ],
+)
+def test_the_files_of_splits_are_found_by_name_in_any_spelling(train, val, load, tmp_path):
+    for name in ("a", "b"):
+        image(tmp_path / "data" / "pictures" / f"{name}.jpg")
+    write(tmp_path / "data", {train: coco("a.jpg"), val: coco("b.jpg")})
+    assert load(tmp_path / "data")["file_name"] == ["a.jpg"]
+    assert load(tmp_path / "data", "val")["file_name"] == ["b.jpg"]
+
+
+def test_of_several_files_of_a_split_the_last_is_taken_and_said(load, tmp_path, warnings):
+    for year in (2014, 2017):
+        image(tmp_path / "data" / f"train{year}" / f"{year}.jpg")
+        write(tmp_path / "data", {f"annotations/instances_train{year}.json": coco(f"{year}.jpg")})
+    assert load(tmp_path / "data")["file_name"] == ["2017.jpg"]
+    assert "instances_train2014.json, instances_train2017.json fit the split train; the last is taken" in warnings.text
+
+
+def test_several_files_without_the_name_of_a_split_are_not_guessed(load, tmp_path):
+    image(tmp_path / "data" / "a.jpg")
+    write(tmp_path / "data", {"one.json": coco("a.jpg"), "two.json": coco("a.jpg")})
+    with pytest.raises(ValueError, match=r"several COCO files.*one\.json, two\.json.*--train FILE --val FILE"):
+        load(tmp_path / "data")
+    rows = load(tmp_path / "data", files={"train": tmp_path / "data" / "two.json"})
+    assert scene(rows) == SCENE
+
+
+def test_images_and_labels_in_one_folder_each_with_lists_of_the_splits(load, tmp_path):
+    """Ultralytics' autosplit: neither split owns the labels of the other, and README.txt is no label."""
+    for name in ("a", "b", "c"):
+        image(tmp_path / "data" / "images" / f"{name}.jpg")
+        write(tmp_path / "data", {f"labels/{name}.txt": LABELS})
+    write(
+        tmp_path / "data",
+        {
+            "train.txt": "./images/a.jpg\n./images/c.jpg\n",
+            "val.txt": "images/b.jpg",
+            "labels/README.txt": "made by hand",
+            "labels/classes.txt": "bolt\nnut\n",
+            "labels/gone.txt": LABELS,
+            "data.yaml": "train: train.txt\nval: val.txt\nnames: [bolt, nut]\n",
+        },
+    )
+    assert load(tmp_path / "data")["file_name"] == ["a.jpg", "c.jpg"]
+    assert scene(load(tmp_path / "data", "val")) == SCENE
+    orphans = [f.record for f in check_dataset(tmp_path / "data", progress=False).findings if f.code.endswith("orphan")]
+    assert set(orphans) == {"gone.txt"}, "only this label file has no image in any split"
+
+
+@pytest.mark.parametrize(
+    "entry", ["/content/drive/parts/images/train", "../parts/images/train", "C:\\w\\images\\train"]
+)
+def test_yolo_paths_of_another_machine_are_found_by_their_end(entry, load, tmp_path):
+    image(tmp_path / "data" / "images" / "train" / "a.jpg")
+    write(tmp_path / "data", {"labels/train/a.txt": LABELS, "data.yaml": f"train: '{entry}'\nnames: [bolt, nut]\n"})
+    assert scene(load(tmp_path / "data")) == SCENE
+
+
+def test_a_validation_split_that_is_named_is_never_replaced_by_training_images(load, tmp_path):
+    image(tmp_path / "data" / "images" / "train" / "a.jpg")
+    write(
+        tmp_path / "data",
+        {"labels/train/a.txt": LABELS, "data.yaml": "train: images/train\nval: pictures/val\nnames: [bolt, nut]\n"},
+    )
+    for split in ("train", "val"):
+        with pytest.raises(ValueError, match=r"data\.yaml names pictures/val for the val images, which does not exist"):
+            load(tmp_path / "data", split, validation_fraction=0.5)
+    findings = check_dataset(tmp_path / "data", progress=False).errors
+    assert ["names pictures/val" in finding.message for finding in findings] == [True]
+
+
+def test_metadata_above_the_folders_of_splits_is_divided_by_them(load, tmp_path):
+    rows = []
+    for name in ("train/a.jpg", "val/b.jpg", "Test/c.jpg"):
+        image(tmp_path / "data" / name)
+        rows.append({"file_name": name, "objects": {"bbox": [[10, 20, 30, 40]], "category": ["nut"]}})
+    write(tmp_path / "data", {"metadata.jsonl": "\n".join(map(json.dumps, rows))})
+    for split, name in (("train", "train/a.jpg"), ("val", "val/b.jpg"), ("test", "Test/c.jpg")):
+        assert load(tmp_path / "data", split)["file_name"] == [name]
+
+
+def test_metadata_may_be_parquet(load, tmp_path):
+    image(tmp_path / "data" / "train" / "a.jpg")
+    objects = {"bbox": [[10, 20, 30, 40], [50, 10, 20, 20]], "category": ["nut", "bolt"]}
+    table = pa.Table.from_pylist([{"file_name": "a.jpg", "objects": objects}])
+    pq.write_table(table, tmp_path / "data" / "train" / "metadata.parquet")
+    assert scene(load(tmp_path / "data")) == SCENE
+
+
+def test_several_image_folders_for_one_file(load, tmp_path):
+    for name in ("north/1.jpg", "south/2.jpg"):
+        image(tmp_path / "data" / name)
+    content = json.loads(coco("1.jpg"))
+    content["images"].append({"id": 2, "file_name": "2.jpg", "width": 100, "height": 80})
+    write(tmp_path / "data", {"boxes.json": json.dumps(content)})
+    assert load(tmp_path / "data")["file_name"] == ["1.jpg", "2.jpg"]
+
+
+def test_labels_beside_images_in_a_folder_called_images(load, tmp_path):
+    image(tmp_path / "data" / "images" / "a.jpg")
+    write(tmp_path / "data", {"images/a.txt": LABELS, "classes.txt": "bolt\nnut\n"})
+    assert scene(load(tmp_path / "data")) == SCENE
+
+
+def test_an_archive_is_named_with_what_to_do(load, tmp_path):
+    write(tmp_path / "data", {"parts.zip": "PK", "README.md": "x"})
+    with pytest.raises(FileNotFoundError, match=r"holds the archive parts\.zip: unpack it"):
+        load(tmp_path / "data")
+    with pytest.raises(ValueError, match=r"parts\.zip is an archive. Unpack it"):
+        load(tmp_path / "data" / "parts.zip")
+
+
+def test_files_and_images_can_be_named_in_every_format(load, tmp_path):
+    image(tmp_path / "pictures" / "a.jpg")
+    image(tmp_path / "pictures" / "b.jpg")
+    xml = dict(SAMPLES["Label Studio, Pascal VOC"])["Annotations/4f2c-a.xml"].replace("4f2c-a", "a")
+    labelme, via = dict(SAMPLES["labelme"])["a.json"], dict(SAMPLES["VIA (VGG Image Annotator)"])["via_project.json"]
+    rows = dict(SAMPLES["Hugging Face imagefolder"])["train/metadata.jsonl"]
+    named = {"boxes/x.json": coco("a.jpg"), "v/a.xml": xml, "lm/a.json": labelme, "q/w.json": via, "h/w.jsonl": rows}
+    write(tmp_path / "files", named)
+    for place in ("boxes/x.json", "v", "lm", "q/w.json", "h/w.jsonl"):
+        train = load(tmp_path / "files", files={"train": tmp_path / "files" / place}, images=tmp_path / "pictures")
+        assert scene(train) == SCENE, place
+    train = load(
+        tmp_path, files={"train": tmp_path / "files/boxes/x.json"}, images=tmp_path / "pictures", validation_fraction=0
+    )
+    assert len(train) == 1
+    with pytest.raises(FileNotFoundError, match="Name its annotations with --val"):
+        load(tmp_path / "files" / "boxes" / "x.json", "val", images=tmp_path / "pictures")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.json does not exist"):
+        load(tmp_path, files={"train": tmp_path / "nowhere.json"})
+    write(tmp_path, {"notes.json": "[1, 2]"})
+    with pytest.raises(ValueError, match=r"notes\.json is of none of the formats that can be read: COCO, YOLO"):
+        load(tmp_path, files={"train": tmp_path / "notes.json"})
+
+
+# -- what is no content ------------------------------------------------------------------------------------------------
+
+
+def test_litter_of_systems_and_editors_is_skipped_everywhere(load, tmp_path):
+    folder = tmp_path / "data"
+    for name in ("train/a.jpg", "train/.ipynb_checkpoints/a-checkpoint.jpg", "train/@eaDir/a.jpg/thumb.jpg"):
+        image(folder / name)
+    image(folder / "__MACOSX" / "train" / "a.jpg")
+    write(
+        folder, {"train/._a.jpg": "\0\5\x16\7", "train/Thumbs.db": "x", "train/._a.txt": "\0", "train/desktop.ini": ""}
+    )
+    write(folder, {"data.yaml": "train: train\nnames: [bolt, nut]\n", "train/a.txt": LABELS, "._data.yaml": "\0\5"})
+    assert load(folder)["file_name"] == ["a.jpg"]
+    assert check_dataset(folder, progress=False).errors == []
+    write(folder, {"train.json": coco("a.jpg"), "._train.json": "\0\5"})
+    (folder / "data.yaml").unlink()
+    assert load(folder)["file_name"] == ["a.jpg"]
+    assert [f.code for f in check_dataset(folder, progress=False).findings if f.code.startswith("image")] == []
+
+
+# -- YOLO's names ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("names: nut", "names must be a list such as"),
+        ("names: {a: nut}", "the keys of names must be class numbers"),
+        ("names: [nut, [1, 2]]", "names must be a list of class names"),
+        ("names: [nut]\nnc: 2", "nc is 2, but names has 1 classes"),
+        ("names: [", "is not valid YAML"),
+    ],
+)
+def test_odd_names_are_refused_with_a_sentence(yaml, message, load, tmp_path):
+    image(tmp_path / "data" / "images" / "a.jpg")
+    write(tmp_path / "data", {"data.yaml": f"train: images\n{yaml}\n", "labels/a.txt": "0 .5 .5 .1 .1"})
+    with pytest.raises(ValueError, match=rf"data\.yaml.*{message}"):
+        load(tmp_path / "data")
+
+
+def test_names_that_yaml_would_read_as_other_values_stay_text(load, tmp_path):
+    image(tmp_path / "data" / "images" / "a.jpg")
+    write(
+        tmp_path / "data",
+        {"data.yaml": "train: images\nnames: [on, off, 007, null, 1e3]", "labels/a.txt": "0 .5 .5 .1 .1"},
+    )
+    assert list(id2label(load(tmp_path / "data")).values()) == ["on", "off", "007", "null", "1e3"]
+
+
+# -- on the command line -----------------------------------------------------------------------------------------------
+
+
+def test_finetune_takes_files_that_the_user_names(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for name in ("a", "b"):
+        image(tmp_path / "pictures" / f"{name}.jpg")
+        write(tmp_path / "boxes", {f"{name}.json": coco(f"C:\\photos\\{name}.jpg")})
+    named = ["--train", str(tmp_path / "boxes/a.json"), "--val", str(tmp_path / "boxes/b.json")]
+    args = parse_finetune_args(None, [*named, "--images", str(tmp_path / "pictures"), "--image_range", "0", "4095"])
+    assert not args.embedded
+    splits = load_data(args, SimpleNamespace(is_main_process=False, main_process_first=nullcontext))
+    assert [rows["file_name"] for rows in splits] == [["C:\\photos\\a.jpg"], ["C:\\photos\\b.jpg"]]
+    assert scene(splits[1]) == SCENE
+    assert build_processor(args).image_range == (0, 4095)
+    with pytest.raises(SystemExit):
+        parse_finetune_args(None, named[2:])
