@@ -14,7 +14,7 @@ from formats import WRITERS, rotated_jpeg, shapes
 from PIL import Image
 
 from hf_detr.data import load_detection_dataset
-from hf_detr.dataset_check import KINDS, check_dataset, duplicates, write_clean_copy, write_page
+from hf_detr.dataset_check import KINDS, check_dataset, write_clean_copy, write_page
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "check_dataset.py"
 
@@ -145,9 +145,9 @@ def corners(folder):
 @fault("box-relative", "all", "at most 1.05")
 def relative(folder):
     def change(content):
-        sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+        sizes = {image["id"]: (image.get("width", 1), image.get("height", 1)) for image in content["images"]}
         for record in content["annotations"]:
-            (x, y, w, h), (width, height) = record["bbox"], sizes[record["image_id"]]
+            (x, y, w, h), (width, height) = record["bbox"], sizes.get(record["image_id"], (200, 200))
             record |= {"bbox": [x / width, y / height, w / width, h / height], "area": w * h / width / height}
 
     edit(folder, change)
@@ -177,6 +177,44 @@ def duplicate_image_id(folder):
 @fault("image-record-incomplete", "image number", "file_name")
 def incomplete_record(folder):
     edit(folder, lambda c: c["images"].append({"id": 901}))
+
+
+@fault("image-record-duplicate", "image 950", "the same file as image 3", also={"box-duplicate"})
+def two_records_of_a_file(folder):
+    def change(content):
+        content["images"].append(content["images"][2] | {"id": 950})
+        objects = [a for a in content["annotations"] if a["image_id"] == content["images"][2]["id"]]
+        objects[-1]["image_id"] = 950
+
+    edit(folder, change)
+
+
+@fault("crowds-only", "COCO", "of", also={"class-empty", "class-not-in-train"})
+def all_crowds(folder):
+    edit(folder, lambda c: [a.update(iscrowd=1) for a in c["annotations"]])
+
+
+@fault("image-dim", "deep.png", "little of the range")
+def twelve_bits(folder):
+    _add_image(folder, "deep.png", Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)), 960)
+
+
+@fault("image-unsupported", "float.tiff", "[0, 1] or [0, 255]")
+def floats_without_a_range(folder):
+    values = np.linspace(-5, 900, 4096, dtype=np.float32).reshape(64, 64)
+    _add_image(folder, "float.tiff", Image.fromarray(values), 961)
+
+
+@fault("image-similar", "blank.png", "looks like")
+def blank_images(folder):
+    for split, shade in (("train", 200), ("val", 201)):
+        _add_image(folder, "blank.png", Image.new("RGB", (64, 64), (shade,) * 3), 962, split)
+
+
+def _add_image(folder, name, image, image_id, split="train"):
+    image.save(folder / split / name)
+    record = {"id": image_id, "file_name": name, "width": image.width, "height": image.height}
+    edit(folder, lambda c: c["images"].append(record), split)
 
 
 @fault("annotation-id-duplicate", "annotation 6", "another annotation")
@@ -316,7 +354,7 @@ def test_every_planted_fault_is_found_at_its_record_and_nothing_else(planted, fo
 
 
 def test_every_kind_has_a_planted_fault():
-    assert set(KINDS) - {planted.code for planted in FAULTS.values()} == {"split-empty"}
+    assert set(KINDS) - {planted.code for planted in FAULTS.values()} == {"split-empty", "image-name-stale"}
 
 
 def test_faults_of_yolo_and_voc_files_are_found_too(clean_folder, contents, tmp_path):
@@ -330,8 +368,10 @@ def test_faults_of_yolo_and_voc_files_are_found_too(clean_folder, contents, tmp_
     assert found == {
         ("box-not-numbers", "000000.txt line 1"), ("box-not-numbers", "000000.txt line 2"),
         ("category-unknown", "000000.txt line 3"), ("box-not-numbers", "000000.txt line 4"),
-        ("box-not-numbers", "000000.txt line 5"), ("annotation-orphan", "nobody.txt"),
+        ("box-not-numbers", "000000.txt line 5"),
     }  # fmt: skip
+    orphans = [f.record for f in check(tmp_path / "yolo").findings if f.code == "annotation-orphan"]
+    assert orphans == ["nobody.txt"]
     WRITERS["voc"](clean_folder, contents, tmp_path / "voc")
     xml = tmp_path / "voc" / "Annotations"
     (xml / "train_000001.xml").write_text("<annotation><object>")
@@ -349,7 +389,7 @@ def test_faults_of_yolo_and_voc_files_are_found_too(clean_folder, contents, tmp_
 def test_all_faults_together_are_all_found_and_the_cleaned_copy_is_clean(folder, tmp_path):
     excluded = {
         "corners", "relative", "broken_json", "nothing_annotated", "negative", "three_numbers", "text_box", "tiny",
-        "size_before_exif", "partly_outside", "wrong_area", "rare_class", "outside", "empty_class",
+        "size_before_exif", "partly_outside", "wrong_area", "rare_class", "outside", "empty_class", "all_crowds",
     }  # fmt: skip
     together = [planted for name, planted in FAULTS.items() if name not in excluded]
     for planted in together:
@@ -362,8 +402,8 @@ def test_all_faults_together_are_all_found_and_the_cleaned_copy_is_clean(folder,
     assert {"image-truncated", "image-missing", "image-id-duplicate", "image-leaked", "box-empty"} <= handled.keys()
     again = check(tmp_path / "out")
     assert {f.code for f in again.errors} <= {"class-not-in-train"}, [str(f) for f in again.errors]
-    assert len(again.splits["val"].images) == NUM_VAL + 1, "a leaked image is removed from train"
-    added, removed = 2, 6  # exif, duplicate; truncated, unreadable, missing, wrong size, leaked, duplicate id
+    assert len(again.splits["val"].images) == NUM_VAL + 2, "a leaked image is removed from train; a blank one stays"
+    added, removed = 4, 6  # exif, duplicate, 12 bits, blank; truncated, unreadable, missing, wrong size, leaked, one id
     assert len(again.splits["train"].images) == NUM_TRAIN + added - removed
     load_detection_dataset(tmp_path / "out", cache_dir=tmp_path / "cache", progress=False)
 
@@ -422,8 +462,7 @@ def test_a_cleaned_copy_never_overwrites_anything(clean_folder, tmp_path):
         write_clean_copy(result, tmp_path / "full")
 
 
-def test_parallel_and_serial_checks_agree(folder, monkeypatch):
-    monkeypatch.setattr(duplicates, "MIN_PARALLEL", 1)
+def test_parallel_and_serial_checks_agree(folder):
     for plant in (truncated, duplicate, leak, nan):
         plant(folder)
     one, two = check(folder), check_dataset(folder, progress=False, num_workers=2)
@@ -444,8 +483,14 @@ def test_an_empty_split_and_a_folder_without_annotations_are_reported(folder, tm
     for path in (folder / "val").iterdir():
         path.unlink()
     assert [f.code for f in check(folder).findings] == ["split-empty"]
-    with pytest.raises(FileNotFoundError, match="no annotations"):
+    with pytest.raises(FileNotFoundError, match="annotations-nowhere does not exist"):
         check(tmp_path / "annotations-nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match='No split "train" in'):
+        check(tmp_path / "empty")
+    (tmp_path / "empty" / "train.json").write_text("{")
+    with pytest.raises(ValueError, match=r"train\.json is not valid JSON"):
+        check(tmp_path / "empty")
 
 
 def test_the_page_shows_findings_statistics_and_images_and_has_no_links(folder, tmp_path):
@@ -498,6 +543,10 @@ def test_the_script_guards_a_pipeline_and_fixes(folder, tmp_path, monkeypatch, c
     code, output = run(tmp_path / "nowhere")
     assert code == 2
     assert "does not exist" in output
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train.json").write_text("{")
+    code, output = run(tmp_path / "broken")
+    assert (code, "train.json is not valid JSON" in output) == (2, True)
     code, output = run(folder, "--report", folder / "report.html")
     assert code == 2
     assert "never modified" in output

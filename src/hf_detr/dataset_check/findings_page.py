@@ -9,11 +9,11 @@ from io import BytesIO
 from pathlib import Path
 
 import PIL.Image
+import PIL.ImageOps
 
 from ..data.findings import KINDS, Finding
 from ..data.records import AnnotatedSplit, BoxRecord
 from ..model.annotations import box_problem
-from ..model.image_io import open_image
 from ..visualization import contact_sheet, draw_boxes
 from .full_check import CheckResult
 
@@ -42,7 +42,7 @@ def write_page(result: CheckResult, file: str | Path, *, max_images: int = 16) -
         else '<span class="ok">No errors</span>'
     )
     parts = [
-        f"<h1>{html.escape(result.folder.name)}</h1>",
+        f"<h1>{html.escape(Path(result.source).name)}</h1>",
         f"<p>{errors}; {len(result.findings) - len(result.errors)} warnings. Checked in {result.seconds:.1f} s.</p>",
         _splits(result),
         "<h2>Findings</h2>",
@@ -52,7 +52,7 @@ def write_page(result: CheckResult, file: str | Path, *, max_images: int = 16) -
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(result.folder.name)}</title>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(Path(result.source).name)}</title>'
         f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>",
         encoding="utf-8",
     )
@@ -110,7 +110,9 @@ def _draw(finding: Finding) -> PIL.Image.Image | None:
     if finding.image is None:
         return None
     try:
-        image = open_image(finding.image.path).convert("RGB")
+        read = finding.image.read
+        file = finding.image.path if read is None else BytesIO(read())
+        image = PIL.ImageOps.exif_transpose(PIL.Image.open(file)).convert("RGB")
     except (OSError, ValueError):
         return None
     scale = 480 / max(image.size)
@@ -139,12 +141,13 @@ def _corners(box: BoxRecord, scale: float) -> list[float]:
 
 
 def _statistics(name: str, split: AnnotatedSplit) -> str:
-    boxes = [box for image in split.images for box in image.boxes if box_problem(box.bbox, None) is None]
+    learned = [[box for box in image.boxes if not box.iscrowd] for image in split.images]
+    boxes = [box for of_image in learned for box in of_image if box_problem(box.bbox, None) is None]
     classes = Counter(split.names[box.category] for box in boxes if box.category is not None)
     sides = [(float(box.bbox[2]), float(box.bbox[3])) for box in boxes]
     sizes = Counter(2 ** math.floor(math.log2(max(1.0, (width * height) ** 0.5))) for width, height in sides)
     ratios = Counter(round(math.log2(width / height)) for width, height in sides)
-    objects = Counter(len(image.boxes) for image in split.images)
+    objects = Counter(map(len, learned))
     labels = sorted(split.names, key=lambda label: -classes[label])[:40]
     charts = [
         _bars("Boxes per class", {label: classes[label] for label in labels}),

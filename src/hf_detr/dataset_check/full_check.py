@@ -11,12 +11,14 @@ from tqdm.auto import tqdm
 
 from ..data.checks import numeric_boxes, quick_checks
 from ..data.findings import KINDS, Finding
-from ..data.formats import describe_layouts, find_annotations
 from ..data.image_files import image_files
+from ..data.load import find_source
 from ..data.processor_size import resized_size
-from ..data.records import AnnotatedSplit, read_headers
-from ..runtime.extras import import_extra
-from .duplicates import DecodedImage, decode_images, find_duplicates
+from ..data.records import AnnotatedSplit
+from ..data.rows import corners_to_sizes, take_crowds_as_objects
+from ..data.similarity import Appearance, appearances
+from ..data.split_source import Progress, SplitSource
+from .duplicates import find_duplicates
 
 SPLITS = ("train", "val", "test")
 RARE = 0.02  # fraction of the boxes of the most frequent class
@@ -28,15 +30,21 @@ class CheckResult:
     """The findings, and the records they refer to.
 
     Attributes:
+        source: the folder that was checked, or the id of a dataset on the Hub.
         splits: the records by split.
         findings: errors first.
         seconds: duration of the check.
     """
 
-    folder: Path
+    source: str
     splits: dict[str, AnnotatedSplit]
     findings: list[Finding]
     seconds: float = 0.0
+
+    @property
+    def folder(self) -> Path | None:
+        """The source, if it is a folder."""
+        return Path(self.source) if Path(self.source).exists() else None
 
     @property
     def errors(self) -> list[Finding]:
@@ -49,75 +57,94 @@ class CheckResult:
 
 
 def check_dataset(
-    folder: str | Path,
+    path: str | Path,
     *,
+    files: Mapping[str, str | Path] | None = None,
+    images: str | Path | None = None,
     num_queries: int = 100,
     feature_stride: int = 32,
     size: Mapping[str, int | None] = DEFAULT_SIZE,
+    image_range: tuple[float, float] | None = None,
     bbox_format: str | None = None,
+    crowds_as_objects: bool = False,
     num_workers: int | None = None,
     progress: bool = True,
+    **kwargs: Any,
 ) -> CheckResult:
-    """Read every record and every image once, in parallel, and report all problems.
+    """Read every record and every image once, as training does, and report all problems.
 
     Args:
-        folder: annotated in any of the formats of `hf_detr.data.formats`.
+        path, files, images, bbox_format, crowds_as_objects, kwargs: what is checked; see
+            [`~hf_detr.data.load_detection_dataset`].
         num_queries: of the model; images with more objects are reported.
         feature_stride: of the model, in pixels; boxes that are smaller at the training resolution are reported.
-        size: of the image processor, any of its forms: the training resolution.
-        bbox_format: how boxes are stored, if known; see [`~hf_detr.data.load_detection_dataset`].
-        num_workers: processes that decode images; None uses one per CPU core.
+        size, image_range: of the image processor, `size` in any of its forms: the training resolution.
+        num_workers: threads that decode images; None uses one per CPU core.
 
     Raises:
-        FileNotFoundError: the folder has no annotations.
-        ImportError: imagehash is not installed; the message names the extra that installs it.
+        FileNotFoundError: there are no annotations.
+        ValueError: the annotations of no split can be read; the message names the file.
     """
-    import_extra("imagehash", "doctor")  # needed in the workers, where the error would come late
     started = time.perf_counter()
-    folder = Path(folder)
-    splits, findings = _read_splits(folder)
-    if not splits and not findings:
-        raise FileNotFoundError(f"{folder} has no annotations. Looked for {describe_layouts('train')}.")
+    source = find_source(path, files=files, images=images, **kwargs)
 
-    def bar(iterable: Iterable[Any], text: str, total: int) -> Any:
+    def bar(iterable: Iterable[Any], total: int, text: str) -> Any:
         return tqdm(iterable, desc=text, total=total, disable=not progress, leave=False)
 
-    decoded: dict[str, list[DecodedImage]] = {}
+    splits, findings = _read_splits(source, lambda headers, total: bar(headers, total, "headers"))
+    if not splits and findings:
+        raise ValueError(findings[0].message)
+    if not splits:
+        raise FileNotFoundError(source.describe_missing("train"))
+    looks: dict[str, list[Appearance]] = {}
     for name, split in splits.items():
-        count = len(split.images)
-        read_headers(split.images, lambda headers: bar(headers, f"{name}: headers", count))  # noqa: B023
+        if bbox_format == "xyxy":
+            corners_to_sizes(split)
+        if crowds_as_objects:
+            take_crowds_as_objects(split)
         quick = quick_checks(split, bbox_format=bbox_format)
         findings += quick
-        decoded[name] = decode_images(split, num_workers, lambda images: bar(images, f"{name}: images", count))  # noqa: B023
-        findings += _truncated_images(split, decoded[name])
+        looks[name] = appearances(
+            [image.path if image.read is None else image.read for image in split.images],
+            lambda images: bar(images, len(split.images), f"{name}: images"),  # noqa: B023
+            num_workers=num_workers,
+            image_range=image_range,
+        )
+        findings += _image_problems(split, looks[name])
         if not any(finding.code in ("box-xyxy", "box-relative") for finding in quick):
             findings += _limits_of_the_model(split, num_queries, feature_stride, size)
-    findings += find_duplicates(splits, decoded)
+    findings += find_duplicates(splits, looks)
     findings += _class_problems(splits)
     findings += _images_without_record(splits)
     findings.sort(key=lambda finding: finding.severity != "error")
-    return CheckResult(folder, splits, findings, time.perf_counter() - started)
+    return CheckResult(source.name, splits, findings, time.perf_counter() - started)
 
 
-def _read_splits(folder: Path) -> tuple[dict[str, AnnotatedSplit], list[Finding]]:
+def _read_splits(source: SplitSource, progress: Progress) -> tuple[dict[str, AnnotatedSplit], list[Finding]]:
     splits: dict[str, AnnotatedSplit] = {}
     findings = []
     for name in SPLITS:
         try:
-            split = find_annotations(folder, name)
+            split = source.find(name, progress)
         except ValueError as error:
-            findings.append(Finding("annotation-unreadable", name, str(folder), "annotations", str(error)))
+            findings.append(Finding("annotation-unreadable", name, source.name, "annotations", str(error)))
             continue
         if split is not None:
             splits[name] = split
     return splits, findings
 
 
-def _truncated_images(split: AnnotatedSplit, decoded: list[DecodedImage]) -> Iterator[Finding]:
-    for image, pixels in zip(split.images, decoded, strict=True):
-        if pixels.problem is not None and image.header is not None and image.header.problem is None:
-            message = f"{image.path}: {pixels.problem}"
-            yield Finding("image-truncated", split.split, str(split.file), image.record, message, image)
+def _image_problems(split: AnnotatedSplit, looks: list[Appearance]) -> Iterator[Finding]:
+    """Images that training cannot read, or reads as nearly one shade."""
+    for image, look in zip(split.images, looks, strict=True):
+        if image.header is None or image.header.problem is not None:
+            continue  # reported already
+        code = "image-unsupported" if look.is_unsupported else "image-truncated"
+        message = f"{image.path}: {look.problem}"
+        if look.problem is None and look.is_dim:
+            code, message = "image-dim", f"{image.path}: it uses little of the range of values"
+        if look.problem is not None or look.is_dim:
+            yield Finding(code, split.split, str(split.file), image.record, message, image)
 
 
 def _limits_of_the_model(
@@ -148,7 +175,10 @@ def _class_problems(splits: dict[str, AnnotatedSplit]) -> Iterator[Finding]:
         return
     counts = {
         name: Counter(
-            split.names[box.category] for image in split.images for box in image.boxes if box.category is not None
+            split.names[box.category]
+            for image in split.images
+            for box in image.boxes
+            if box.category is not None and not box.iscrowd
         )
         for name, split in splits.items()
     }
@@ -172,6 +202,8 @@ def _images_without_record(splits: dict[str, AnnotatedSplit]) -> Iterator[Findin
     known = {image.path.resolve() for split in splits.values() for image in split.images}
     reported: set[Path] = set()
     for name, split in splits.items():
+        if any(image.read is not None for image in split.images):
+            continue
         for path in image_files(split.image_folder):
             if path.resolve() not in known and path not in reported:
                 reported.add(path)
