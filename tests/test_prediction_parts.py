@@ -214,6 +214,28 @@ def test_ids_come_from_annotations_that_cover_all_images(tmp_path):
     assert (job.ids_from, list(job.image_ids())) == (None, [0, 1, 2, 3, 4])
 
 
+def test_results_have_the_ids_of_the_annotations_whatever_they_are(tmp_path):
+    folder = draw_shapes_dataset(tmp_path / "drawn", num_train=2, num_val=3, progress=False)
+    file = folder / "annotations" / "instances_val.json"
+    annotations = json.loads(file.read_text())
+    names = [image["file_name"] for image in annotations["images"]]
+    given = ["cam1_1", 2**70, 20210312103000121]
+    for image, image_id in zip(annotations["images"], given, strict=True):
+        image["id"] = image_id
+    file.write_text(json.dumps(annotations | {"annotations": []}))
+    job = open_job(tmp_path / "out", folder / "val", {}, {0: "ellipse", 1: "triangle"})
+    assert len(set(job.image_ids())) == 3
+    found = torch.tensor([0.5]), torch.tensor([1]), torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    with ShardWriter(job.shards, 0, {0: "ellipse", 1: "triangle"}) as writer:
+        for row in job.pending().to_pylist():
+            writer.add(Prediction(row["image_id"], row["path"].decode(), (4, 3), None, None, *found))
+    merge_shards(job)
+    images = json.loads(job.images_file.read_text())["images"]
+    assert {image["file_name"]: image["id"] for image in images} == dict(zip(names, given, strict=True))
+    detections = json.loads(job.detections_file.read_text())
+    assert {detection["image_id"] for detection in detections} == set(given)
+
+
 def test_damaged_annotations_do_not_prevent_prediction(tmp_path):
     (tmp_path / "val").mkdir()
     photo().save(tmp_path / "val" / "1.jpg")

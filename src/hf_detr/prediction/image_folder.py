@@ -8,12 +8,13 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..data.formats.coco import find_coco
-from ..data.image_files import IMAGE_SUFFIXES, walk_files
+from ..data.dataset_folder import DatasetFolder
+from ..data.formats.coco import find_coco, read_coco_file
+from ..data.image_files import IMAGE_SUFFIXES, is_litter, walk_files
 from ..data.records import AnnotatedSplit
+from ..data.split_names import name_rank, split_of
 
 logger = logging.get_logger(__name__)
-SPLITS = ("val", "test", "train")  # a folder belongs to a split if its name starts with it
 
 
 def find_images(source: str | Path) -> tuple[Path, list[bytes]]:
@@ -45,36 +46,48 @@ def find_images(source: str | Path) -> tuple[Path, list[bytes]]:
     return folder, files
 
 
-def annotation_ids(folder: Path, files: Sequence[bytes]) -> tuple[list[int], AnnotatedSplit] | None:
+def annotation_ids(folder: Path, files: Sequence[bytes]) -> tuple[list[Any], AnnotatedSplit] | None:
     """Image ids from the COCO annotations of a folder, so that detections can be evaluated against them.
 
-    If the folder's name starts with a split (`val`, `val2017`, `test`, `train`), annotations of that split are looked
-    for next to the folder and one level higher, as [`~hf_detr.data.formats.find_annotations`] does; then annotations
-    inside the folder.
+    If the folder is named after a split (`val`, `val2017`, `test`, `train`), COCO files of that split are looked for
+    next to the folder and one level higher, also in `annotations/`; then annotations inside the folder.
 
     Args:
         folder: absolute path; `files` are relative to it.
 
     Returns:
-        one id per file, and the annotations; None if there are no annotations, or if some images have none.
+        one id per file, a number or text, and the annotations; None if there are no annotations, or if some images
+        have none.
     """
-    split = next((split for split in SPLITS if folder.name.lower().startswith(split)), None)
-    candidates = [(folder.parent, split), (folder.parent.parent, split)] if split else []
-    for root, name in [*candidates, (folder, "train")]:
-        try:
-            source = find_coco(root, name)
-        except Exception as error:
-            # broken annotations of any kind must not prevent prediction
-            logger.warning(f"Annotations in {root} cannot be used for image ids: {error}")
-            continue
-        if source is None:
-            continue
-        id_of = {os.fsencode(os.path.normpath(image.path)): image.id for image in source.images}
-        ids = [id_of.get(os.path.join(os.fsencode(folder), file)) for file in files]
-        found = [number for number in ids if number is not None]
-        if len(set(found)) == len(files):
-            return found, source
+    split = split_of(folder.name)
+    try:
+        inside = DatasetFolder(folder)
+        for file in _coco_files(folder, split):
+            source = read_coco_file(inside, file, split or "train")
+            found = None if source is None else _ids_of(folder, files, source)
+            if source is not None and found is not None:
+                return found, source
+        source = find_coco(inside, "train")
+        found = None if source is None else _ids_of(folder, files, source)
+        return None if source is None or found is None else (found, source)
+    except Exception as error:
+        # broken annotations of any kind must not prevent prediction
+        logger.warning(f"Annotations of {folder} cannot be used for image ids: {error}")
     return None
+
+
+def _coco_files(folder: Path, split: str | None) -> list[Path]:
+    """JSON files beside the folder and above that are named after the split."""
+    places = [folder.parent, folder.parent / "annotations", folder.parent.parent, folder.parent.parent / "annotations"]
+    files = [file for place in places for file in sorted(place.glob("*.json")) if not is_litter(file.name)]
+    return [file for file in files if split is not None and name_rank(file.stem, split) is not None]
+
+
+def _ids_of(folder: Path, files: Sequence[bytes], source: AnnotatedSplit) -> list[Any] | None:
+    """One id per file, or None if some have none."""
+    id_of = {os.fsencode(os.path.normpath(image.path)): image.source_id for image in source.images}
+    ids = [id_of.get(os.path.join(os.fsencode(folder), file)) for file in files]
+    return ids if len({number for number in ids if number is not None}) == len(files) else None
 
 
 def category_records(id2label: Mapping[int, str], source: AnnotatedSplit | None) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 ```
 job.json           the settings that affect results, and the COCO categories
-worklist.parquet   image_id and path of every image, fixed when the job starts
+worklist.parquet   image_id, path and the source's id of every image, fixed when the job starts
 shards/            results, see `shards`; an image is done once a shard contains it
 detections.json    COCO results, and
 images.json        the images they belong to; both are written when all images are done
@@ -21,13 +21,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from ..data.records import numbered
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
 from ..runtime import PARTIAL, acquire_lock, atomic_write
 from .image_folder import annotation_ids, category_records, find_images
 from .shards import done_ids
 
-WORKLIST_SCHEMA = pa.schema({"image_id": pa.int64(), "path": pa.large_binary()})  # large: more than 2 GB of paths
+# large: more than 2 GB of paths; source_id: as JSON
+WORKLIST_SCHEMA = pa.schema({"image_id": pa.int64(), "path": pa.large_binary(), "source_id": pa.large_string()})
 # fields of configurations that do not affect results
 IGNORED_FIELDS = {"transformers_version", "_name_or_path", "architectures", "auto_map", "dtype"}
 
@@ -69,8 +71,14 @@ class PredictionJob:
         """(num_images,), in the order of the work list."""
         return pq.read_table(self.folder / "worklist.parquet", columns=["image_id"])["image_id"].to_numpy()
 
+    def source_ids(self) -> dict[int, int | str]:
+        """The ids of the annotations by `image_id`, for results."""
+        table = pq.read_table(self.folder / "worklist.parquet", columns=["image_id", "source_id"])
+        pairs = zip(table["image_id"].to_pylist(), table["source_id"].to_pylist(), strict=True)
+        return {image_id: json.loads(source_id) for image_id, source_id in pairs}
+
     def pending(self, num_processes: int = 1, process_index: int = 0) -> pa.Table:
-        """`image_id` and `path` of this process' part of the images that are in no shard: every `num_processes`-th.
+        """The rows of the work list for this process, out of those that are in no shard: every `num_processes`-th.
 
         All processes must call this before any of them writes a shard; otherwise their parts would overlap.
 
@@ -128,9 +136,13 @@ def open_job(
     if not job_file.exists():
         image_folder, files = find_images(images)
         annotated = annotation_ids(image_folder, files)
-        ids, source = annotated or (range(len(files)), None)
+        ids, source = annotated or (list(range(len(files))), None)
         with atomic_write(worklist, "wb") as file:
-            columns = [pa.array(ids, pa.int64()), pa.array(files, pa.large_binary())]
+            columns = [
+                pa.array(numbered(ids), pa.int64()),
+                pa.array(files, pa.large_binary()),
+                pa.array([json.dumps(image_id) for image_id in ids], pa.large_string()),
+            ]
             pq.write_table(pa.Table.from_arrays(columns, schema=WORKLIST_SCHEMA), file)
         content = {
             "settings": settings,

@@ -32,6 +32,8 @@ class Summary:
 def merge_shards(job: PredictionJob, max_errors: int = 100) -> Summary:
     """Write `images.json` and `detections.json`.
 
+    Images have the ids of the annotations, if there are any.
+
     `detections.json` contains COCO results: `image_id`, `category_id`, `bbox` [x_min, y_min, width, height] in pixels
     and `score`; the order of images is arbitrary. `images.json` contains the matching COCO `images` and `categories`,
     and `unreadable`: `id`, `file_name` and `error` of each file that could not be read.
@@ -45,6 +47,7 @@ def merge_shards(job: PredictionJob, max_errors: int = 100) -> Summary:
     missing = np.setdiff1d(job.image_ids(), done_ids(job.shards))
     if len(missing):
         raise ValueError(f"{len(missing)} images of {job.folder} are not done. Run the same command again.")
+    source_ids = job.source_ids()
     images = unreadable = objects = 0
     errors: list[tuple[str, str]] = []
 
@@ -53,9 +56,8 @@ def merge_shards(job: PredictionJob, max_errors: int = 100) -> Summary:
         for row in read_shards(job.shards, ["image_id", "file", "width", "height", "error"]):
             if row["error"] is None:
                 images += 1
-                yield {
-                    "id": row["image_id"], "file_name": row["file"], "width": row["width"], "height": row["height"]
-                }  # fmt: skip
+                size = {"width": row["width"], "height": row["height"]}
+                yield {"id": source_ids[row["image_id"]], "file_name": row["file"], **size}
 
     def unreadable_images() -> Iterator[dict[str, Any]]:
         nonlocal unreadable
@@ -64,7 +66,7 @@ def merge_shards(job: PredictionJob, max_errors: int = 100) -> Summary:
                 unreadable += 1
                 if len(errors) < max_errors:
                     errors.append((str(job.image_folder / row["file"]), row["error"]))
-                yield {"id": row["image_id"], "file_name": row["file"], "error": row["error"]}
+                yield {"id": source_ids[row["image_id"]], "file_name": row["file"], "error": row["error"]}
 
     def detections() -> Iterator[dict[str, Any]]:
         nonlocal objects
@@ -75,7 +77,7 @@ def merge_shards(job: PredictionJob, max_errors: int = 100) -> Summary:
                 objects += 1
                 left, top, right, bottom = box
                 yield {
-                    "image_id": row["image_id"],
+                    "image_id": source_ids[row["image_id"]],
                     "category_id": job.categories[label_id]["id"],
                     "bbox": [round(value, 5) for value in (left, top, right - left, bottom - top)],
                     "score": round(score, 6),

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
-from ..data.schema import category_ids, id2label
+from ..data.schema import category_ids, id2label, source_id
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,7 +86,8 @@ def compare_with_ground_truth(
 
     Args:
         dataset: with the columns of `hf_detr.data.schema`.
-        detections: COCO results (`image_id`, `category_id`, `bbox`, `score`); those above `threshold` are drawn.
+        detections: COCO results with the source's ids (`image_id`, `category_id`, `bbox`, `score`); those above
+            `threshold` are drawn.
         num_images: number of images, spread evenly over those of the data set that have objects.
     """
     found: dict[Any, list[Mapping[str, Any]]] = {}
@@ -99,7 +100,7 @@ def compare_with_ground_truth(
     shown = with_objects[:: max(1, len(with_objects) // num_images)][:num_images]
     images = []
     for row in (dataset[index] for index in shown):
-        image, objects, predicted = row["image"], row["objects"]["bbox"], found.get(row["image_id"], [])
+        image, objects, predicted = row["image"], row["objects"]["bbox"], found.get(source_id(row), [])
         scale = 312 / max(image.size)  # enlarged before drawing, so that lines on small images are thin
         image = image.resize([max(1, round(side * scale)) for side in image.size])
         image = draw_boxes(image, [_corners(box, scale) for box in objects], (), [(255, 255, 255)] * len(objects), 3)
