@@ -23,7 +23,7 @@ from hf_detr.evaluation import (
 from hf_detr.export import is_exported, load_exported
 from hf_detr.runtime import import_extra
 from hf_detr.speed import prepare_for_inference
-from hf_detr.training import use_all_cores
+from hf_detr.training import exit_on_error, use_all_cores
 
 
 def main() -> None:
@@ -31,8 +31,12 @@ def main() -> None:
     parser.add_argument(
         "--model", required=True, help="checkpoint (a folder or a Hub id), or a folder written by export.py"
     )
-    parser.add_argument("--dataset", required=True, help="annotated folder, or data set on the Hub")
+    parser.add_argument("--dataset", help="annotated folder, or data set on the Hub")
     parser.add_argument("--split", default="val")
+    parser.add_argument("--annotations", metavar="FILE", help="annotation file of the split, if it is not found")
+    parser.add_argument("--images", metavar="FOLDER", help="folder of the images, if it is not beside the annotations")
+    parser.add_argument("--bbox_format", choices=("xywh", "xyxy"), help="xyxy: boxes are stored as corners")
+    parser.add_argument("--crowds_as_objects", action="store_true", help="count objects that are marked as crowds")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--num_workers", type=int, default=1)
     parser.add_argument(
@@ -54,6 +58,9 @@ def main() -> None:
         help='store the best threshold of each class in the checkpoint (a local folder), for threshold="per_class"',
     )
     args = parser.parse_args()
+    if not args.dataset and not args.annotations:
+        parser.error("name a --dataset, or --annotations FILE")
+    args.dataset = args.dataset or str(Path(args.annotations).parent)
     if args.save_thresholds and not (Path(args.model) / "preprocessor_config.json").is_file():
         parser.error(
             f"--save_thresholds writes into the checkpoint, and {args.model} is not a local folder with a preprocessor."
@@ -71,7 +78,14 @@ def main() -> None:
     processor = DetrImageProcessor.from_pretrained(args.model)
     with accelerator.main_process_first():  # the other processes read its cache
         dataset = load_detection_dataset(
-            args.dataset, args.split, id2label=model.config.id2label, progress=accelerator.is_main_process
+            args.dataset,
+            args.split,
+            files={args.split: args.annotations} if args.annotations else None,
+            images=args.images,
+            id2label=model.config.id2label,
+            bbox_format=args.bbox_format,
+            crowds_as_objects=args.crowds_as_objects,
+            progress=accelerator.is_main_process,
         )
     loader = DataLoader(
         dataset, batch_size=args.batch_size, collate_fn=DetectionCollator(processor), num_workers=args.num_workers
@@ -98,4 +112,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -26,6 +26,15 @@ def option(help: str, default: Any = None, **metadata: Any) -> Any:
 @dataclass(frozen=True)
 class DataArguments:
     dataset: str | None = option("annotated folder or Hub id; default: draw shapes into data/shapes")
+    train: str | None = option("annotation file of the training images, if --dataset does not find it", metavar="FILE")
+    val: str | None = option("annotation file of the validation images", metavar="FILE")
+    images: str | None = option("folder of the images, if it is not beside the annotations", metavar="FOLDER")
+    bbox_format: str | None = option("xyxy: boxes are stored as corners", choices=("xywh", "xyxy"))
+    crowds_as_objects: bool = option("learn objects that are marked as crowds (iscrowd, difficult)", False)
+    image_range: list[float] | None = field(
+        default=None,
+        metadata={"help": "values of black and white in images that are not 8-bit, such as 0 4095", "nargs": 2},
+    )
     image_size: int | None = option("shortest edge in pixels, default 800 (shapes: 96 x 96)")
     overfit: int | None = option("train on N images only, until the model has memorized them", metavar="N")
     quick: bool = option("2 epochs on 64 images, as a smoke test", False)
@@ -33,11 +42,32 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         _check_at_least_one(self, "image_size", "overfit")
+        if not self.dataset and not self.train and (self.val or self.images):
+            raise ValueError("--val and --images need --train FILE or --dataset FOLDER")
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether no data were named, so that shapes are drawn."""
+        return not (self.dataset or self.train)
 
     @property
     def location(self) -> str:
         """The folder or the Hub id; where no data set was named, the folder for the drawn one."""
+        if self.train and not self.dataset:
+            return str(Path(self.train).parent)
         return self.dataset or ("data/shapes-quick" if self.quick else "data/shapes")
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Arguments of `load_detection_dataset` that say where and how the data are."""
+        files = {split: file for split, file in (("train", self.train), ("val", self.val)) if file}
+        return {
+            "path": self.location,
+            "files": files or None,
+            "images": self.images,
+            "bbox_format": self.bbox_format,
+            "crowds_as_objects": self.crowds_as_objects,
+        }
 
     @property
     def name(self) -> str:
@@ -47,7 +77,7 @@ class DataArguments:
     @property
     def loader_workers(self) -> int:
         """Drawn images stay in memory, where worker processes would only compete with the model for the cores."""
-        return self.num_workers if self.num_workers is not None else 2 if self.dataset else 0
+        return self.num_workers if self.num_workers is not None else 0 if self.is_drawn else 2
 
 
 @dataclass(frozen=True)
@@ -113,6 +143,7 @@ class RunArguments:
     auto_batch_size: bool = option("reduce the batch size until it fits, and accumulate gradients instead", False)
     ema: float | None = option("average the weights; evaluate and save the average; such as 0.9998", metavar="DECAY")
     metric: str = option("selects the best checkpoint, default AP", "AP", choices=METRICS)
+    max_detections: int = option("per image and class in the metrics, by score, default 100", 100, metavar="N")
     early_stopping: int | None = option("stop after N evaluations without improvement", metavar="N")
     save_minutes: float = option("between checkpoints within an epoch, default 15", 15)
     save_total_limit: int = option("checkpoints to keep, default 1", 1, metavar="N")
@@ -128,6 +159,7 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         _check_at_least_one(self, "gradient_accumulation_steps", "save_total_limit", "logging_steps", "early_stopping")
+        _check_at_least_one(self, "max_detections")
         if self.save_minutes < 0:
             raise ValueError("--save_minutes must not be negative")
         if self.ema is not None and not 0 < self.ema < 1:
@@ -155,7 +187,7 @@ class FinetuneArguments:
     @property
     def embedded(self) -> bool:
         """The main job: drawn images and a small model."""
-        return bool(self.saved.get("embedded", not (self.data.dataset or self.model.model or self.model.backbone)))
+        return bool(self.saved.get("embedded", self.data.is_drawn and not (self.model.model or self.model.backbone)))
 
     def to_dict(self) -> dict[str, Any]:
         """Flat, by the names of the command line, with the Hub ids that a model card names."""

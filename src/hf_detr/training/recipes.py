@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..data.schema import learned_objects
+
 Start = Literal["checkpoint", "backbone", "scratch"]
 RECIPES = ("auto", "paper", "paper-500", "small-data", "finetune")
 AUGMENTATIONS = ("paper", "flip", "turns", "none")
@@ -35,8 +37,9 @@ class DataSummary:
 
 
 def summarize(dataset: Any) -> DataSummary:
-    """Statistics of a data set in the schema of `hf_detr.data`, from its annotations; no image is opened."""
-    objects = dataset["objects"]
+    """Statistics of a data set in the schema of `hf_detr.data`, from its annotations, without crowds; no image is
+    opened."""
+    objects = [learned_objects(of_image) for of_image in dataset["objects"]]
     counts = [len(of_image["bbox"]) for of_image in objects]
     sides = [
         math.sqrt(width * height) / min(image_width, image_height)

@@ -81,7 +81,7 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
             start,
             size_range(processor.size),
             strides=[] if start == "checkpoint" else feature_strides(backbone),
-            upright=args.data.dataset is not None,
+            upright=not args.data.is_drawn,
         )
         description = recipe.describe(config | given)
         given = recipe.values("training", given)

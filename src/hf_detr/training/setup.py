@@ -22,6 +22,7 @@ from ..data import (
     resized_sizes,
 )
 from ..data.processor_size import keeps_aspect_ratio, size_fields
+from ..data.schema import learned_objects
 from ..model.configuration_hf_detr import DetrConfig
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
@@ -44,18 +45,18 @@ def load_data(args: FinetuneArguments, accelerator: Accelerator) -> tuple[Any, A
     """
     data, progress = args.data, accelerator.is_main_process
     with accelerator.main_process_first():
-        if data.dataset is None:
+        if data.is_drawn:
             few = {"num_train": QUICK_IMAGES, "num_val": 16} if data.quick else {}
             draw_shapes_dataset(data.location, progress=progress, **few)
-        train_set = load_detection_dataset(data.location, "train", progress=progress)
+        train_set = load_detection_dataset(split="train", progress=progress, **data.source)
         if data.overfit:
-            with_objects = [i for i, objects in enumerate(train_set["objects"]) if objects["bbox"]]
+            with_objects = [i for i, objects in enumerate(train_set["objects"]) if learned_objects(objects)["bbox"]]
             if not with_objects:
                 raise ValueError(f"{data.location}: no training image has an object, so there is nothing to learn.")
             train_set = train_set.select(with_objects[: data.overfit])
             return train_set, train_set
         names = id2label(train_set)
-        return train_set, load_detection_dataset(data.location, "val", id2label=names, progress=progress)
+        return train_set, load_detection_dataset(split="val", id2label=names, progress=progress, **data.source)
 
 
 def build_processor(args: FinetuneArguments) -> DetrImageProcessor:
@@ -69,6 +70,9 @@ def build_processor(args: FinetuneArguments) -> DetrImageProcessor:
     if args.data.image_size:
         longest = round(args.data.image_size * 1333 / 800)
         processor.size = type(processor)(size={"shortest_edge": args.data.image_size, "longest_edge": longest}).size
+    if args.data.image_range:
+        black, white = args.data.image_range
+        processor.image_range = black, white
     return processor
 
 
@@ -126,7 +130,7 @@ def build_loaders(
     """
     train_rows: Sequence[Any] = train_set
     val_rows: Sequence[Any] = val_set
-    if args.data.dataset is None:  # drawn images are small: decoded once, and kept in memory
+    if args.data.is_drawn:  # drawn images are small: decoded once, and kept in memory
         train_rows, val_rows = list(train_set), list(val_set)
     if args.embedded and not args.data.image_size:  # resized once, too
         resize = Augmentation(v2.Resize([SHAPES_SIZE["height"], SHAPES_SIZE["width"]]))
@@ -138,7 +142,12 @@ def build_loaders(
         "accelerator": accelerator,
     }
     train_loader = build_loader(
-        AugmentedDataset(train_rows, augmentation or build_augmentation(recipe.augmentation, processor), seed=seed),
+        AugmentedDataset(
+            train_rows,
+            augmentation or build_augmentation(recipe.augmentation, processor),
+            seed=seed,
+            image_range=processor.image_range,
+        ),
         collate,
         seed=seed,
         training=True,
@@ -147,7 +156,7 @@ def build_loaders(
     )
     val_loader = build_loader(val_rows, collate, training=False, **common)
     count = min(PROBED_IMAGES, len(train_set))
-    probed = train_rows[:count] if args.data.dataset is None else train_set.select(range(count))
+    probed = train_rows[:count] if args.data.is_drawn else train_set.select(range(count))
     return train_loader, val_loader, TrainingProbe(probed, collate, recipe.batch_size)
 
 

@@ -51,7 +51,7 @@ class TrainingRun:
         self.repo_id: str | None = None
         if args.run.push_to_hub and accelerator.is_main_process:  # fails now rather than after training
             self.repo_id = prepare_repo(args.run.push_to_hub, private=args.run.hub_private or None)
-        name = (args.data.name if args.data.dataset else "shapes") + ("-overfit" if args.data.overfit else "")
+        name = ("shapes" if args.data.is_drawn else args.data.name) + ("-overfit" if args.data.overfit else "")
         self.folder = acquire_run_dir(
             args.run.output_dir, name, recipe.settings(args), accelerator, resume=args.run.resume
         )
@@ -224,7 +224,7 @@ class TrainingRun:
         accelerator, metric = self.accelerator, self.args.run.metric
         with accelerator.autocast():
             evaluator = self._evaluator(self.predictor, val_loader, val_set)
-        metrics = evaluator.compute()
+        metrics = evaluator.compute(self.args.run.max_detections)
         result = {name: metrics[name] for name in dict.fromkeys(("AP", "AP50", metric))}
         if self.progress.add_evaluation(line | result, metric):
             split = "train" if self.args.data.overfit else "val"
@@ -267,7 +267,7 @@ class TrainingRun:
         best = DetrForDetection.from_pretrained(path).to(accelerator.device)
         metrics = json.loads((path / "metrics.json").read_text())  # before it is replaced
         evaluator = self._evaluator(best, val_loader, val_set)
-        metrics |= evaluator.compute()
+        metrics |= evaluator.compute(self.args.run.max_detections)
         if accelerator.is_main_process:
             with atomic_write(path / "metrics.json") as file:
                 json.dump(metrics, file, indent=2)
