@@ -17,6 +17,8 @@ from warm_python import WarmPython
 from hf_detr import DetrForDetection
 from hf_detr.data import draw_shapes_dataset
 
+pytestmark = pytest.mark.xdist_group("examples")  # its fixtures are expensive: one worker runs them once
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 IMPORTS = """

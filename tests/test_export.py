@@ -24,6 +24,8 @@ from hf_detr.export import export_model, exporting, is_exported, load_exported
 from hf_detr.export.masked_backbone import MaskedBackbone, plan_masks
 from hf_detr.export.quantize import CalibrationImages, quantize_graph
 
+pytestmark = pytest.mark.xdist_group("export")  # its fixtures are expensive: one worker runs them once
+
 EXPORT = Path(__file__).parents[1] / "examples" / "export.py"
 NAMES = {0: "rectangle", 1: "ellipse", 2: "triangle"}
 SMALL = {"backbone": "resnet10t", "feature_stride": 8, "encoder_layers": 1, "decoder_layers": 1,

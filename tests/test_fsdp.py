@@ -20,6 +20,8 @@ from hf_detr import DetrForDetection
 from hf_detr.training import parameter_groups
 from hf_detr.training.sharding import gather_weights, sharding_plugin
 
+pytestmark = pytest.mark.xdist_group("fsdp")  # its fixtures are expensive: one worker runs them once
+
 KINDS = {
     "learned": {"query_type": "learned", "query_groups": 2},
     "anchor": {"query_type": "anchor", "denoising_groups": 2, "dense_loss_coefficient": 1, "class_loss": "iou_aware"},

@@ -19,6 +19,8 @@ from hf_detr.evaluation import METRICS
 from hf_detr.hub import build_model_card, hash_of_weights, model_card_of
 from hf_detr.hub.model_card import BLANK, may_replace, read_metrics
 
+pytestmark = pytest.mark.xdist_group("hub")  # its fixtures are expensive: one worker runs them once
+
 LABELS = {0: "cat", 1: "dog", 2: "bird"}
 ROOT = Path(__file__).parents[1]
 CODE = {path.name for path in (ROOT / "src" / "hf_detr" / "model").glob("*.py")} - {"__init__.py"}

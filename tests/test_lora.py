@@ -11,6 +11,8 @@ from hf_detr import DetrForDetection
 from hf_detr.training import parameter_groups
 from hf_detr.training.lora import add_lora, merge_lora
 
+pytestmark = pytest.mark.xdist_group("lora")  # its fixtures are expensive: one worker runs them once
+
 pytest.importorskip("peft")
 RANK = 4
 KINDS = {

@@ -27,6 +27,8 @@ from hf_detr.prediction.pipeline import DetrDetectionPipeline
 from hf_detr.prediction.size_batches import read_size
 from hf_detr.runtime import PARTIAL, stop
 
+pytestmark = pytest.mark.xdist_group("predict")  # its fixtures are expensive: one worker runs them once
+
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 ONE = [sys.executable]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
