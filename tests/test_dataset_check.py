@@ -354,7 +354,11 @@ def test_every_planted_fault_is_found_at_its_record_and_nothing_else(planted, fo
 
 
 def test_every_kind_has_a_planted_fault():
-    assert set(KINDS) - {planted.code for planted in FAULTS.values()} == {"split-empty", "image-name-stale"}
+    assert set(KINDS) - {planted.code for planted in FAULTS.values()} == {
+        "split-empty",
+        "image-name-stale",
+        "annotation-unused",
+    }
 
 
 def test_faults_of_yolo_and_voc_files_are_found_too(clean_folder, contents, tmp_path):

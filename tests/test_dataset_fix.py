@@ -172,3 +172,28 @@ def test_saved_datasets_are_checked_and_fixed_too(clean_folder, tmp_path):  # no
     source = datasets.load_from_disk(str(tmp_path / "saved"))["train"]
     assert sum(len(row["objects"]["bbox"]) for row in rows) == sum(len(o["bbox"]) for o in source["objects"]) - 1
     assert np.array_equal(np.asarray(rows[3]["image"]), np.asarray(source[3]["image"]))
+
+
+def test_copies_are_removed_wherever_they_are(tmp_path):
+    """Image 0 is in all three splits, and twice in train with other boxes: only the one of test stays."""
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(0, 255, (6, 8, 3), dtype=np.uint8) for _ in range(5)]
+    contents = {"train": [0, 0, 1, 2], "val": [0, 3], "test": [0, 4]}
+    for split, numbers in contents.items():
+        (tmp_path / "data" / split).mkdir(parents=True)
+        images, annotations = [], []
+        for position, number in enumerate(numbers):
+            name = f"{position}.png"
+            shown = Image.fromarray(pixels[number]).resize((80, 60), Image.Resampling.NEAREST)
+            shown.save(tmp_path / "data" / split / name)
+            images.append({"id": position, "file_name": name, "width": 80, "height": 60})
+            bbox = [5 + 10 * position, 5, 20, 20]
+            annotations.append({"id": position, "image_id": position, "category_id": 1, "bbox": bbox})
+        content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "nut"}]}
+        (tmp_path / "data" / f"{split}.json").write_text(json.dumps(content))
+    result = check(tmp_path / "data")
+    assert result.counts()["image-leaked"] == 5
+    write_clean_copy(result, tmp_path / "out", progress=False)
+    again = check(tmp_path / "out")
+    assert again.errors == []
+    assert {name: len(split.images) for name, split in again.splits.items()} == {"train": 2, "val": 1, "test": 2}

@@ -7,12 +7,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from hf_detr.data import id2label, load_detection_dataset
+from hf_detr.data.schema import source_id
 from hf_detr.dataset_check import check_dataset
 from hf_detr.training import build_processor, load_data, parse_finetune_args
 
@@ -373,3 +375,174 @@ def test_finetune_takes_files_that_the_user_names(tmp_path, monkeypatch):
     assert build_processor(args).image_range == (0, 4095)
     with pytest.raises(SystemExit):
         parse_finetune_args(None, named[2:])
+
+
+# -- what a sceptical reader broke -------------------------------------------------------------------------------------
+
+
+def two_images(folder: Path, train: str, val: str) -> None:
+    """One image per split with different colours, so that it is known which was taken."""
+    image(folder / train, colour="white")
+    image(folder / val, colour="grey")
+
+
+def test_a_yaml_file_stands_for_all_of_its_splits(load, tmp_path):
+    two_images(tmp_path, "images/train/a.jpg", "images/val/b.jpg")
+    text = "train: images/train\nval: images/val\nnames: [bolt, nut]\n"
+    write(tmp_path, {"data.yaml": text, "labels/train/a.txt": LABELS, "labels/val/b.txt": LABELS, "train.json": "{}"})
+    for split, name in (("train", "a.jpg"), ("val", "b.jpg")):
+        assert load(tmp_path / "data.yaml", split, validation_fraction=0.5)["file_name"] == [name]
+    assert list(check_dataset(tmp_path / "data.yaml", progress=False).splits) == ["train", "val"]
+
+
+def test_a_split_that_a_yaml_file_leaves_empty_is_looked_for(load, tmp_path, warnings):
+    two_images(tmp_path / "d", "images/train/a.jpg", "images/val/b.jpg")
+    write(
+        tmp_path / "d", {"data.yaml": "train: images/train\nval:\nnames: [bolt, nut]\n", "labels/train/a.txt": LABELS}
+    )
+    assert load(tmp_path / "d", "val", validation_fraction=0.5)["file_name"] == ["b.jpg"]
+    assert "data.yaml names no val images" in warnings.text
+
+
+def test_an_image_in_another_folder_than_the_named_one_is_not_taken(load, tmp_path):
+    image(tmp_path / "d" / "images" / "cam2" / "1.jpg")
+    write(tmp_path / "d", {"train.json": coco("cam1/1.jpg")})
+    with pytest.raises(ValueError, match=r"image 1 \(cam1/1\.jpg\).*there is no such file"):
+        load(tmp_path / "d")
+
+
+def test_each_folder_has_its_own_class_list(load, tmp_path):
+    two_images(tmp_path / "d", "train/a.jpg", "val/b.jpg")
+    write(tmp_path / "d", {"train/classes.txt": "bolt\nnut\n", "val/classes.txt": "nut\nbolt\n"})
+    write(tmp_path / "d", {"train/a.txt": LABELS, "val/b.txt": "0 0.25 0.5 0.3 0.5\n1 0.6 0.25 0.2 0.25\n"})
+    assert scene(load(tmp_path / "d")) == scene(load(tmp_path / "d", "val")) == SCENE
+    image(tmp_path / "e" / "x" / "a.jpg")
+    image(tmp_path / "e" / "y" / "b.jpg")
+    write(
+        tmp_path / "e",
+        {"x/classes.txt": "bolt\nnut\n", "y/classes.txt": "nut\nbolt\n", "x/a.txt": LABELS, "y/b.txt": LABELS},
+    )
+    with pytest.raises(ValueError, match=r"The class lists .* differ"):
+        load(tmp_path / "e")
+
+
+XML = dict(SAMPLES["labelImg"])["a.xml"]
+
+
+def test_lists_of_voc_are_of_their_tree_and_lists_of_classes_are_not_splits(load, tmp_path):
+    for year in (2007, 2012):
+        for name in ("a", "b"):
+            image(tmp_path / f"VOC{year}" / "JPEGImages" / f"{name}.jpg", colour=str(["red", "blue"][year == 2012]))
+            write(tmp_path / f"VOC{year}", {f"Annotations/{name}.xml": XML.replace("nut", f"nut{year}")})
+        write(tmp_path / f"VOC{year}", {"ImageSets/Main/train.txt": "a\nb\n", "ImageSets/Main/nut_train.txt": "a 1\n"})
+    rows = load(tmp_path)
+    assert len(rows) == 4
+    assert list(id2label(rows).values()) == ["bolt", "nut2007", "nut2012"]
+    assert len(set(rows["image_id"])) == 4
+
+
+@pytest.mark.parametrize(
+    ("files", "unused"),
+    [
+        ({"instances_default.json": "c.jpg", "instances_Train.json": "a.jpg"}, "instances_default.json"),
+        ({"train.json": "a.jpg", "train_old.json": "c.jpg"}, "train_old.json"),
+        ({"train.json": "a.jpg", "dev.json": "c.jpg"}, "dev.json"),
+    ],
+)
+def test_annotation_files_that_are_not_used_are_reported(files, unused, load, tmp_path, warnings):
+    for name in ("a", "c"):
+        image(tmp_path / "d" / "images" / f"{name}.jpg", colour={"a": "white", "c": "grey"}[name])
+    write(tmp_path / "d", {name: coco(file_name) for name, file_name in files.items()})
+    assert load(tmp_path / "d")["file_name"] == ["a.jpg"]
+    assert "an annotation is not used (1 times)" in warnings.text
+    findings = check_dataset(tmp_path / "d", progress=False).findings
+    assert [finding.record for finding in findings if finding.code == "annotation-unused"] == [unused]
+
+
+def test_annotations_beside_the_folders_of_splits_are_reported(load, tmp_path):
+    for place in ("car", "bus", "train"):
+        image(tmp_path / "d" / place / f"{place}.jpg")
+        write(tmp_path / "d", {f"{place}/{place}.xml": XML})
+    assert load(tmp_path / "d")["file_name"] == ["train.jpg"]
+    findings = check_dataset(tmp_path / "d", progress=False).findings
+    unused = [Path(finding.record).name for finding in findings if finding.code == "annotation-unused"]
+    assert sorted(unused) == ["bus", "car"]
+
+
+def test_the_parts_of_an_imagefolder_are_one_split_and_folders_that_only_sound_like_one_are_none(load, tmp_path):
+    row = {"objects": {"bbox": [[10, 20, 30, 40]], "category": ["nut"]}}
+    for part in ("x", "y"):
+        image(tmp_path / "d" / "train" / part / f"{part}.jpg")
+        write(tmp_path / "d", {f"train/{part}/metadata.jsonl": json.dumps({"file_name": f"{part}.jpg"} | row)})
+    assert sorted(load(tmp_path / "d")["file_name"]) == ["x.jpg", "y.jpg"]
+    names = ["line1/a.jpg", "test_rig/b.jpg"]
+    for name in names:
+        image(tmp_path / "e" / name)
+    write(tmp_path / "e", {"metadata.jsonl": "\n".join(json.dumps({"file_name": name} | row) for name in names)})
+    assert load(tmp_path / "e")["file_name"] == names
+
+
+@pytest.mark.parametrize("kind", ["voc", "labelme"])
+def test_images_of_one_name_in_two_folders_are_two_images(kind, load, tmp_path):
+    text = XML if kind == "voc" else dict(SAMPLES["labelme"])["a.json"]
+    for number, place in enumerate(("cam1", "cam2")):
+        image(tmp_path / "d" / place / "a.jpg", colour=["white", "grey"][number])
+        write(tmp_path / "d", {f"{place}/a.{'xml' if kind == 'voc' else 'json'}": text})
+    rows = load(tmp_path / "d")
+    assert [source_id(row) for row in rows] == ["cam1/a", "cam2/a"]
+    assert [scene(rows, index) for index in range(2)] == [SCENE] * 2
+    assert {np.asarray(row["image"]).mean() for row in rows} == {255.0, 128.0}
+
+
+def test_labels_named_like_a_split_are_no_lists(load, tmp_path):
+    for number in range(3):
+        image(tmp_path / "d" / "images" / f"train_{number}.jpg")
+    write(tmp_path / "d", {"classes.txt": "bolt\nnut\n", "labels/train_0.txt": "", "labels/train_1.txt": LABELS})
+    write(tmp_path / "d", {"labels/train_2.txt": LABELS, "training notes.txt": "labelled by Ann\n"})
+    rows = load(tmp_path / "d")
+    assert [len(row["objects"]["bbox"]) for row in rows] == [0, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"a.jpg.aux.xml": "<PAMDataset/>"},
+        {"settings.json": "{ // comment\n}"},
+        {"train_log.json": '{"step": 1}\n{"step": 2}\n'},
+        {"meta.yaml": "{% set x = 1 %}"},
+        {"weights.data": "\0\x80\xff"},
+        {"state.json": "{}"},
+        {"annotations/image_info_test2017.json": '{"images": [], "categories": []}'},
+    ],
+    ids=lambda files: next(iter(files)),
+)
+@pytest.mark.parametrize("kind", ["COCO", "YOLO", "VOC", "labelme"])
+def test_files_of_other_programs_change_nothing(kind, files, load, tmp_path):
+    sample = {
+        "COCO": {"train.json": coco("a.jpg")},
+        "YOLO": {"data.yaml": "train: .\nnames: [bolt, nut]\n", "a.txt": LABELS},
+        "VOC": {"a.xml": XML},
+        "labelme": {"a.json": dict(SAMPLES["labelme"])["a.json"]},
+    }[kind]
+    image(tmp_path / "d" / "a.jpg")
+    write(tmp_path / "d", sample)
+    for name, text in files.items():
+        write(tmp_path / "d", {name: ""})
+        (tmp_path / "d" / name).write_bytes(text.encode("latin1"))
+    pq.write_table(pa.table({"annotations": [1], "images": [2]}), tmp_path / "d" / "stats.parquet")
+    assert scene(load(tmp_path / "d")) == SCENE
+    assert check_dataset(tmp_path / "d", progress=False).errors == []
+    with pytest.raises(FileNotFoundError, match='No split "val"'):
+        load(tmp_path / "d", "val")
+
+
+def test_shapes_without_a_box_are_skipped_and_counted(load, tmp_path):
+    content = json.loads(dict(SAMPLES["labelme"])["a.json"])
+    content["shapes"] += [
+        {"label": "nut", "points": [[5, 5]], "shape_type": "point"},
+        {"label": "nut", "points": [[5, 5], [50, 40]], "shape_type": "line"},
+    ]
+    image(tmp_path / "d" / "a.jpg")
+    write(tmp_path / "d", {"a.json": json.dumps(content)})
+    assert scene(load(tmp_path / "d")) == SCENE
+    assert check_dataset(tmp_path / "d", progress=False).counts() == {"annotation-unused": 2}

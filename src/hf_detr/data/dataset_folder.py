@@ -10,9 +10,11 @@ from functools import cached_property
 from pathlib import Path
 
 from .image_files import IMAGE_SUFFIXES, is_litter, walk_files
-from .split_names import split_of
+from .split_names import split_of, split_of_folder
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".rar", ".7z")
+GENERAL_FOLDERS = ("jpegimages", "images", "image", "imgs", "img", "data", "upload", "pictures", "photos")
+DESCRIPTIONS = (".yaml", ".yml", ".data")
 ANNOTATION_FOLDERS = ("annotations", "annotation", "labels")  # images are beside these folders, and not inside
 INSIGNIFICANT = (".md", ".txt", ".zip", ".html", "")  # suffixes of files beside the one folder that holds the dataset
 
@@ -28,6 +30,7 @@ class DatasetFolder:
 
     Attributes:
         path: the folder that is searched, for images also where annotation files were named.
+        description: a YOLO `.yaml` or `.data` file that was named: it stands for all of its splits.
 
     Raises:
         FileNotFoundError: one of the paths does not exist.
@@ -38,6 +41,7 @@ class DatasetFolder:
         self, path: str | Path, files: Mapping[str, str | Path] | None = None, images: str | Path | None = None
     ) -> None:
         given = Path(path)
+        self.description: Path | None = None
         self.files_given = {split: Path(file) for split, file in (files or {}).items()}
         self.images_given = None if images is None else Path(images)
         for place in (given, *self.files_given.values(), self.images_given):
@@ -46,7 +50,10 @@ class DatasetFolder:
         if given.is_file():
             if given.suffix.lower() in ARCHIVES:
                 raise ValueError(f"{given} is an archive. Unpack it, and name the folder.")
-            self.files_given.setdefault("train", given)
+            if given.suffix.lower() in DESCRIPTIONS:
+                self.description = given
+            else:
+                self.files_given.setdefault("train", given)
             beside = given.parent
             self.path = beside.parent if beside.name.lower() in ANNOTATION_FOLDERS else beside
         else:
@@ -90,7 +97,8 @@ class DatasetFolder:
         """The image file that annotations of a split call `name`: a path in one of the folders `near`, or else the one
         image whose path ends most like `name`. Slashes are unified, the server of a URL and the letter of a drive are
         dropped, and case, the form of accents and, where `name` has none, the suffix do not matter. An image in the
-        folder of another split is taken only if `name` has that folder.
+        folder of another split is taken only if `name` has that folder; and where `name` has a folder, one in another
+        folder is taken only if that says nothing, as `images` does.
 
         Returns:
             None if there is no such image, or several that fit equally well.
@@ -112,7 +120,14 @@ class DatasetFolder:
                 best, longest = [path], length
             elif length == longest and length:
                 best.append(path)
-        return best[0] if len(best) == 1 else None
+        if len(best) != 1 or (longest == 1 < len(wanted) and not self._says_nothing(best[0].parent)):
+            return None
+        return best[0]
+
+    def _says_nothing(self, place: Path) -> bool:
+        """Whether a folder of images tells nothing about them that could contradict the folder in a name."""
+        is_root = place in (self.path, self.images_given)
+        return is_root or place.name.lower() in GENERAL_FOLDERS or split_of_folder(place.name) is not None
 
     def find_stem(self, stem: str, split: str, near: Sequence[Path]) -> Path | None:
         """The image with this name without its suffix: in one of the folders `near`, or else the only one."""
@@ -164,7 +179,7 @@ class DatasetFolder:
         length = 1
         while length < min(len(own), len(wanted)) and _key(own[-1 - length]) == wanted[-1 - length]:
             length += 1
-        splits = {split_of(part) for part in own[:-length]} - {None}
+        splits = {split_of_folder(part) for part in own[:-length]} - {None}
         return 0 if split_of(split) and splits and split not in splits else length
 
 

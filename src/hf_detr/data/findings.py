@@ -83,6 +83,11 @@ KINDS: dict[str, Kind] = {
             "If they are ordinary objects, as in some exports of masks, load them with crowds_as_objects=True "
             "(--crowds_as_objects).",
         ),
+        "annotation-unused": (
+            "warning",
+            "an annotation is not used",
+            "If it should be, name its file with --train or --val, or correct it.",
+        ),
         "box-partly-outside": ("warning", "a box extends beyond its image", "It is clipped in training."),
         "annotation-id-duplicate": ("warning", "two annotations have the same id", "Ids should be unique."),
         "area-wrong": (

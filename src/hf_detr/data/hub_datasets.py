@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Image, IterableDataset
 
 from ..model.image_io import ImageHeader, read_image_header
@@ -24,10 +25,26 @@ from .split_source import Progress
 
 def is_hub_format(folder: Path) -> bool:
     """Whether a folder was saved by `save_to_disk` or holds Parquet files as on the Hub."""
-    if any((folder / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
+    if _is_saved(folder):
         return True
     files = [file for place in (folder, folder / "data") for file in place.glob("*.parquet")]
-    return any(file.name.lower() not in METADATA and not is_litter(file.name) for file in files)
+    return any(
+        "image" in _columns(file) for file in files if file.name.lower() not in METADATA and not is_litter(file.name)
+    )
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    is_dataset = all((folder / name).is_file() for name in ("state.json", "dataset_info.json"))
+    return is_dataset or (folder / "dataset_dict.json").is_file()
+
+
+def _columns(file: Path) -> list[str]:
+    try:
+        names: list[str] = pq.read_schema(file).names
+    except (OSError, ValueError):
+        return []
+    return names
 
 
 class RowsSource:
@@ -93,7 +110,7 @@ def open_rows(path: str, cache_dir: str | Path | None, *, streaming: bool, **kwa
     folder = Path(path)
     if not folder.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         raise FileNotFoundError(f"{path} does not exist.")
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+    if _is_saved(folder):
         loaded = datasets.load_from_disk(path)
         loaded = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
         return {name: rows.to_iterable_dataset() for name, rows in loaded.items()} if streaming else loaded

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ THUMBNAIL_SIDE = 16  # pixels
 MAX_HASH_DISTANCE = 3  # of the 64 bits of the perceptual hash
 MAX_MEAN_DIFFERENCE = 2.0  # between two thumbnails, of 255
 MAX_PIXEL_DIFFERENCE = 16.0  # in any thumbnail pixel: tells apart images of a static camera with a moving object
+MAX_COMPARED = 64  # images of one part of the hash, with which an image is compared
 MAX_BLANK_RANGE = 6.0  # between the darkest and the brightest thumbnail pixel of an image that shows nothing
 MIN_RANGE = 32  # of 255, that an image with wider values than 8 bits should use
 
@@ -44,7 +46,7 @@ class Appearance:
     thumbnail: bytes = b""
     is_dim: bool = False
 
-    @property
+    @cached_property
     def pixels(self) -> np.ndarray:
         """The thumbnail as float32 (16, 16, 3)."""
         flat = np.frombuffer(self.thumbnail, dtype=np.uint8).astype(np.float32)
@@ -151,7 +153,8 @@ class SimilarImages:
     """Images that were added, and those among them that look like another one.
 
     Hashes that differ in at most 3 bits have at least one of their four 16-bit parts in common, so only images that
-    share a part are compared.
+    share a part are compared, and of those the `MAX_COMPARED` that were added last: a fixed camera takes thousands of
+    images with one hash.
 
     Args:
         tolerance: see [`look_the_same`].
@@ -162,10 +165,10 @@ class SimilarImages:
         self._by_part: dict[tuple[int, int], list[tuple[Any, Appearance]]] = {}
 
     def find(self, appearance: Appearance) -> Iterator[Any]:
-        """The keys of the images that look the same, in the order in which they were added, each once."""
+        """The keys of the images that look the same, each once."""
         seen: set[int] = set()
         for key in self._parts(appearance):
-            for entry in self._by_part.get(key, ()):
+            for entry in self._by_part.get(key, [])[-MAX_COMPARED:]:
                 if id(entry) not in seen:
                     seen.add(id(entry))
                     if look_the_same(appearance, entry[1], self.tolerance):

@@ -89,7 +89,8 @@ def clean(result: CheckResult) -> CleanResult:
     """The splits without unusable records.
 
     Removed: images that cannot be read, or whose id or recorded size is ambiguous, so that their boxes cannot be
-    trusted; duplicates of an image with the same boxes; training images that are also in validation; invalid boxes;
+    trusted; duplicates of an image with the same boxes; training images that are also in validation or test, and
+    validation images that are also in test; invalid boxes;
     boxes of classes that the training split does not have.
     Corrected: boxes of images that were resized (scaled) or recorded before their EXIF orientation (turned), boxes
     beyond the image (clipped), boxes stored as corners or relative values, objects that are all marked as crowds,
@@ -105,7 +106,7 @@ def clean(result: CheckResult) -> CleanResult:
         else:
             split_codes.setdefault(finding.split, set()).add(finding.code)
     duplicates = {id(finding.image) for finding in result.findings if _is_redundant(finding)}
-    leaked = {id(finding.other_image) for finding in result.findings if finding.code == "image-leaked"}
+    leaked = _leaked_images(result)
     splits = {}
     for name, split in result.splits.items():
         stored_as = split_codes.get(name, set()) & {"box-xyxy", "box-relative"}
@@ -118,7 +119,7 @@ def clean(result: CheckResult) -> CleanResult:
                 reasons = reasons | {"image-duplicate"}
             if image.source_id in split.ambiguous_ids:
                 reasons = reasons | {"image-id-duplicate"}
-            if name == "train" and id(image) in leaked:
+            if id(image) in leaked:
                 reasons = reasons | {"image-leaked"}
             kept: ImageRecord | None = image
             if not reasons and stored_as:
@@ -141,6 +142,18 @@ def clean(result: CheckResult) -> CleanResult:
         splits[name] = with_unique_ids(_without_errors(cleaned, handled))
     splits = with_common_categories(without_unlearnable_classes(splits, handled))
     return CleanResult(splits, handled, list(_describe_losses(result.splits, splits)))
+
+
+def _leaked_images(result: CheckResult) -> set[int]:
+    """`id()` of the images that are also in a split which is measured with, or in a later one of those."""
+    split_of = {id(image): name for name, split in result.splits.items() for image in split.images}
+    order = list(result.splits)
+    found = set()
+    for finding in result.findings:
+        if finding.code == "image-leaked" and finding.image is not None and finding.other_image is not None:
+            pair = sorted((finding.image, finding.other_image), key=lambda image: order.index(split_of[id(image)]))
+            found.add(id(pair[0]))
+    return found
 
 
 def _is_redundant(finding: Finding) -> bool:

@@ -1,7 +1,6 @@
 """Images that occur twice, within a split or in two."""
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +11,6 @@ from ..data.records import AnnotatedSplit, ImageRecord
 from ..data.similarity import Appearance, SimilarImages
 
 BOX_TOLERANCE = 0.02  # of the image, between the boxes of two copies
-MAX_COMPARED = 64  # images that look the same, with which an image is compared: a fixed camera takes thousands
 
 
 class Entry(NamedTuple):
@@ -30,29 +28,27 @@ def find_duplicates(splits: dict[str, AnnotatedSplit], looks: dict[str, list[App
     that only looks the same, as the images of a fixed camera do and those that show nothing, is "similar".
     """
     similar = SimilarImages()
-    by_content: dict[bytes, Entry] = {}
+    by_content: dict[bytes, list[Entry]] = {}
     for name, split in splits.items():
         for image, look in zip(split.images, looks[name], strict=True):
             if look.problem is not None:
                 continue
-            same = list(islice(similar.find(look), MAX_COMPARED))
-            if look.content in by_content:
-                same.insert(0, by_content[look.content])
+            same = list(similar.find(look))
+            same = [*by_content.get(look.content, ()), *same]
             in_split = [entry for entry in same if entry.split == name and entry.image.path != image.path]
             elsewhere = [entry for entry in same if entry.split != name]
             leaked = [entry for entry in elsewhere if _is_copy(image, look, entry)]
             for code, entries in (
-                ("image-duplicate", in_split),
-                ("image-leaked", leaked),
-                ("image-similar", [] if leaked else elsewhere),
+                ("image-duplicate", in_split[:1]),
+                ("image-leaked", list({id(entry): entry for entry in leaked}.values())),
+                ("image-similar", [] if leaked else elsewhere[:1]),
             ):
-                if entries:
-                    other = entries[0]
+                for other in entries:
                     verb = "looks like" if code == "image-similar" else "is the same as"
                     message = f"{verb} {other.image.record} of {other.split}"
                     yield Finding(code, name, str(split.file), image.record, message, image, other_image=other.image)
             entry = Entry(name, image, look)
-            by_content.setdefault(look.content, entry)
+            by_content.setdefault(look.content, []).append(entry)
             similar.add(entry, look)
 
 

@@ -16,7 +16,8 @@ FORMATS = (COCO, YOLO, PASCAL_VOC, IMAGEFOLDER, LABELME, VIA)  # in the order in
 
 
 def find_annotations(folder: DatasetFolder, split: str) -> AnnotatedSplit | None:
-    """One split of an annotated folder: the file that was given for it, or else what the first of `FORMATS` finds.
+    """One split of an annotated folder: the file that was given for it, or else what the first of `FORMATS` finds. A
+    YOLO description that was named is the only one that is searched.
 
     Args:
         split: "train", "val" (found as "valid" and "validation", too), "test" or any other name.
@@ -37,7 +38,7 @@ def find_annotations(folder: DatasetFolder, split: str) -> AnnotatedSplit | None
         raise ValueError(f"{file} is of none of the formats that can be read: {names}.")
     if not folder.is_searched:
         return None
-    for annotation_format in FORMATS:
+    for annotation_format in FORMATS if folder.description is None else (YOLO,):
         found = annotation_format.find(folder, split)
         if found is not None:
             return found

@@ -16,8 +16,14 @@ KEYS = {"images", "annotations", "categories"}
 def find_coco(folder: DatasetFolder, split: str) -> AnnotatedSplit | None:
     """The COCO file that is named after the split, or lies in a folder that is. The only COCO file of a folder,
     whatever its name, is the split "train"."""
-    found = find_json(folder, split, is_coco, "COCO", refused=_missing_keys)
-    return None if found is None else read_coco(folder, found[0], split, found[1])
+    # the files of COCO's test images have no annotations
+    refused = _missing_keys if split != "test" else lambda content: None
+    found = find_json(folder, split, is_coco, "COCO", keys=tuple(sorted(KEYS)), refused=refused)
+    if found is None:
+        return None
+    result = read_coco(folder, found.file, split, found.content)
+    result.orphans += [("annotation-unused", path.name, f"{found.file.name} is read") for path in found.unused]
+    return result
 
 
 def read_coco_file(folder: DatasetFolder, file: Path, split: str) -> AnnotatedSplit | None:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from ...model.annotations import canonical_id, is_ignored
 from ..dataset_folder import DatasetFolder, path_parts
 from ..records import AnnotatedSplit, AnnotationFormat, BoxRecord, ImageRecord, Orphan
-from ..split_names import name_rank, split_of
+from ..split_names import name_rank, split_of, split_of_folder
 from .parsing import box_of_segmentation, read_text, recorded_size
 
 METADATA = ("metadata.jsonl", "metadata.parquet")
@@ -40,11 +40,12 @@ def find_imagefolder(folder: DatasetFolder, split: str) -> AnnotatedSplit | None
         if ranks:
             ranked.append((min(ranks), file))
     if ranked:
-        return read_imagefolder(folder, min(ranked)[1], split)
+        best = min(ranked)[0]
+        return read_imagefolder(folder, [file for rank, file in sorted(ranked) if rank == best], split)
     for file in files:
         if any(split_of(part) for part in _folders_of(folder, file)):
             continue
-        found = read_imagefolder(folder, file, split)
+        found = read_imagefolder(folder, [file], split)
         splits = {id(image): _split_of_row(image.file_name) for image in found.images}
         own = [image for image in found.images if (splits[id(image)] or "train") == split]
         if own or split == "train":
@@ -57,7 +58,7 @@ def read_imagefolder_file(folder: DatasetFolder, file: Path, split: str) -> Anno
     """Metadata that the user named, or the folder with it."""
     inside = [file / name for name in METADATA if (file / name).is_file()] if file.is_dir() else []
     if file.suffix.lower() in (".jsonl", ".parquet") or inside:
-        return read_imagefolder(folder, inside[0] if inside else file, split)
+        return read_imagefolder(folder, [inside[0] if inside else file], split)
     return None
 
 
@@ -66,16 +67,18 @@ def _folders_of(folder: DatasetFolder, file: Path) -> tuple[str, ...]:
 
 
 def _split_of_row(file_name: str) -> str | None:
-    return next((split for part in path_parts(file_name)[:-1] if (split := split_of(part))), None)
+    folders = path_parts(file_name)[:-1]
+    return split_of_folder(folders[0]) if folders else None
 
 
-def read_imagefolder(folder: DatasetFolder, file: Path, split: str) -> AnnotatedSplit:
+def read_imagefolder(folder: DatasetFolder, files: list[Path], split: str) -> AnnotatedSplit:
     """`metadata.jsonl` or `metadata.parquet` of a Hugging Face imagefolder: `file_name` and `objects` per row, with
     `bbox` and `category` (names or class ids, see `FIELD_NAMES`), as lists or as a list of dicts; `image_id`, `id`,
-    `area` and `iscrowd` are optional."""
+    `area` and `iscrowd` are optional. Several files are the parts of one split."""
     orphans: list[Orphan] = []
     images: list[ImageRecord] = []
-    for index, (described, row) in enumerate(_rows(file, orphans)):
+    rows = [(file, *row) for file in files for row in _rows(file, orphans)]
+    for index, (file, described, row) in enumerate(rows):
         name = str(row.get("file_name") or "")
         if not name:
             orphans.append(("image-record-incomplete", described, "needs a file_name"))
@@ -91,7 +94,7 @@ def read_imagefolder(folder: DatasetFolder, file: Path, split: str) -> Annotated
             continue
         images.append(image)
     names, category_ids, has_names = number_categories(images)
-    split_ = AnnotatedSplit("imagefolder", split, file, names, category_ids, images, file.parent, orphans)
+    split_ = AnnotatedSplit("imagefolder", split, files[0], names, category_ids, images, files[0].parent, orphans)
     split_.has_names = has_names
     return split_
 

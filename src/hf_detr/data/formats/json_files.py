@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers.utils import logging
 
@@ -16,21 +16,34 @@ logger = logging.get_logger(__name__)
 MAX_UNNAMED = 20  # JSON files beside each other that no split is named after; more are one per image, as of labelme
 
 
+SNIFFED = 1 << 16  # bytes at both ends of a file that show whether it may be of a format
+
+
+class JsonFile(NamedTuple):
+    """The file of a split, its content, and files of the format that are no split's and therefore not read."""
+
+    file: Path
+    content: Any
+    unused: list[Path]
+
+
 def find_json(
     folder: DatasetFolder,
     split: str,
     accepts: Callable[[Any], bool],
     name: str,
     *,
+    keys: tuple[str, ...],
     refused: Callable[[Any], str | None] = lambda content: None,
-) -> tuple[Path, Any] | None:
+) -> JsonFile | None:
     """The JSON file of a split and its content: the one that is named after the split, or lies in a folder that is.
-    The only file of the format in a folder, whatever its name, is the split "train". Where several fit equally well,
-    the last one by name is taken, which has the latest year, with a warning.
+    The only file of the format in a folder, whatever its name, is the split "train". Of names that differ in digits
+    only, the last one is taken, which has the latest year, with a warning.
 
     Args:
         accepts: whether the content is of the format.
         name: of the format, for messages.
+        keys: that most files of the format have; others are not reported as unused.
         refused: why the content of a file that is named after the split is not of the format, if it looks like it.
 
     Raises:
@@ -43,29 +56,60 @@ def find_json(
     for rank, file in candidates:
         if (fitting and rank != fitting[0][0]) or (rank[0] and beside[file.parent] > MAX_UNNAMED):
             continue
-        content = read_json(file)
+        is_exact = not rank[0] and rank[1][0] == 0
+        try:
+            content = read_json(file)
+        except ValueError:
+            if is_exact:
+                raise
+            continue  # a log or settings, with comments or one record per line
         if accepts(content):
             fitting.append((rank, file, content))
-        elif wrong is None and not rank[0] and (problem := refused(content)) is not None:
+        elif wrong is None and is_exact and (problem := refused(content)) is not None:
             wrong = file, problem
     if len(fitting) > 1:
         listed = ", ".join(file.name for _, file, _ in fitting)
         logger.warning(f"{folder.path}: {listed} fit the split {split}; the last is taken. --{split} FILE chooses.")
     if fitting:
-        return fitting[-1][1:]
+        _, file, content = fitting[-1]
+        known = [path for _, path, _ in fitting]
+        return JsonFile(file, content, _unused(folder, known, keys) if split == "train" else [])
     if wrong is not None:
         raise ValueError(f"{wrong[0]} {wrong[1]}.")
     if split != "train":
         return None
     unnamed = [file for file in folder.of_type(".json") if split_of(file.stem) is None]
-    found = [(file, content) for file in unnamed[:MAX_UNNAMED] if accepts(content := read_json(file))]
+    found = [(file, content) for file in unnamed[:MAX_UNNAMED] if accepts(content := _content(file))]
     if len(found) > 1:
         names = ", ".join(str(file.relative_to(folder.path)) for file, _ in found[:4])
         raise ValueError(
             f"{folder.path} has several {name} files, and none is named after a split: {names}. Rename them, for "
             "example to train.json and val.json, or name them with --train FILE --val FILE."
         )
-    return found[0] if found else None
+    return JsonFile(*found[0], []) if found else None
+
+
+def _content(file: Path) -> Any:
+    try:
+        return read_json(file)
+    except ValueError:
+        return None
+
+
+def _unused(folder: DatasetFolder, taken: list[Path], keys: tuple[str, ...]) -> list[Path]:
+    """Files beside the one that was taken which look like files of the format, and belong to no split, or to the
+    training split as well."""
+    beside = [path for path in folder.of_type(".json") if path.parent == taken[0].parent and path not in taken]
+    candidates = [path for path in beside if split_of(path.stem) in (None, "train")]
+    return [path for path in candidates[:MAX_UNNAMED] if _looks_like(path, keys)]
+
+
+def _looks_like(file: Path, keys: tuple[str, ...]) -> bool:
+    with open(file, "rb") as opened:
+        start = opened.read(SNIFFED)
+        opened.seek(max(0, file.stat().st_size - SNIFFED))
+        text = start + opened.read()
+    return sum(f'"{key}"'.encode() in text for key in keys) >= 2
 
 
 def _rank(folder: DatasetFolder, file: Path, split: str) -> tuple[Any, ...] | None:
@@ -74,11 +118,11 @@ def _rank(folder: DatasetFolder, file: Path, split: str) -> tuple[Any, ...] | No
     by_name = name_rank(file.stem, split)
     if by_name is not None:
         depth = len(file.relative_to(folder.path).parts)
-        return False, "instances" not in file.stem.lower(), by_name, depth
+        return False, by_name, "instances" not in file.stem.lower(), depth
     if split_of(file.stem) is not None:
         return None
     for depth, part in enumerate(reversed(file.relative_to(folder.path).parts[:-1])):
         by_folder = name_rank(part, split)
         if by_folder is not None:
-            return True, "annotations" not in file.stem.lower(), by_folder, depth
+            return True, by_folder, "annotations" not in file.stem.lower(), depth
     return None

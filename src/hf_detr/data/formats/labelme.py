@@ -8,9 +8,11 @@ from ...model.annotations import canonical_id
 from ..dataset_folder import DatasetFolder
 from ..image_files import walk_files
 from ..records import AnnotatedSplit, AnnotationFormat, BoxRecord, ImageRecord, Orphan
-from .parsing import box_of_points, image_places, read_json, recorded_size
+from ..split_names import split_of
+from .parsing import box_of_points, image_places, read_json, recorded_size, relative_ids
 from .per_image import files_of_split, match_image
 
+SHAPES_WITHOUT_BOX = ("point", "points", "line", "linestrip")
 PROBED_FILES = 3  # of a folder, which show whether its JSON files are labelme's
 
 
@@ -20,8 +22,12 @@ def find_labelme(folder: DatasetFolder, split: str) -> AnnotatedSplit | None:
     by_folder = {file.parent: file for file in files}
     if not any(_is_labelme(file) for file in [*files[:PROBED_FILES], *by_folder.values()]):
         return None
-    own = files_of_split(folder, files, split)
-    return _read_labelme(folder, own, split) if own else None
+    own, unused = files_of_split(folder, [file for file in files if split_of(file.stem) is None], split)
+    if not own:
+        return None
+    result = _read_labelme(folder, own, split)
+    result.orphans += unused
+    return result
 
 
 def read_labelme_files(folder: DatasetFolder, file: Path, split: str) -> AnnotatedSplit | None:
@@ -46,7 +52,8 @@ def _read_labelme(folder: DatasetFolder, files: list[Path], split: str) -> Annot
         try:
             content = read_json(file)
         except ValueError as error:
-            orphans.append(("annotation-unreadable", file.name, str(error)))
+            is_of_image = file.stem.casefold() in folder.image_stems
+            orphans.append(("annotation-unreadable" if is_of_image else "annotation-unused", file.name, str(error)))
             continue
         if isinstance(content, dict) and isinstance(content.get("shapes"), list):
             contents.append((file, content))
@@ -56,15 +63,20 @@ def _read_labelme(folder: DatasetFolder, files: list[Path], split: str) -> Annot
     stems = {file.stem for file, _ in contents}
     images: list[ImageRecord] = []
     number = 0
-    for file, content in contents:
+    ids = relative_ids([file for file, _ in contents])
+    for image_id, (file, content) in zip(ids, contents, strict=True):
         places = image_places(folder, file.parent, *dict.fromkeys((split, file.parent.name)))
         path, problem = match_image(folder, file, str(content.get("imagePath") or ""), split, places, stems)
         size = recorded_size(content.get("imageWidth"), content.get("imageHeight"))
-        image = ImageRecord(path, path.name, file.stem, f"image {path.name} ({file.name})", size)
+        image = ImageRecord(path, path.name, image_id, f"image {path.name} ({image_id}.json)", size)
         if problem:
             orphans.append(("image-name-stale", image.record, problem))
         for position, shape in enumerate(content["shapes"], start=1):
             number += 1
+            kind = shape.get("shape_type") if isinstance(shape, dict) else None
+            if kind in SHAPES_WITHOUT_BOX:
+                orphans.append(("annotation-unused", f"{file.name} shape {position}", f"a {kind} has no box"))
+                continue
             image.boxes.append(_box(shape, f"{file.name} shape {position}", number, class_ids))
         images.append(image)
     place = files[0].parent

@@ -1,6 +1,7 @@
 """What the readers of all formats have in common."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +72,17 @@ def locate_images(folder: DatasetFolder, names: Sequence[str], split: str, place
     likely = [*(place for place in places if place in folder.image_folders), *places]
     expected = parents.most_common(1)[0][0] if parents else next(iter(likely), folder.path)
     return [path or expected / "/".join(path_parts(name)) for path, name in zip(found, names, strict=True)]
+
+
+def relative_ids(paths: Sequence[Path]) -> list[str]:
+    """An id per file: its path without suffix, relative to the folder that all are in; with the suffix where that is
+    not unique."""
+    if not paths:
+        return []
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    names = [Path(os.path.relpath(path, common)).as_posix() for path in paths]
+    stems = Counter(os.path.splitext(name)[0] for name in names)
+    return [stem if stems[stem := os.path.splitext(name)[0]] == 1 else name for name in names]
 
 
 def box_of_points(points: Any) -> list[float]:

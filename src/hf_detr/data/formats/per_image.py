@@ -1,9 +1,11 @@
 """Formats with one annotation file per image: which files are a split's, and which image a file is about."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..dataset_folder import DatasetFolder, path_parts
+from ..records import Orphan
 from ..split_names import name_rank, split_of
 
 
@@ -40,11 +42,22 @@ def _missing(places: Sequence[Path], file: Path, parts: list[str]) -> Path:
     return (list(places) or [file.parent])[0] / f"{file.stem}{suffix or '.jpg'}"
 
 
-def files_of_split(folder: DatasetFolder, files: Sequence[Path], split: str) -> list[Path]:
+def files_of_split(folder: DatasetFolder, files: Sequence[Path], split: str) -> tuple[list[Path], list[Orphan]]:
     """The annotation files that are in a folder named after the split. If no folder is named after a split, all files
-    are the split "train"."""
+    are the split "train".
+
+    Returns:
+        the files, and, for "train", a record of each folder beside those of splits whose files are not used.
+    """
     parts = {file: file.relative_to(folder.path).parts[:-1] for file in files}
     named = [file for file, names in parts.items() if any(name_rank(name, split) is not None for name in names)]
-    if named or split != "train":
-        return sorted(named)
-    return [] if any(split_of(name) for names in parts.values() for name in names) else sorted(files)
+    others = [file for file, names in parts.items() if not any(split_of(name) for name in names)]
+    if split != "train":
+        return sorted(named), []
+    if len(others) == len(files):
+        return sorted(files), []
+    unused = Counter(str(file.parent) for file in others)
+    return sorted(named), [
+        ("annotation-unused", place, f"{count} files are in no folder of a split, as others are")
+        for place, count in unused.items()
+    ]

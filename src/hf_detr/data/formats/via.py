@@ -15,8 +15,13 @@ CLASS_ATTRIBUTES = ("label", "class", "name", "category", "type", "object", "cla
 
 def find_via(folder: DatasetFolder, split: str) -> AnnotatedSplit | None:
     """A file that is named after the split, or lies in a folder that is; the only one is the split "train"."""
-    found = find_json(folder, split, lambda content: _entries(content) is not None, "VIA")
-    return None if found is None else _read_via(folder, found[0], split, found[1])
+    keys = ("regions", "shape_attributes", "region_attributes")
+    found = find_json(folder, split, lambda content: _entries(content) is not None, "VIA", keys=keys)
+    if found is None:
+        return None
+    result = _read_via(folder, found.file, split, found.content)
+    result.orphans += [("annotation-unused", path.name, f"{found.file.name} is read") for path in found.unused]
+    return result
 
 
 def read_via_file(folder: DatasetFolder, file: Path, split: str) -> AnnotatedSplit | None:
@@ -55,6 +60,9 @@ def _read_via(folder: DatasetFolder, file: Path, split: str, content: Any) -> An
         image = ImageRecord(path, name, index, f"image {name}")
         for position, region in enumerate(regions, start=1):
             number += 1
+            if (shape := _shape_without_box(region)) is not None:
+                orphans.append(("annotation-unused", f"{image.record}, region {position}", f"a {shape} has no box"))
+                continue
             image.boxes.append(_box(region, f"region {position}", number, attribute, class_ids))
         images.append(image)
     image_folder = images[0].path.parent if images else file.parent
@@ -96,6 +104,12 @@ def _name(region: Any, attribute: str) -> str | None:
     return str(value).strip() or None if value is not None else None
 
 
+def _shape_without_box(region: Any) -> str | None:
+    shape = region.get("shape_attributes") if isinstance(region, dict) else None
+    kind = shape.get("name") if isinstance(shape, dict) else None
+    return kind if kind in ("point", "polyline") else None
+
+
 def _box(region: Any, record: str, number: int, attribute: str, class_ids: dict[str, int]) -> BoxRecord:
     name = _name(region, attribute)
     shape = region.get("shape_attributes") if isinstance(region, dict) else None
@@ -117,7 +131,7 @@ def _box_of_shape(shape: Mapping[str, Any]) -> list[float]:
     kind = shape.get("name")
     if kind == "rect":
         return [float(shape[key]) for key in ("x", "y", "width", "height")]
-    if kind in ("polygon", "polyline"):
+    if kind == "polygon":
         return box_of_points(list(zip(shape["all_points_x"], shape["all_points_y"], strict=True)))
     if kind in ("circle", "ellipse"):
         x, y = float(shape["cx"]), float(shape["cy"])

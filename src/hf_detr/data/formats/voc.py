@@ -1,32 +1,43 @@
 """Reading Pascal VOC XML, as labelImg, CVAT, Roboflow and FiftyOne write it."""
 
+import os
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from ...model.annotations import read_flag
-from ..dataset_folder import DatasetFolder
+from ..dataset_folder import DatasetFolder, path_parts
 from ..image_files import walk_files
 from ..records import AnnotatedSplit, AnnotationFormat, BoxRecord, ImageRecord, Orphan
 from ..split_names import name_rank, split_of
-from .parsing import image_places, read_text, recorded_size
+from .parsing import image_places, read_text, recorded_size, relative_ids
 from .per_image import files_of_split, match_image
 
 
 def find_voc(folder: DatasetFolder, split: str) -> AnnotatedSplit | None:
     """XML files that `ImageSets/Main/SPLIT.txt` lists, or that are in a folder named after the split; without lists and
     such folders, all XML files are the split "train"."""
-    files = folder.of_type(".xml", depth=9)
+    files = _xml_files(folder)
     if not files:
         return None
     lists = [file for file in folder.of_type(".txt") if _in_image_sets(file)]
-    by_rank = sorted((rank, file) for file in lists if (rank := name_rank(file.stem, split)) is not None)
-    if by_rank:
-        files = _listed_files(by_rank[0][1], files)
-    elif any(split_of(file.stem) for file in lists):
+    ranked = sorted((rank, file) for file in lists if (rank := name_rank(file.stem, split)) is not None)
+    if not ranked and any(split_of(file.stem) for file in lists):
         return None
+    unused: list[Orphan] = []
+    if ranked:
+        best = [file for rank, file in ranked if rank == ranked[0][0]]
+        files = [found for file in best for found in _listed_files(file, files)]
     else:
-        files = files_of_split(folder, files, split)
-    return read_voc(folder, files, split) if files else None
+        files, unused = files_of_split(folder, files, split)
+    result = read_voc(folder, files, split) if files else None
+    if result is not None:
+        result.orphans += unused
+    return result
+
+
+def _xml_files(folder: DatasetFolder) -> list[Path]:
+    """All XML files but the sidecars of GDAL."""
+    return [file for file in folder.of_type(".xml", depth=9) if not file.name.lower().endswith(".aux.xml")]
 
 
 def _in_image_sets(file: Path) -> bool:
@@ -37,7 +48,7 @@ def read_voc_files(folder: DatasetFolder, file: Path, split: str) -> AnnotatedSp
     """A folder of XML files that the user named, or a list of their names beside `Annotations/`."""
     if file.is_dir():
         files = sorted(path for path in walk_files(file) if path.suffix.lower() == ".xml")
-    elif file.suffix.lower() == ".txt" and (known := folder.of_type(".xml", depth=9)):
+    elif file.suffix.lower() == ".txt" and (known := _xml_files(folder)):
         files = _listed_files(file, known)
     else:
         return None
@@ -45,19 +56,36 @@ def read_voc_files(folder: DatasetFolder, file: Path, split: str) -> AnnotatedSp
 
 
 def _listed_files(file: Path, files: list[Path]) -> list[Path]:
-    """The XML files of a list. A line is a name, which may have spaces, a folder and a suffix, or a name and a flag."""
-    by_stem = {path.stem: path for path in files}
-    place = files[0].parent
+    """The XML files of a list, from the tree that the list is in. A line is a name, which may have spaces, a folder and
+    a suffix, or a name and a flag."""
+    root = file.parents[2]  # above ImageSets/Main
+    inside = [path for path in files if path.is_relative_to(root)] or list(files)
+    by_stem: dict[str, list[Path]] = {}
+    for path in inside:
+        by_stem.setdefault(path.stem, []).append(path)
     found = []
     for line in (line.strip() for line in read_text(file).splitlines()):
         if line:
-            candidates = (line, Path(line).stem, line.split(maxsplit=1)[0], Path(line.split(maxsplit=1)[0]).name)
-            stem = next((stem for stem in candidates if stem in by_stem), candidates[2])
-            found.append(by_stem.get(stem, place / f"{stem}.xml"))
+            first = line.split(maxsplit=1)[0]
+            names = (line, os.path.splitext(line)[0], first, os.path.splitext(first)[0])
+            match: Path | None = next(
+                (like for name in names if (like := _ending_like(by_stem, name)) is not None), None
+            )
+            found.append(match or inside[0].parent / f"{first}.xml")
     return found
 
 
-def read_voc(folder: DatasetFolder, files: list[Path], split: str) -> AnnotatedSplit:
+def _ending_like(by_stem: dict[str, list[Path]], name: str) -> Path | None:
+    """The only XML file whose path ends like `name`, which has no suffix."""
+    parts = path_parts(name)
+    if not parts:
+        return None
+    candidates = by_stem.get(parts[-1], [])
+    exact = [path for path in candidates if [*path.parts[:-1], path.stem][-len(parts) :] == parts]
+    return next((found[0] for found in (exact, candidates) if len(found) == 1), None)
+
+
+def read_voc(folder: DatasetFolder, files: list[Path], split: str) -> AnnotatedSplit | None:
     """Pascal VOC: one XML file per image. The files of the VOC challenge count pixels from 1 and include the last one;
     annotation tools count from 0. The `database` that the challenge's files name tells them apart. Objects that are
     marked `difficult` are not learned, and detections of them are not judged, as in the challenge."""
@@ -71,21 +99,26 @@ def read_voc(folder: DatasetFolder, files: list[Path], split: str) -> AnnotatedS
             continue
         if root.tag == "annotation":
             roots.append((file, root))
+        elif root.tag != "annotations":
+            orphans.append(("annotation-unused", file.name, f"<{root.tag}> is not Pascal VOC"))
         else:
             problem = f"<{root.tag}> is not Pascal VOC; export as COCO, if this is CVAT's own format"
             orphans.append(("annotation-unreadable", file.name, problem))
+    if not roots and all(code == "annotation-unused" for code, _, _ in orphans):
+        return None  # other tools' XML
     found = {(entry.findtext("name") or "").strip() for _, root in roots for entry in root.iter("object")}
     names = sorted(found - {""})
     class_ids = {name: class_id for class_id, name in enumerate(names)}
     stems = {file.stem for file in files}
     images: list[ImageRecord] = []
     number = 0
-    for file, root in roots:
+    ids = relative_ids([file for file, _ in roots])
+    for image_id, (file, root) in zip(ids, roots, strict=True):
         places = image_places(folder, file.parent, *dict.fromkeys((split, file.parent.name)))
         name = (root.findtext("filename") or "").strip()
         path, problem_of_name = match_image(folder, file, name, split, places, stems)
         size = recorded_size(root.findtext("size/width"), root.findtext("size/height"))
-        image = ImageRecord(path, path.name, file.stem, f"image {path.name} ({file.name})", size)
+        image = ImageRecord(path, path.name, image_id, f"image {path.name} ({image_id}.xml)", size)
         if problem_of_name:
             orphans.append(("image-name-stale", image.record, problem_of_name))
         origin = 1.0 if "VOC2" in (root.findtext("source/database") or "") else 0.0

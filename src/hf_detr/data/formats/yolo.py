@@ -3,62 +3,39 @@ labels with a `classes.txt`, as Label Studio and labelImg write them."""
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import yaml
 from transformers.utils import logging
 
 from ..dataset_folder import DatasetFolder
-from ..image_files import image_files, is_litter
+from ..image_files import IMAGE_SUFFIXES, image_files, is_litter
 from ..records import AnnotatedSplit, AnnotationFormat, ImageRecord, Orphan, read_headers
-from ..split_names import SPLIT_NAMES, name_rank, split_names
-from .parsing import image_places, read_text
+from ..split_names import SPLIT_NAMES, name_rank, split_of
+from .parsing import image_places, read_text, relative_ids
+from .yolo_description import YoloDescription, class_list, describe_yolo, read_description
 from .yolo_labels import label_file, looks_like_labels, read_labels
 
 logger = logging.get_logger(__name__)
 
-CLASS_LISTS = ("classes.txt", "obj.names", "classes.names", "labels.txt", "names.txt")
-
-
-@dataclass
-class YoloDescription:
-    """The file that names the classes, and what it says of the splits.
-
-    Attributes:
-        names: by the class number of the labels.
-        entries: by the split's name as it is written, folders and lists of images.
-        root: the folder that they are relative to, if the file names one.
-        names_splits: whether the file names splits; otherwise they are looked for.
-    """
-
-    file: Path
-    names: dict[int, str]
-    entries: dict[str, list[str]] = field(default_factory=dict)
-    root: str = ""
-    names_splits: bool = True
-    has_keypoints: bool = False
-
-    def entries_of(self, split: str) -> list[str]:
-        named = {name.lower(): entries for name, entries in self.entries.items() if entries}
-        return next((named[name] for name in split_names(split) if name in named), [])
-
 
 def find_yolo(folder: DatasetFolder, split: str) -> AnnotatedSplit | None:
-    """The split that the description names. Without one that names splits: a list of images or a folder that is named
-    after the split; for "train" all images, if nothing is named after any split."""
+    """The split that the description names; one that it does not name is looked for in a folder that is named after
+    the split. Where it names no splits at all, lists of images are looked for as well, and for "train" all images are
+    taken if nothing is named after a split."""
     description = describe_yolo(folder)
     if description is None:
         return None
-    if description.names_splits:
-        entries = description.entries_of(split)
-        return (
-            read_yolo(folder, description, _named_images(folder, description, entries, split), split)
-            if entries
-            else None
-        )
-    images = _images_of_split(folder, split)
+    entries = description.entries_of(split)
+    if entries:
+        images = _named_images(folder, description, entries, split)
+    elif not description.names_splits:
+        images = _images_of_split(folder, split)
+    else:
+        images = _images_in_folder(folder, split)
+        if images:
+            logger.warning(f"{description.file} names no {split} images; those in {images[0].parent} are taken.")
     return read_yolo(folder, description, images, split) if images else None
 
 
@@ -66,7 +43,7 @@ def read_yolo_file(folder: DatasetFolder, file: Path, split: str) -> AnnotatedSp
     """A list of images or a folder of images that the user named; the classes are looked for beside it. A `.yaml` file
     stands for the split in it."""
     if file.is_file() and file.suffix.lower() in (".yaml", ".yml", ".data"):
-        described = _read_description(file, folder)
+        described = read_description(file, folder)
         entries = described.entries_of(split) if described is not None else []
         if described is None or not entries:
             return None
@@ -92,96 +69,6 @@ def yolo_files_elsewhere(folder: DatasetFolder) -> Iterator[Path]:
             if place is not None and not place.resolve().is_relative_to(folder.path.resolve()):
                 for image in image_files(place) if place.is_dir() else _listed_images(folder, place, name):
                     yield from (image, label_file(image))
-
-
-# -- the description ------------------------------------------------------------------------------------------------
-
-
-def describe_yolo(folder: DatasetFolder) -> YoloDescription | None:
-    """The first description of a folder, nearest to its top.
-
-    Raises:
-        ValueError: it cannot be understood; names the file.
-    """
-    for file in folder.of_type(".yaml", ".yml", ".data", depth=2):
-        description = _read_description(file, folder)
-        if description is not None:
-            return description
-    lists = [file for file in folder.of_type(".txt", ".names", depth=3) if file.name.lower() in CLASS_LISTS]
-    if lists and any(looks_like_labels(file) for file in _possible_labels(folder)[:20]):
-        lines = [line.strip() for line in read_text(lists[0]).splitlines() if line.strip()]
-        return YoloDescription(lists[0], dict(enumerate(lines)), names_splits=False)
-    return None
-
-
-def _possible_labels(folder: DatasetFolder) -> list[Path]:
-    return [
-        file
-        for file in folder.of_type(".txt", depth=9)
-        if file.name.lower() not in CLASS_LISTS and file.stem.casefold() in folder.image_stems
-    ]
-
-
-def _read_description(file: Path, folder: DatasetFolder) -> YoloDescription | None:
-    return _read_darknet(file, folder) if file.suffix.lower() == ".data" else _read_yaml(file)
-
-
-def _read_yaml(file: Path) -> YoloDescription | None:
-    try:
-        content = yaml.load(read_text(file), Loader=yaml.BaseLoader)  # all values stay text: "on" is no boolean
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not valid YAML: {error}") from error
-    if not isinstance(content, dict) or "names" not in content:
-        return None
-    splits = {name: value for name, value in content.items() if any(name in known for known in _known_names())}
-    entries = {name: value if isinstance(value, list) else [value] for name, value in splits.items() if value}
-    for name, values in entries.items():
-        if not all(isinstance(value, str) for value in values):
-            raise ValueError(f"{file}: {name} must be a path or a list of paths, got {content[name]}.")
-    names = _names(file, content)
-    return YoloDescription(file, names, entries, str(content.get("path") or ""), bool(entries), "kpt_shape" in content)
-
-
-def _known_names() -> tuple[tuple[str, ...], ...]:
-    return tuple(split_names(split) for split in SPLIT_NAMES)
-
-
-def _names(file: Path, content: dict[str, Any]) -> dict[int, str]:
-    """Class names by number.
-
-    Raises:
-        ValueError: `names` is neither a list nor numbered, or `nc` contradicts it.
-    """
-    given = content["names"]
-    if isinstance(given, dict):
-        try:
-            names = {int(number): name for number, name in given.items()}
-        except ValueError:
-            raise ValueError(f"{file}: the keys of names must be class numbers, got {list(given)[:5]}.") from None
-    elif isinstance(given, list):
-        names = dict(enumerate(given))
-    else:
-        raise ValueError(f"{file}: names must be a list such as [nut, bolt], or numbered names, got {given!r}.")
-    if not names or not all(isinstance(name, str) and name for name in names.values()):
-        raise ValueError(f"{file}: names must be a list of class names, got {given}.")
-    count = content.get("nc")
-    if count and str(count) != str(len(names)):
-        raise ValueError(f"{file}: nc is {count}, but names has {len(names)} classes. Correct one of them.")
-    return names
-
-
-def _read_darknet(file: Path, folder: DatasetFolder) -> YoloDescription | None:
-    """`obj.data`: lines such as `train = data/train.txt`, with the classes in the file that it calls `names`."""
-    pairs = (line.split("=", 1) for line in read_text(file).splitlines() if "=" in line and not line.startswith("#"))
-    content = {key.strip().lower(): value.strip() for key, value in pairs}
-    if "names" not in content:
-        return None
-    names = folder.find_place(content["names"], [file.parent, folder.path])
-    if names is None:
-        raise ValueError(f"{file} names {content['names']} for the classes, which does not exist.")
-    lines = [line.strip() for line in read_text(names).splitlines() if line.strip()]
-    entries = {name: [content[name]] for known in _known_names() for name in known if content.get(name)}
-    return YoloDescription(file, dict(enumerate(lines)), entries)
 
 
 # -- the images -----------------------------------------------------------------------------------------------------
@@ -229,21 +116,45 @@ def _listed_images(folder: DatasetFolder, file: Path, split: str) -> list[Path]:
 
 def _images_of_split(folder: DatasetFolder, split: str) -> list[Path]:
     """The images of a split that no description names, by lists such as `autosplit_train.txt`, or by folders."""
-    lists = [
-        file
+    lists = sorted(
+        (rank, file)
         for file in folder.of_type(".txt", depth=2)
-        if name_rank(file.stem, split) is not None and not looks_like_labels(file)
-    ]
+        if (rank := name_rank(file.stem, split)) is not None
+        and file.stem.casefold() not in folder.image_stems
+        and _names_images(file)
+    )
     if lists:
-        return _listed_images(folder, lists[0], split)
-    parts = {
-        path: path.relative_to(folder.path).parts[:-1] for path in folder.images if path.is_relative_to(folder.path)
-    }
-    inside = [path for path, names in parts.items() if any(name_rank(name, split) is not None for name in names)]
+        return _listed_images(folder, lists[0][1], split)
+    inside = _images_in_folder(folder, split)
     if inside or split != "train":
         return inside
-    others = (name_rank(name, other) for names in parts.values() for name in names for other in SPLIT_NAMES)
-    return [] if any(rank is not None for rank in others) else folder.images
+    places = [place.relative_to(folder.path).parts for place in folder.image_folders if _is_inside(folder, place)]
+    return [] if any(split_of(name) for parts in places for name in parts) else folder.images
+
+
+def _is_inside(folder: DatasetFolder, path: Path) -> bool:
+    return path.is_relative_to(folder.path)
+
+
+def _names_images(file: Path) -> bool:
+    """Whether the first lines of a text file name images."""
+    try:
+        with open(file, encoding="utf-8-sig") as lines:
+            first = [line.strip() for line in islice(lines, 20)]
+    except (OSError, UnicodeDecodeError):
+        return False
+    return any(Path(line).suffix.lower() in IMAGE_SUFFIXES for line in first)
+
+
+def _images_in_folder(folder: DatasetFolder, split: str) -> list[Path]:
+    """The images in folders that are named after the split."""
+    named = {
+        place
+        for place in folder.image_folders
+        if _is_inside(folder, place)
+        and any(name_rank(part, split) is not None for part in place.relative_to(folder.path).parts)
+    }
+    return [path for path in folder.images if path.parent in named]
 
 
 def read_yolo(folder: DatasetFolder, description: YoloDescription, paths: list[Path], split: str) -> AnnotatedSplit:
@@ -254,11 +165,15 @@ def read_yolo(folder: DatasetFolder, description: YoloDescription, paths: list[P
     places = {os.path.dirname(path) for path in paths}
     common = Path(os.path.commonpath(places)) if places else description.file.parent
     images = []
-    for path in paths:
+    for path, image_id in zip(paths, relative_ids(paths), strict=True):
         name = path.relative_to(common).as_posix()
-        images.append(ImageRecord(path, name, os.path.splitext(name)[0], f"image {name}"))
+        images.append(ImageRecord(path, name, image_id, f"image {name}"))
     read_headers(images)
     label_files = [label_file(image.path) for image in images]
+    if not description.names_splits:
+        description = replace(description, **class_list(folder, description, label_files))
+        keys = sorted(description.names)
+        class_ids = {key: class_id for class_id, key in enumerate(keys)}
     number = 0
     for image, labels in zip(images, label_files, strict=True):
         image.boxes = list(read_labels(labels, image.size, class_ids, description.has_keypoints))
