@@ -1,5 +1,6 @@
 """Shared by all tests: tiny models, transformers' model with equal weights, images and labels from a seed."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import transformers
 
 import hf_detr
+import hf_detr.data
 
 THREADS = max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
@@ -31,6 +33,24 @@ TINY = {
 def _seeded():
     torch.manual_seed(0)
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    """The log, with the messages of this package, whose loggers do not pass them on."""
+    monkeypatch.setattr(logging.getLogger("hf_detr"), "propagate", True)
+    return caplog
+
+
+@pytest.fixture
+def load(tmp_path):
+    """`load_detection_dataset` with a cache of its own, and without a validation cut."""
+
+    def load_anew(path, split="train", **kwargs):
+        kwargs = {"cache_dir": tmp_path / "cache", "progress": False, "validation_fraction": 0} | kwargs
+        return hf_detr.data.load_detection_dataset(path, split, **kwargs)
+
+    return load_anew
 
 
 def tiny_config(**changes) -> hf_detr.DetrConfig:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import shutil
 from pathlib import Path
 
@@ -66,12 +65,6 @@ def load(shared_cache):
         return load_detection_dataset(path, split, **{"cache_dir": shared_cache, "progress": False} | kwargs)
 
     return load_with_shared_cache
-
-
-@pytest.fixture
-def warnings(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("hf_detr"), "propagate", True)
-    return caplog
 
 
 def pixels_and_boxes(rows) -> list:

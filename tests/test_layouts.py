@@ -1,7 +1,7 @@
 """What people really bring: the samples of docs/layouts.md, and layouts, ids and files that deviate from them."""
 
+import itertools
 import json
-import logging
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from hf_detr.data import id2label, load_detection_dataset
+from hf_detr.data import id2label
 from hf_detr.data.schema import source_id
 from hf_detr.dataset_check import check_dataset
 from hf_detr.training import build_processor, load_data, parse_finetune_args
@@ -36,21 +36,6 @@ def _samples() -> dict[str, list[tuple[str, str]]]:
 
 
 SAMPLES = _samples()
-
-
-@pytest.fixture
-def load(tmp_path):
-    def load_anew(path, split="train", **kwargs):
-        kwargs = {"cache_dir": tmp_path / "cache", "progress": False, "validation_fraction": 0} | kwargs
-        return load_detection_dataset(path, split, **kwargs)
-
-    return load_anew
-
-
-@pytest.fixture
-def warnings(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("hf_detr"), "propagate", True)
-    return caplog
 
 
 def image(path: Path, size: tuple[int, int] = (100, 80), colour: str = "white") -> Path:
@@ -546,3 +531,72 @@ def test_shapes_without_a_box_are_skipped_and_counted(load, tmp_path):
     write(tmp_path / "d", {"a.json": json.dumps(content)})
     assert scene(load(tmp_path / "d")) == SCENE
     assert check_dataset(tmp_path / "d", progress=False).counts() == {"annotation-unused": 2}
+
+
+# -- what must not go unnoticed --------------------------------------------------------------------------------------
+
+
+CUT_OFF = '{"images": [], "annotations": [{"id": 1'
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *itertools.product(["valid/_annotations.coco.json", "valid/labels.json", "val.json"], ["{", CUT_OFF]),
+        ("parts_val.json", CUT_OFF),  # with other content, nothing tells it from the log of another program
+    ],
+)
+def test_a_broken_validation_file_is_never_replaced_by_training_images(name, text, load, tmp_path):
+    two_images(tmp_path / "d", "train/a.jpg", "valid/b.jpg")
+    write(tmp_path / "d", {"train/_annotations.coco.json": coco("a.jpg"), name: text})
+    for split in ("train", "val"):
+        with pytest.raises(ValueError, match=rf"{Path(name).name} is not valid JSON"):
+            load(tmp_path / "d", split, validation_fraction=0.5)
+
+
+def test_the_only_file_is_named_if_it_is_cut_off(load, tmp_path):
+    image(tmp_path / "d" / "images" / "a.jpg")
+    write(tmp_path / "d", {"result.json": coco("a.jpg")[:-40]})
+    with pytest.raises(ValueError, match=r"result\.json is not valid JSON"):
+        load(tmp_path / "d")
+
+
+def test_files_of_labelme_may_be_called_like_a_split(load, tmp_path):
+    for name in ("train_0", "val_1"):
+        image(tmp_path / "d" / f"{name}.jpg")
+        write(tmp_path / "d", {f"{name}.json": dict(SAMPLES["labelme"])["a.json"].replace("a.jpg", f"{name}.jpg")})
+    assert sorted(load(tmp_path / "d")["file_name"]) == ["train_0.jpg", "val_1.jpg"]
+
+
+def test_a_list_of_voc_may_be_named_by_a_relative_path(load, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        image(tmp_path / f"{name}.jpg")
+        write(tmp_path, {f"{name}.xml": XML.replace("a.jpg", f"{name}.jpg")})
+    write(tmp_path, {"mine.txt": "b\n"})
+    monkeypatch.chdir(tmp_path)
+    assert load(".", files={"train": "mine.txt"})["file_name"] == ["b.jpg"]
+
+
+def test_all_metadata_outside_of_folders_of_splits_is_read_and_its_lines_are_named_with_the_file(load, tmp_path):
+    row = {"objects": {"bbox": [[10, 20, 30, 40]], "category": ["nut"]}}
+    for part in ("line1", "line2"):
+        image(tmp_path / "d" / part / f"{part}.jpg")
+        write(tmp_path / "d", {f"{part}/metadata.jsonl": json.dumps({"file_name": f"{part}.jpg"} | row)})
+    assert load(tmp_path / "d")["file_name"] == ["line1.jpg", "line2.jpg"]
+    write(tmp_path / "d", {"line2/metadata.jsonl": "{"})
+    with pytest.raises(ValueError, match=r"line2.metadata\.jsonl line 1"):
+        load(tmp_path / "d")
+
+
+def test_rows_are_read_again_when_a_folder_that_was_named_changes(load, tmp_path):
+    image(tmp_path / "pictures" / "a.jpg")
+    write(tmp_path / "boxes", {"a.xml": XML})
+    (tmp_path / "elsewhere").mkdir()
+
+    def names():
+        files = {"train": tmp_path / "boxes"}
+        return list(id2label(load(tmp_path / "elsewhere", files=files, images=tmp_path / "pictures")).values())
+
+    assert names() == ["bolt", "nut"]
+    write(tmp_path / "boxes", {"a.xml": XML.replace("nut", "washer")})
+    assert names() == ["bolt", "washer"]

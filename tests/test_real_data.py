@@ -1,7 +1,6 @@
 """Ids, flags, contradictions and values as people bring them, in folders and in Hugging Face datasets."""
 
 import json
-import logging
 from pathlib import Path
 
 import datasets
@@ -18,27 +17,11 @@ from hf_detr.data import (
     export_coco,
     flip_rotate_augmentation,
     id2label,
-    load_detection_dataset,
 )
 from hf_detr.data.schema import source_id
 from hf_detr.dataset_check import check_dataset
 from hf_detr.evaluation import CocoEvaluator
 from hf_detr.visualization import compare_with_ground_truth
-
-
-@pytest.fixture
-def load(tmp_path):
-    def load_anew(path, split="train", **kwargs):
-        kwargs = {"cache_dir": tmp_path / "cache", "progress": False, "validation_fraction": 0} | kwargs
-        return load_detection_dataset(path, split, **kwargs)
-
-    return load_anew
-
-
-@pytest.fixture
-def warnings(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("hf_detr"), "propagate", True)
-    return caplog
 
 
 def write_coco(folder: Path, ids: list, boxes: list[dict] | None = None, split: str = "train", **extra) -> Path:
@@ -442,3 +425,17 @@ def test_near_copies_stay_on_one_side_of_a_validation_cut(load, tmp_path, warnin
         assert not sides[0] & sides[1]
         assert (len(train), len(val)) == (51, 9)
     assert "40 images look like another one; they stay on one side" in warnings.text
+
+
+def test_a_group_that_is_too_large_for_one_side_is_divided_in_its_order_and_that_is_said(load, tmp_path, warnings):
+    """A fixed camera: 40 images of one scene. Validation gets two runs of consecutive images."""
+    boxes = [{"image_id": number, "category_id": 1, "bbox": [5, 5, 10, 10]} for number in range(40)]
+    folder = write_coco(tmp_path / "data", list(range(40)), boxes)
+    for number in range(40):
+        Image.new("RGB", (100, 80), (100, 100, 100)).save(folder / "train" / f"{number}.png")
+    val = load(folder, "val", validation_fraction=0.2)
+    numbers = [int(Path(name).stem) for name in val["file_name"]]
+    assert len(numbers) == 8
+    runs = [numbers[:4], numbers[4:]]
+    assert all(run == list(range(run[0], run[0] + 4)) for run in runs)
+    assert "but for groups of more than 4, which are divided in their order" in warnings.text

@@ -13,7 +13,8 @@ from .image_files import IMAGE_SUFFIXES, is_litter, walk_files
 from .split_names import split_of, split_of_folder
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".rar", ".7z")
-GENERAL_FOLDERS = ("jpegimages", "images", "image", "imgs", "img", "data", "upload", "pictures", "photos")
+IMAGE_FOLDERS = ("JPEGImages", "images", "imgs", "img", "data")  # the names of folders of images, in lower case, too
+GENERAL_FOLDERS = {*(name.lower() for name in IMAGE_FOLDERS), "image", "upload", "pictures", "photos"}
 DESCRIPTIONS = (".yaml", ".yml", ".data")
 ANNOTATION_FOLDERS = ("annotations", "annotation", "labels")  # images are beside these folders, and not inside
 INSIGNIFICANT = (".md", ".txt", ".zip", ".html", "")  # suffixes of files beside the one folder that holds the dataset
@@ -156,7 +157,9 @@ class DatasetFolder:
     def state(self, files_elsewhere: Iterable[Path] = ()) -> str:
         """A digest of the names, sizes and times of all files, which changes when the folder does."""
         digest = hashlib.sha256()
-        for file in (*self.files, *sorted(self.files_given.values()), *files_elsewhere):
+        given = sorted(self.files_given.values())
+        inside = [file for place in given if place.is_dir() for file in sorted(walk_files(place))]
+        for file in (*self.files, *given, *inside, *files_elsewhere):
             try:
                 stat = file.stat()
             except OSError:  # deleted meanwhile, or a label file that an image does not have

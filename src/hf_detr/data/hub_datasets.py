@@ -17,7 +17,7 @@ from .checks import box_problems
 from .formats.imagefolder import FIELD_NAMES, METADATA, number_categories, read_objects
 from .image_files import is_litter
 from .records import AnnotatedSplit, ImageRecord, numbered
-from .rows import corners_to_sizes, match_classes, to_row
+from .rows import match_classes, reinterpret, to_row
 from .schema import DetectionDataset, describe_source, loaded_features
 from .split_names import name_rank
 from .split_source import Progress
@@ -171,14 +171,12 @@ def stream_rows(
             raise ValueError(f"{source}, row {index}: {error}") from error
         template.images = [image]
         number_categories(template.images, given)
-        if bbox_format == "xyxy":
-            corners_to_sizes(template)
+        reinterpret(template, bbox_format, crowds_as_objects)
         for box in image.boxes:
             width, height = image.size
             for code, message in box_problems(box, (width, height) if width else None):
                 if code not in ("box-partly-outside", "area-wrong"):
                     raise ValueError(f"{source}, {box.record}: {message}")
-            box.iscrowd = 0 if crowds_as_objects else box.iscrowd
         image_id = image.source_id if numbered([image.source_id]) == [image.source_id] else index
         row = to_row(image, image_id, classes.class_ids, numbered([box.id for box in image.boxes]))
         del row["image"]  # the stream's own

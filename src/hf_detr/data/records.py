@@ -27,7 +27,7 @@ class BoxRecord:
             cannot be parsed.
         category: class id in [0, N); None if the source has no category `category_name`.
         id: of the source, or a number.
-        iscrowd: 1 for groups and regions to ignore, which are no objects to learn and whose detections are not judged.
+        iscrowd: 1 for groups and regions to ignore, which are not learned and whose detections do not count.
         problem: why the record cannot be parsed, if it cannot.
     """
 

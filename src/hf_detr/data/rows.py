@@ -57,6 +57,14 @@ def _match_by_id(source: AnnotatedSplit, id2label: dict[int, str]) -> Classes:
     return Classes(unique_names(names), sorted(id2label), class_ids)
 
 
+def reinterpret(source: AnnotatedSplit, bbox_format: str | None, crowds_as_objects: bool) -> None:
+    """Take boxes and flags as the user says they are meant, in place; see `load_detection_dataset`."""
+    if bbox_format == "xyxy":
+        corners_to_sizes(source)
+    if crowds_as_objects:
+        take_crowds_as_objects(source)
+
+
 def corners_to_sizes(source: AnnotatedSplit) -> None:
     """Boxes stored as [x_min, y_min, x_max, y_max] to [x_min, y_min, width, height], in place."""
     for image in source.images:

@@ -15,7 +15,7 @@ from ..runtime.files import atomic_write
 from .checks import quick_checks
 from .findings import drop_few_invalid, log_warnings, raise_on_errors
 from .records import AnnotatedSplit, numbered
-from .rows import Classes, corners_to_sizes, match_classes, take_crowds_as_objects, to_row
+from .rows import Classes, match_classes, reinterpret, to_row
 from .schema import describe_source, loaded_features
 from .split_source import SplitSource
 from .validation_cut import groups_of_copies
@@ -78,10 +78,7 @@ class SplitCache:
         if records is None:
             _write_json(entry, {})
             return None
-        if self.bbox_format == "xyxy":
-            corners_to_sizes(records)
-        if self.crowds_as_objects:
-            take_crowds_as_objects(records)
+        reinterpret(records, self.bbox_format, self.crowds_as_objects)
         findings = quick_checks(records, bbox_format=self.bbox_format)
         findings = drop_few_invalid(records, findings, self.source.max_invalid)
         raise_on_errors(findings)

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from transformers.utils import logging
 
 from .schema import source_of
@@ -39,26 +41,22 @@ def groups_of_copies(dataset: Dataset, progress: Callable[[Iterable[Any]], Itera
         return read
 
     looks = appearances([reader(index) for index in range(len(dataset))], progress)
-    parent = list(range(len(dataset)))
-
-    def root(index: int) -> int:
-        while parent[index] != index:
-            parent[index] = index = parent[parent[index]]
-        return index
-
+    pairs: list[tuple[int, int]] = []  # of copies; what is connected by them is one group
     first: dict[str, int] = {}
     similar = SimilarImages(TOLERANCE)
     for index, (name, look) in enumerate(zip(names, looks, strict=True)):
-        parent[root(index)] = root(first.setdefault(name, index))
+        pairs.append((index, first.setdefault(name, index)))
         if look.problem is None:
-            same = next(similar.find(look), None)  # all images that look the same are in one group already
+            same = next(similar.find(look), None)
             if same is None:
                 similar.add(index, look)
             else:
-                parent[root(index)] = root(same)
+                pairs.append((index, same))
+    edges = coo_array((np.ones(len(pairs)), tuple(np.array(pairs).T)), shape=(len(dataset), len(dataset)))
+    _, labels = connected_components(edges, directed=False)
     groups: dict[int, list[int]] = {}
-    for index in range(len(dataset)):
-        groups.setdefault(root(index), []).append(index)
+    for index, label in enumerate(labels.tolist()):
+        groups.setdefault(label, []).append(index)
     return list(groups.values())
 
 
@@ -87,9 +85,12 @@ def cut_validation(
         if len(chosen) + len(parts[number]) <= count:
             chosen += parts[number]
     copies = len(dataset) - len(groups)
+    told = f" {copies} images look like another one; they stay on one side" if copies else ""
+    if max(map(len, groups)) > largest:
+        told += f", but for groups of more than {largest}, which are divided in their order"
     logger.warning_once(
         f"{source_of(dataset)} has no validation split: {len(chosen)} of its {len(dataset)} images are split off with "
-        f"seed {seed}." + (f" {copies} images look like another one; they stay on one side." if copies else "")
+        f"seed {seed}.{told + '.' if told else ''}"
     )
     validation = set(chosen)
     train = [index for index in range(len(dataset)) if index not in validation]

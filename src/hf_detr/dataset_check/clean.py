@@ -90,8 +90,7 @@ def clean(result: CheckResult) -> CleanResult:
 
     Removed: images that cannot be read, or whose id or recorded size is ambiguous, so that their boxes cannot be
     trusted; duplicates of an image with the same boxes; training images that are also in validation or test, and
-    validation images that are also in test; invalid boxes;
-    boxes of classes that the training split does not have.
+    validation images that are also in test; invalid boxes; boxes of classes that the training split does not have.
     Corrected: boxes of images that were resized (scaled) or recorded before their EXIF orientation (turned), boxes
     beyond the image (clipped), boxes stored as corners or relative values, objects that are all marked as crowds,
     several records of one file (merged), areas, duplicate ids and category names.
@@ -141,11 +140,11 @@ def clean(result: CheckResult) -> CleanResult:
         cleaned = with_merged_records(with_unique_names(cleaned), handled)
         splits[name] = with_unique_ids(_without_errors(cleaned, handled))
     splits = with_common_categories(without_unlearnable_classes(splits, handled))
-    return CleanResult(splits, handled, list(_describe_losses(result.splits, splits)))
+    return CleanResult(splits, handled, _describe_losses(result.splits, splits))
 
 
 def _leaked_images(result: CheckResult) -> set[int]:
-    """`id()` of the images that are also in a split which is measured with, or in a later one of those."""
+    """`id()` of the images that are also in a later one of train, val and test."""
     split_of = {id(image): name for name, split in result.splits.items() for image in split.images}
     order = list(result.splits)
     found = set()

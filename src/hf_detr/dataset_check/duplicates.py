@@ -33,9 +33,8 @@ def find_duplicates(splits: dict[str, AnnotatedSplit], looks: dict[str, list[App
         for image, look in zip(split.images, looks[name], strict=True):
             if look.problem is not None:
                 continue
-            same = list(similar.find(look))
-            same = [*by_content.get(look.content, ()), *same]
-            in_split = [entry for entry in same if entry.split == name and entry.image.path != image.path]
+            same = [*by_content.get(look.content, ()), *similar.find(look)]
+            in_split = [entry for entry in same if entry.split == name and not _is_same_file(image, entry.image)]
             elsewhere = [entry for entry in same if entry.split != name]
             leaked = [entry for entry in elsewhere if _is_copy(image, look, entry)]
             for code, entries in (
@@ -50,6 +49,11 @@ def find_duplicates(splits: dict[str, AnnotatedSplit], looks: dict[str, list[App
             entry = Entry(name, image, look)
             by_content.setdefault(look.content, []).append(entry)
             similar.add(entry, look)
+
+
+def _is_same_file(image: ImageRecord, other: ImageRecord) -> bool:
+    """Whether two records name one file, which is reported as such."""
+    return image.read is None and image.path == other.path
 
 
 def _is_copy(image: ImageRecord, look: Appearance, entry: Entry) -> bool:

@@ -15,7 +15,7 @@ from ..data.image_files import image_files
 from ..data.load import find_source
 from ..data.processor_size import resized_size
 from ..data.records import AnnotatedSplit
-from ..data.rows import corners_to_sizes, take_crowds_as_objects
+from ..data.rows import reinterpret
 from ..data.similarity import Appearance, appearances
 from ..data.split_source import Progress, SplitSource
 from .duplicates import find_duplicates
@@ -98,10 +98,7 @@ def check_dataset(
         raise FileNotFoundError(source.describe_missing("train"))
     looks: dict[str, list[Appearance]] = {}
     for name, split in splits.items():
-        if bbox_format == "xyxy":
-            corners_to_sizes(split)
-        if crowds_as_objects:
-            take_crowds_as_objects(split)
+        reinterpret(split, bbox_format, crowds_as_objects)
         quick = quick_checks(split, bbox_format=bbox_format)
         findings += quick
         looks[name] = appearances(

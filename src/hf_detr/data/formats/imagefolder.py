@@ -41,17 +41,16 @@ def find_imagefolder(folder: DatasetFolder, split: str) -> AnnotatedSplit | None
             ranked.append((min(ranks), file))
     if ranked:
         best = min(ranked)[0]
-        return read_imagefolder(folder, [file for rank, file in sorted(ranked) if rank == best], split)
-    for file in files:
-        if any(split_of(part) for part in _folders_of(folder, file)):
-            continue
-        found = read_imagefolder(folder, [file], split)
-        splits = {id(image): _split_of_row(image.file_name) for image in found.images}
-        own = [image for image in found.images if (splits[id(image)] or "train") == split]
-        if own or split == "train":
-            found.images = own
-            return found
-    return None
+        found = read_imagefolder(folder, [file for rank, file in sorted(ranked) if rank == best], split)
+        unused = [str(file.relative_to(folder.path)) for rank, file in ranked if rank != best]
+        found.orphans += [("annotation-unused", name, f"{found.file} names the split better") for name in unused]
+        return found
+    above = [file for file in files if not any(split_of(part) for part in _folders_of(folder, file))]
+    if not above:
+        return None
+    found = read_imagefolder(folder, above, split)
+    found.images = [image for image in found.images if (_split_of_row(image.file_name) or "train") == split]
+    return found if found.images or split == "train" else None
 
 
 def read_imagefolder_file(folder: DatasetFolder, file: Path, split: str) -> AnnotatedSplit | None:
@@ -77,7 +76,10 @@ def read_imagefolder(folder: DatasetFolder, files: list[Path], split: str) -> An
     `area` and `iscrowd` are optional. Several files are the parts of one split."""
     orphans: list[Orphan] = []
     images: list[ImageRecord] = []
-    rows = [(file, *row) for file in files for row in _rows(file, orphans)]
+    rows = []
+    for file in files:
+        where = f"{file.relative_to(folder.path)} " if len(files) > 1 else ""
+        rows += [(file, *row) for row in _rows(file, where, orphans)]
     for index, (file, described, row) in enumerate(rows):
         name = str(row.get("file_name") or "")
         if not name:
@@ -103,14 +105,15 @@ def _size(row: Mapping[str, Any]) -> tuple[int, int] | None:
     return recorded_size(row.get("width"), row.get("height"))
 
 
-def _rows(file: Path, orphans: list[Orphan]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row with its name for messages; lines that are not JSON records go to `orphans`."""
+def _rows(file: Path, where: str, orphans: list[Orphan]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row with its name for messages, which begins with `where`; lines that are not JSON records go to
+    `orphans`."""
     if file.suffix.lower() == ".parquet":
         try:
             rows = pq.read_table(file).to_pylist()
         except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of both
             raise ValueError(f"{file} is not valid Parquet: {error}") from error
-        yield from ((f"row {number}", row) for number, row in enumerate(rows))
+        yield from ((f"{where}row {number}", row) for number, row in enumerate(rows))
         return
     for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
@@ -118,12 +121,13 @@ def _rows(file: Path, orphans: list[Orphan]) -> Iterator[tuple[str, dict[str, An
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            orphans.append(("annotation-unreadable", f"line {number}", str(error)))
+            orphans.append(("annotation-unreadable", f"{where}line {number}", str(error)))
             continue
         if isinstance(row, dict):
-            yield f"line {number}", row
+            yield f"{where}line {number}", row
         else:
-            orphans.append(("annotation-unreadable", f"line {number}", f"must be a JSON object, got {line[:60]}"))
+            problem = f"must be a JSON object, got {line[:60]}"
+            orphans.append(("annotation-unreadable", f"{where}line {number}", problem))
 
 
 # -- objects, here and in datasets ---------------------------------------------------------------------------------

@@ -8,23 +8,22 @@ from typing import Any, NamedTuple
 from transformers.utils import logging
 
 from ..dataset_folder import DatasetFolder
+from ..records import Orphan
 from ..split_names import name_rank, split_of
 from .parsing import read_json
 
 logger = logging.get_logger(__name__)
 
 MAX_UNNAMED = 20  # JSON files beside each other that no split is named after; more are one per image, as of labelme
-
-
 SNIFFED = 1 << 16  # bytes at both ends of a file that show whether it may be of a format
 
 
 class JsonFile(NamedTuple):
-    """The file of a split, its content, and files of the format that are no split's and therefore not read."""
+    """The file of a split, its content, and a record of each file of the format that no split reads."""
 
     file: Path
     content: Any
-    unused: list[Path]
+    unused: list[Orphan]
 
 
 def find_json(
@@ -56,16 +55,12 @@ def find_json(
     for rank, file in candidates:
         if (fitting and rank != fitting[0][0]) or (rank[0] and beside[file.parent] > MAX_UNNAMED):
             continue
-        is_exact = not rank[0] and rank[1][0] == 0
-        try:
-            content = read_json(file)
-        except ValueError:
-            if is_exact:
-                raise
-            continue  # a log or settings, with comments or one record per line
+        is_named = not rank[0] and rank[1][0] == 0  # after the split and nothing else
+        is_expected = is_named or "annotation" in file.stem.lower() or beside[file.parent] == 1
+        content = _read(file, keys, is_expected)
         if accepts(content):
             fitting.append((rank, file, content))
-        elif wrong is None and is_exact and (problem := refused(content)) is not None:
+        elif wrong is None and is_named and (problem := refused(content)) is not None:
             wrong = file, problem
     if len(fitting) > 1:
         listed = ", ".join(file.name for _, file, _ in fitting)
@@ -73,13 +68,14 @@ def find_json(
     if fitting:
         _, file, content = fitting[-1]
         known = [path for _, path, _ in fitting]
-        return JsonFile(file, content, _unused(folder, known, keys) if split == "train" else [])
+        others = _unused(folder, known, split, keys)
+        return JsonFile(file, content, [("annotation-unused", other.name, f"{file.name} is read") for other in others])
     if wrong is not None:
         raise ValueError(f"{wrong[0]} {wrong[1]}.")
     if split != "train":
         return None
     unnamed = [file for file in folder.of_type(".json") if split_of(file.stem) is None]
-    found = [(file, content) for file in unnamed[:MAX_UNNAMED] if accepts(content := _content(file))]
+    found = [(file, content) for file in unnamed[:MAX_UNNAMED] if accepts(content := _read(file, keys, False))]
     if len(found) > 1:
         names = ", ".join(str(file.relative_to(folder.path)) for file, _ in found[:4])
         raise ValueError(
@@ -89,18 +85,27 @@ def find_json(
     return JsonFile(*found[0], []) if found else None
 
 
-def _content(file: Path) -> Any:
+def _read(file: Path, keys: tuple[str, ...], is_expected: bool) -> Any:
+    """The content of a file, or None if it cannot be read and is neither expected nor looks like one of the format: a
+    log or settings, with comments or one record per line.
+
+    Raises:
+        ValueError: it cannot be read, and is one of the two.
+    """
     try:
         return read_json(file)
     except ValueError:
+        if is_expected or _looks_like(file, keys):
+            raise
         return None
 
 
-def _unused(folder: DatasetFolder, taken: list[Path], keys: tuple[str, ...]) -> list[Path]:
-    """Files beside the one that was taken which look like files of the format, and belong to no split, or to the
-    training split as well."""
+def _unused(folder: DatasetFolder, taken: list[Path], split: str, keys: tuple[str, ...]) -> list[Path]:
+    """Files beside the ones that fit the split which look like files of the format, and are named after the same split,
+    or after none. The latter are reported with the training split only."""
     beside = [path for path in folder.of_type(".json") if path.parent == taken[0].parent and path not in taken]
-    candidates = [path for path in beside if split_of(path.stem) in (None, "train")]
+    of_splits = (None, "train") if split == "train" else (split,)
+    candidates = [path for path in beside if split_of(path.stem) in of_splits]
     return [path for path in candidates[:MAX_UNNAMED] if _looks_like(path, keys)]
 
 

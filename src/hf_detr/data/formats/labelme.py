@@ -8,7 +8,6 @@ from ...model.annotations import canonical_id
 from ..dataset_folder import DatasetFolder
 from ..image_files import walk_files
 from ..records import AnnotatedSplit, AnnotationFormat, BoxRecord, ImageRecord, Orphan
-from ..split_names import split_of
 from .parsing import box_of_points, image_places, read_json, recorded_size, relative_ids
 from .per_image import files_of_split, match_image
 
@@ -22,7 +21,7 @@ def find_labelme(folder: DatasetFolder, split: str) -> AnnotatedSplit | None:
     by_folder = {file.parent: file for file in files}
     if not any(_is_labelme(file) for file in [*files[:PROBED_FILES], *by_folder.values()]):
         return None
-    own, unused = files_of_split(folder, [file for file in files if split_of(file.stem) is None], split)
+    own, unused = files_of_split(folder, files, split)
     if not own:
         return None
     result = _read_labelme(folder, own, split)

@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...runtime.extras import import_extra
-from ..dataset_folder import DatasetFolder, path_parts
-
-IMAGE_FOLDERS = ("JPEGImages", "images", "imgs", "img", "data")  # the names of folders of images, in lower case, too
+from ..dataset_folder import IMAGE_FOLDERS, DatasetFolder, path_parts
 
 
 def read_text(file: Path) -> str:

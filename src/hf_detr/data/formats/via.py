@@ -20,7 +20,7 @@ def find_via(folder: DatasetFolder, split: str) -> AnnotatedSplit | None:
     if found is None:
         return None
     result = _read_via(folder, found.file, split, found.content)
-    result.orphans += [("annotation-unused", path.name, f"{found.file.name} is read") for path in found.unused]
+    result.orphans += found.unused
     return result
 
 

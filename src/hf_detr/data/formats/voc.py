@@ -36,8 +36,12 @@ def find_voc(folder: DatasetFolder, split: str) -> AnnotatedSplit | None:
 
 
 def _xml_files(folder: DatasetFolder) -> list[Path]:
-    """All XML files but the sidecars of GDAL."""
-    return [file for file in folder.of_type(".xml", depth=9) if not file.name.lower().endswith(".aux.xml")]
+    return [file for file in folder.of_type(".xml", depth=9) if not _is_sidecar(file)]
+
+
+def _is_sidecar(file: Path) -> bool:
+    """Whether an XML file is GDAL's, beside each image."""
+    return file.name.lower().endswith(".aux.xml")
 
 
 def _in_image_sets(file: Path) -> bool:
@@ -47,7 +51,7 @@ def _in_image_sets(file: Path) -> bool:
 def read_voc_files(folder: DatasetFolder, file: Path, split: str) -> AnnotatedSplit | None:
     """A folder of XML files that the user named, or a list of their names beside `Annotations/`."""
     if file.is_dir():
-        files = sorted(path for path in walk_files(file) if path.suffix.lower() == ".xml")
+        files = sorted(path for path in walk_files(file) if path.suffix.lower() == ".xml" and not _is_sidecar(path))
     elif file.suffix.lower() == ".txt" and (known := _xml_files(folder)):
         files = _listed_files(file, known)
     else:
@@ -58,8 +62,8 @@ def read_voc_files(folder: DatasetFolder, file: Path, split: str) -> AnnotatedSp
 def _listed_files(file: Path, files: list[Path]) -> list[Path]:
     """The XML files of a list, from the tree that the list is in. A line is a name, which may have spaces, a folder and
     a suffix, or a name and a flag."""
-    root = file.parents[2]  # above ImageSets/Main
-    inside = [path for path in files if path.is_relative_to(root)] or list(files)
+    root = file.parents[2] if _in_image_sets(file) else file.parent
+    inside = [path for path in files if path.is_relative_to(root)] or files
     by_stem: dict[str, list[Path]] = {}
     for path in inside:
         by_stem.setdefault(path.stem, []).append(path)
@@ -68,10 +72,8 @@ def _listed_files(file: Path, files: list[Path]) -> list[Path]:
         if line:
             first = line.split(maxsplit=1)[0]
             names = (line, os.path.splitext(line)[0], first, os.path.splitext(first)[0])
-            match: Path | None = next(
-                (like for name in names if (like := _ending_like(by_stem, name)) is not None), None
-            )
-            found.append(match or inside[0].parent / f"{first}.xml")
+            matches = filter(None, (_ending_like(by_stem, name) for name in names))
+            found.append(next(matches, inside[0].parent / f"{first}.xml"))
     return found
 
 
@@ -88,7 +90,7 @@ def _ending_like(by_stem: dict[str, list[Path]], name: str) -> Path | None:
 def read_voc(folder: DatasetFolder, files: list[Path], split: str) -> AnnotatedSplit | None:
     """Pascal VOC: one XML file per image. The files of the VOC challenge count pixels from 1 and include the last one;
     annotation tools count from 0. The `database` that the challenge's files name tells them apart. Objects that are
-    marked `difficult` are not learned, and detections of them are not judged, as in the challenge."""
+    marked `difficult` are not learned, and detections of them do not count, as in the challenge."""
     roots: list[tuple[Path, ET.Element]] = []
     orphans: list[Orphan] = []
     for file in files:

@@ -3,18 +3,17 @@ labels with a `classes.txt`, as Label Studio and labelImg write them."""
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from transformers.utils import logging
 
-from ..dataset_folder import DatasetFolder
+from ..dataset_folder import DESCRIPTIONS, DatasetFolder
 from ..image_files import IMAGE_SUFFIXES, image_files, is_litter
 from ..records import AnnotatedSplit, AnnotationFormat, ImageRecord, Orphan, read_headers
-from ..split_names import SPLIT_NAMES, name_rank, split_of
+from ..split_names import name_rank, split_of
 from .parsing import image_places, read_text, relative_ids
-from .yolo_description import YoloDescription, class_list, describe_yolo, read_description
+from .yolo_description import YoloDescription, describe_yolo, read_description, with_nearest_class_list
 from .yolo_labels import label_file, looks_like_labels, read_labels
 
 logger = logging.get_logger(__name__)
@@ -42,7 +41,7 @@ def find_yolo(folder: DatasetFolder, split: str) -> AnnotatedSplit | None:
 def read_yolo_file(folder: DatasetFolder, file: Path, split: str) -> AnnotatedSplit | None:
     """A list of images or a folder of images that the user named; the classes are looked for beside it. A `.yaml` file
     stands for the split in it."""
-    if file.is_file() and file.suffix.lower() in (".yaml", ".yml", ".data"):
+    if file.is_file() and file.suffix.lower() in DESCRIPTIONS:
         described = read_description(file, folder)
         entries = described.entries_of(split) if described is not None else []
         if described is None or not entries:
@@ -63,11 +62,12 @@ def yolo_files_elsewhere(folder: DatasetFolder) -> Iterator[Path]:
         description = describe_yolo(folder)
     except ValueError:
         return
-    for name in (*SPLIT_NAMES["train"], *SPLIT_NAMES["val"], "test") if description is not None else ():
-        for entry in description.entries.get(name, ()):  # type: ignore[union-attr]
-            place = _resolve(folder, description, entry)  # type: ignore[arg-type]
+    if description is None:
+        return
+    for split, entries in description.entries.items():
+        for place in (_resolve(folder, description, entry) for entry in entries):
             if place is not None and not place.resolve().is_relative_to(folder.path.resolve()):
-                for image in image_files(place) if place.is_dir() else _listed_images(folder, place, name):
+                for image in image_files(place) if place.is_dir() else _listed_images(folder, place, split):
                     yield from (image, label_file(image))
 
 
@@ -159,8 +159,6 @@ def _images_in_folder(folder: DatasetFolder, split: str) -> list[Path]:
 
 def read_yolo(folder: DatasetFolder, description: YoloDescription, paths: list[Path], split: str) -> AnnotatedSplit:
     """A split of a YOLO dataset, with the labels of each image."""
-    keys = sorted(description.names)
-    class_ids = {key: class_id for class_id, key in enumerate(keys)}
     paths = [path.absolute() for path in paths]
     places = {os.path.dirname(path) for path in paths}
     common = Path(os.path.commonpath(places)) if places else description.file.parent
@@ -171,9 +169,9 @@ def read_yolo(folder: DatasetFolder, description: YoloDescription, paths: list[P
     read_headers(images)
     label_files = [label_file(image.path) for image in images]
     if not description.names_splits:
-        description = replace(description, **class_list(folder, description, label_files))
-        keys = sorted(description.names)
-        class_ids = {key: class_id for class_id, key in enumerate(keys)}
+        description = with_nearest_class_list(folder, description, label_files)
+    keys = sorted(description.names)
+    class_ids = {key: class_id for class_id, key in enumerate(keys)}
     number = 0
     for image, labels in zip(images, label_files, strict=True):
         image.boxes = list(read_labels(labels, image.size, class_ids, description.has_keypoints))

@@ -1,13 +1,13 @@
 """The file that describes a YOLO dataset: the classes, and where its splits are."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..dataset_folder import DatasetFolder
+from ..dataset_folder import DESCRIPTIONS, DatasetFolder
 from ..split_names import SPLIT_NAMES, split_names
 from .parsing import read_text
 from .yolo_labels import looks_like_labels
@@ -45,7 +45,7 @@ def describe_yolo(folder: DatasetFolder) -> YoloDescription | None:
         ValueError: it cannot be understood; names the file.
     """
     named = folder.description
-    for file in folder.of_type(".yaml", ".yml", ".data", depth=2) if named is None else [named]:
+    for file in folder.of_type(*DESCRIPTIONS, depth=2) if named is None else [named]:
         if named is None and not _may_describe(file):
             continue
         description = read_description(file, folder)
@@ -132,13 +132,15 @@ def _read_darknet(file: Path, folder: DatasetFolder) -> YoloDescription | None:
     names = folder.find_place(content["names"], [file.parent, folder.path])
     if names is None:
         raise ValueError(f"{file} names {content['names']} for the classes, which does not exist.")
-    lines = [line.strip() for line in read_text(names).splitlines() if line.strip()]
     entries = {name: [content[name]] for known in known_names() for name in known if content.get(name)}
-    return YoloDescription(file, dict(enumerate(lines)), entries)
+    return YoloDescription(file, dict(enumerate(_lines(names))), entries)
 
 
-def class_list(folder: DatasetFolder, description: YoloDescription, label_files: list[Path]) -> dict[str, Any]:
-    """The class list that is nearest to the labels, in their folder or above; labelImg writes one into each folder.
+def with_nearest_class_list(
+    folder: DatasetFolder, description: YoloDescription, label_files: list[Path]
+) -> YoloDescription:
+    """The description with the class list that is nearest to the labels, in their folder or above; labelImg writes one
+    into each folder.
 
     Raises:
         ValueError: the labels have several class lists that differ.
@@ -152,9 +154,9 @@ def class_list(folder: DatasetFolder, description: YoloDescription, label_files:
             f"The class lists {', '.join(map(str, found))} differ. Make them equal, or load one folder each."
         )
     if not found:
-        return {}
+        return description
     file, lines = next(iter(found.items()))
-    return {"file": file, "names": dict(enumerate(lines))}
+    return replace(description, file=file, names=dict(enumerate(lines)))
 
 
 def _class_lists(folder: DatasetFolder) -> list[Path]:
