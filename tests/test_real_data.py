@@ -19,7 +19,7 @@ from hf_detr.data import (
     id2label,
 )
 from hf_detr.data.schema import source_id
-from hf_detr.dataset_check import check_dataset
+from hf_detr.dataset_check import check_dataset, findings_page
 from hf_detr.evaluation import CocoEvaluator
 from hf_detr.visualization import compare_with_ground_truth
 
@@ -439,3 +439,12 @@ def test_a_group_that_is_too_large_for_one_side_is_divided_in_its_order_and_that
     runs = [numbers[:4], numbers[4:]]
     assert all(run == list(range(run[0], run[0] + 4)) for run in runs)
     assert "but for groups of more than 4, which are divided in their order" in warnings.text
+
+
+def test_the_page_of_findings_shows_images_as_training_reads_them(tmp_path):
+    """12 bits in 16 are nearly black, which Pillow's own conversion would show as white."""
+    folder = write_coco(tmp_path / "data", [1])
+    Image.fromarray(np.full((80, 100), 4000, dtype=np.uint16)).save(folder / "train" / "0.png")
+    finding = next(f for f in check_dataset(folder, progress=False).findings if f.code == "image-dim")
+    drawn = np.asarray(findings_page._draw(finding))
+    assert np.median(drawn) == round(4000 / 257)
