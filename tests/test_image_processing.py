@@ -10,7 +10,7 @@ import transformers
 from PIL import Image
 
 from hf_detr import DetrImageProcessor
-from hf_detr.model.image_io import to_rgb_tensor
+from hf_detr.model.image_io import to_image_tensor
 
 
 @pytest.fixture
@@ -125,14 +125,14 @@ class TestKindsOfImages:
         grey = rgb[..., 0]
         expected = torch.from_numpy(np.stack([grey] * 3))
         for image in (grey, grey[..., None], grey[None], Image.fromarray(grey)):
-            assert torch.equal(to_rgb_tensor(image), expected)
+            assert torch.equal(to_image_tensor(image), expected)
 
     def test_16_bit_grey_is_scaled_not_cut(self, tmp_path):
         values = np.array([[0, 257, 25700, 65535]] * 3, dtype=np.uint16)
         path = tmp_path / "deep.png"
         Image.fromarray(values).save(path)
         for image in (path, Image.open(path), values, torch.from_numpy(values.astype(np.int32)).to(torch.uint16)):
-            assert to_rgb_tensor(image)[1, 0].tolist() == [0, 1, 100, 255]
+            assert to_image_tensor(image)[1, 0].tolist() == [0, 1, 100, 255]
 
     def test_transparency_is_laid_over_white(self, tmp_path):
         rgba = np.zeros((4, 6, 4), dtype=np.uint8)
@@ -143,20 +143,20 @@ class TestKindsOfImages:
         path = tmp_path / "palette.png"
         palette.save(path, transparency=0)
         for image in (rgba, Image.fromarray(rgba), path):
-            pixels = to_rgb_tensor(image)
+            pixels = to_image_tensor(image)
             assert pixels[:, 0, 0].tolist() == [255, 255, 255]
             assert pixels[:, 0, 5].tolist() == [200, 0, 0]
         grey_alpha = Image.fromarray(rgba).convert("LA")
-        assert to_rgb_tensor(grey_alpha)[:, 0, 0].tolist() == [255, 255, 255]
+        assert to_image_tensor(grey_alpha)[:, 0, 0].tolist() == [255, 255, 255]
 
     def test_cmyk_bilevel_and_palette(self, rgb):
         image = Image.fromarray(rgb)
-        assert to_rgb_tensor(image.convert("CMYK")).shape == (3, 30, 40)
+        assert to_image_tensor(image.convert("CMYK")).shape == (3, 30, 40)
         torch.testing.assert_close(
-            to_rgb_tensor(image.convert("CMYK")).float(), to_rgb_tensor(image).float(), atol=2, rtol=0
+            to_image_tensor(image.convert("CMYK")).float(), to_image_tensor(image).float(), atol=2, rtol=0
         )
-        assert set(to_rgb_tensor(image.convert("1")).unique().tolist()) <= {0, 255}
-        assert to_rgb_tensor(image.convert("P")).shape == (3, 30, 40)
+        assert set(to_image_tensor(image.convert("1")).unique().tolist()) <= {0, 255}
+        assert to_image_tensor(image.convert("P")).shape == (3, 30, 40)
 
     def test_exif_orientation_is_applied_to_image_and_labels(self, processor):
         exif = Image.Exif()
@@ -180,7 +180,7 @@ class TestKindsOfImages:
     )
     def test_what_is_no_image_is_refused(self, image, message):
         with pytest.raises(ValueError, match=message):
-            to_rgb_tensor(image)
+            to_image_tensor(image)
 
     @pytest.mark.parametrize(("largest", "divisor"), [(255, 1), (65535, 257)])
     def test_one_rule_holds_for_wide_integers_of_all_kinds(self, largest, divisor):
@@ -192,18 +192,18 @@ class TestKindsOfImages:
         kinds += [Image.fromarray(values.astype(np.uint16)), Image.fromarray(values.astype(np.int32))]
         assert [image.mode for image in kinds[-2:]] == ["I;16", "I"]
         for image in kinds:
-            assert torch.equal(to_rgb_tensor(image), expected)
+            assert torch.equal(to_image_tensor(image), expected)
 
     def test_broken_and_missing_files_are_named(self, tmp_path):
         path = tmp_path / "cut.jpg"
         photo(200, 200).save(path)
         path.write_bytes(path.read_bytes()[:900])
         with pytest.raises(ValueError, match=r"cut\.jpg cannot be read"):
-            to_rgb_tensor(path)
+            to_image_tensor(path)
         with pytest.raises(FileNotFoundError, match=r"nothing\.jpg"):
-            to_rgb_tensor(tmp_path / "nothing.jpg")
-        with pytest.raises(TypeError, match="not dict"):
-            to_rgb_tensor({})
+            to_image_tensor(tmp_path / "nothing.jpg")
+        with pytest.raises(TypeError, match="not set"):
+            to_image_tensor({1, 2})
 
 
 class TestAnnotations:
@@ -283,7 +283,7 @@ def test_options_of_resizing_and_padding():
     loose = DetrImageProcessor(do_resize=False, do_pad=False)(images)
     assert [tuple(x.shape) for x in loose["pixel_values"]] == [(3, 60, 90), (3, 90, 60)]
     plain = DetrImageProcessor(do_resize=False, do_normalize=False, do_rescale=False)(images[0], return_tensors="pt")
-    assert torch.equal(plain["pixel_values"][0], to_rgb_tensor(images[0]).float())
+    assert torch.equal(plain["pixel_values"][0], to_image_tensor(images[0]).float())
 
 
 def test_saving_and_loading_keeps_every_setting(tmp_path):
@@ -309,4 +309,4 @@ def test_huge_images_are_refused_with_their_name(tmp_path, monkeypatch):
     photo(200, 200).save(path)
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match=r"bomb\.png cannot be read"):
-        to_rgb_tensor(path)
+        to_image_tensor(path)

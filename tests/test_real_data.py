@@ -371,7 +371,9 @@ def test_images_of_12_bits_are_reported_and_become_visible_with_a_range(load, tm
         Image.fromarray(values).save(folder / "train" / f"{number}.png")
     assert check_dataset(folder, progress=False).counts()["image-dim"] == 2
     assert "image-dim" not in check_dataset(folder, image_range=(0, 4095), progress=False).counts()
-    rows = AugmentedDataset(load(folder), flip_rotate_augmentation(), image_range=(0, 4095))
+    rows = AugmentedDataset(
+        load(folder), flip_rotate_augmentation(), to_tensor=DetrImageProcessor(image_range=(0, 4095)).to_tensor
+    )
     assert np.ptp(np.asarray(rows[0]["image"])) > 200
     processor = DetrImageProcessor(image_range=(0, 4095), do_normalize=False, do_resize=False)
     processor.save_pretrained(tmp_path / "processor")

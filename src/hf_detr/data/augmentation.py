@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ..model.annotations import box_problem
-from ..model.image_io import to_rgb_tensor
+from ..model.image_io import to_image_tensor
 from .processor_size import size_fields
 
 Row = dict[str, Any]
@@ -120,6 +120,10 @@ def _resize(shortest: int, longest: int | None) -> v2.Transform:
     return v2.Resize(None if longest and shortest >= longest else shortest, max_size=longest)
 
 
+def _is_ready(image: Any) -> bool:
+    return isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3
+
+
 class Augmentation:
     """A torchvision v2 or Albumentations transform, applied to rows of the schema.
 
@@ -130,7 +134,8 @@ class Augmentation:
       may end up without objects.
     - `area` is scaled like the area of its box, by the crop and the resize. (The exact area of a cropped segmentation
       would need the segmentation.)
-    - The image becomes RGB, `uint8` (3, H, W); `width` and `height` are updated. Other columns are unchanged.
+    - The image becomes RGB, `uint8` (3, H, W), unless it is a tensor of bytes (C, H, W) already; `width` and `height`
+      are updated. Other columns are unchanged.
 
     Args:
         transform: of torchvision v2, called with `{"image": tv_tensors.Image, "boxes": tv_tensors.BoundingBoxes,
@@ -162,7 +167,7 @@ class Augmentation:
             self.transform.set_random_seed(seed)  # type: ignore[attr-defined]
 
     def __call__(self, row: Row) -> Row:
-        image = to_rgb_tensor(row["image"])
+        image = row["image"] if _is_ready(row["image"]) else to_image_tensor(row["image"])
         objects = row["objects"]
         height, width = image.shape[-2:]
         for number, bbox in enumerate(objects["bbox"]):

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..model.image_io import to_rgb_tensor
 from .augmentation import Row
 
 
@@ -24,8 +23,8 @@ class AugmentedDataset(Dataset[Row]):
         augmentation: from row to row; an `Augmentation`, or any callable that uses the generators above. If it has a
             method `set_random_seed`, that is called with a seed for each row.
         seed: not negative.
-        image_range: the values of black and white in images that are not 8-bit, as of the image processor; images are
-            then RGB tensors (3, H, W) for the augmentation.
+        to_tensor: reads the image of a row, such as `DetrImageProcessor.to_tensor`; the augmentation then gets tensors
+            (C, H, W). None leaves that to the augmentation, which makes RGB of all images.
     """
 
     def __init__(
@@ -34,14 +33,14 @@ class AugmentedDataset(Dataset[Row]):
         augmentation: Callable[[Row], Row],
         seed: int = 0,
         *,
-        image_range: tuple[float, float] | None = None,
+        to_tensor: Callable[[Any], torch.Tensor] | None = None,
     ) -> None:
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}.")
         self.dataset = dataset
         self.augmentation = augmentation
         self.seed = seed
-        self.image_range = image_range
+        self.to_tensor = to_tensor
         # in shared memory, so that persistent workers, which have a copy of this object, see changes
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -56,8 +55,8 @@ class AugmentedDataset(Dataset[Row]):
         index = int(index)
         seeds = np.random.SeedSequence([self.seed, int(self._epoch), index % len(self)]).generate_state(4)
         row = self.dataset[index]
-        if self.image_range is not None:
-            row = row | {"image": to_rgb_tensor(row["image"], image_range=self.image_range)}
+        if self.to_tensor is not None:
+            row = row | {"image": self.to_tensor(row["image"])}
         with _seeded(int(seeds[0]), int(seeds[1]), int(seeds[2])):
             if hasattr(self.augmentation, "set_random_seed"):
                 self.augmentation.set_random_seed(int(seeds[3]))

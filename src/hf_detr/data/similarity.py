@@ -14,7 +14,7 @@ import PIL.Image
 from scipy.fft import dctn
 from torchvision.transforms.functional import to_pil_image
 
-from ..model.image_io import to_rgb_tensor
+from ..model.image_io import to_image_tensor
 from ..runtime.cores import available_cores
 
 THUMBNAIL_SIDE = 16  # pixels
@@ -63,7 +63,7 @@ def appearance_of(file: str | Path | bytes, image_range: tuple[float, float] | N
 
     Args:
         file: a path, or the content of a file.
-        image_range: see `to_rgb_tensor`.
+        image_range: see `to_image_tensor`.
     """
     try:
         data = file if isinstance(file, bytes) else Path(file).read_bytes()
@@ -91,7 +91,7 @@ def appearance_of(file: str | Path | bytes, image_range: tuple[float, float] | N
                 rgb: PIL.Image.Image = image.copy()
             else:
                 try:
-                    rgb = to_pil_image(to_rgb_tensor(image, image_range=image_range))
+                    rgb = to_pil_image(to_image_tensor(image, image_range=image_range))
                 except (ValueError, TypeError) as error:
                     return Appearance(str(error), is_unsupported=True)
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
@@ -125,7 +125,7 @@ def appearances(
         files: paths, or functions that read the content.
         progress: wraps the iterator over the images, to show a progress bar.
         num_workers: threads; None uses one per CPU core.
-        image_range: see `to_rgb_tensor`.
+        image_range: see `to_image_tensor`.
     """
 
     def one(file: str | Path | Callable[[], bytes]) -> Appearance:

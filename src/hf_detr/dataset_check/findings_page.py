@@ -14,7 +14,7 @@ from torchvision.transforms.functional import to_pil_image
 from ..data.findings import KINDS, Finding
 from ..data.records import AnnotatedSplit, BoxRecord
 from ..model.annotations import box_problem
-from ..model.image_io import to_rgb_tensor
+from ..model.image_io import to_image_tensor
 from ..visualization import contact_sheet, draw_boxes
 from .full_check import CheckResult
 
@@ -113,7 +113,7 @@ def _draw(finding: Finding) -> PIL.Image.Image | None:
     try:
         read = finding.image.read
         file = finding.image.path if read is None else BytesIO(read())
-        image = to_pil_image(to_rgb_tensor(PIL.Image.open(file)))  # as training reads it
+        image = to_pil_image(to_image_tensor(PIL.Image.open(file)))  # as training reads it
     except (OSError, ValueError):
         return None
     scale = 480 / max(image.size)

@@ -114,10 +114,12 @@ def coco_to_labels(annotation: dict[str, Any], size: tuple[int, int], index: int
         ValueError: names the image and the record, and the fix.
     """
     where = f"Image {index}"
-    if not isinstance(annotation, dict) or "annotations" not in annotation or "image_id" not in annotation:
+    if isinstance(annotation, Mapping) and "objects" in annotation and "annotations" not in annotation:
+        annotation = {**annotation, "annotations": annotation["objects"]}  # a row of a dataset
+    if not isinstance(annotation, Mapping) or "annotations" not in annotation or "image_id" not in annotation:
         raise ValueError(
             f'{where}: its annotation must be a dict {{"image_id": int, "annotations": [COCO objects]}}, got '
-            f"{sorted(annotation) if isinstance(annotation, dict) else type(annotation).__name__}."
+            f"{sorted(annotation) if isinstance(annotation, Mapping) else type(annotation).__name__}."
         )
     image_id = canonical_id(annotation["image_id"])
     if not isinstance(image_id, int):
@@ -126,7 +128,7 @@ def coco_to_labels(annotation: dict[str, Any], size: tuple[int, int], index: int
         raise ValueError(f"{where}: image_id {image_id} does not fit 64 bits. Number the images instead.")
     where = f"Image {index} (image_id {image_id})"
     records = []
-    for number, record in enumerate(annotation["annotations"]):
+    for number, record in enumerate(_records(annotation["annotations"], where)):
         try:
             if is_ignored(record):
                 logger.warning_once(
@@ -162,18 +164,53 @@ def coco_to_labels(annotation: dict[str, Any], size: tuple[int, int], index: int
     }
 
 
-def check_labels(labels: list[dict[str, Any]], num_labels: int, batch_size: int) -> None:
+def _records(annotations: Any, where: str) -> list[Mapping[str, Any]]:
+    """COCO records, of a list of them or of a dict of lists as `datasets` has it, in which the category may be called
+    `category`."""
+    if isinstance(annotations, Mapping):
+        lengths = {name: len(values) for name, values in annotations.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"{where}: the lists of its annotations must have equal lengths, got {lengths}.")
+        columns = annotations.values()
+        annotations = [dict(zip(annotations, values, strict=True)) for values in zip(*columns, strict=True)]
+    if not isinstance(annotations, (list, tuple)) or not all(isinstance(record, Mapping) for record in annotations):
+        raise ValueError(f"{where}: annotations must be a list of COCO objects, got {str(annotations)[:80]}.")
+    return [{**record, "category_id": record.get("category_id", record.get("category"))} for record in annotations]
+
+
+def tensor_labels(labels: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Labels whose `class_labels` and `boxes` are lists or arrays, as tensors. Tensors stay as they are."""
+    if all(isinstance(label.get(name), Tensor) for label in labels for name in ("class_labels", "boxes")):
+        return labels
+    return [{**label, **_tensors(label)} for label in labels]
+
+
+def _tensors(label: Mapping[str, Any]) -> dict[str, Tensor]:
+    found = {name: torch.as_tensor(label[name]) for name in ("class_labels", "boxes") if name in label}
+    if "class_labels" in found and not len(found["class_labels"]):  # an empty list is float
+        found["class_labels"] = found["class_labels"].to(torch.int64)
+    if "boxes" in found:
+        boxes = found["boxes"]
+        found["boxes"] = boxes.float().reshape(-1, 4) if not boxes.numel() else boxes.float()
+    return found
+
+
+def check_labels(
+    labels: list[dict[str, Any]], num_labels: int, pixel_values: Tensor, pixel_mask: Tensor | None = None
+) -> None:
     """Refuse labels that would train something else than what was meant.
 
     Args:
         labels: one dict per image with `class_labels` (N,), integers in [0, num_labels), and `boxes` (N, 4), cxcywh in
-            [0, 1] of the image without its padding, with positive width and height.
+            [0, 1] of the image without its padding, with positive width and height. A `size` (height, width), which
+            image processors add, must be that of the image in `pixel_mask`.
+        pixel_values, pixel_mask: of the batch, (B, C, H, W) and (B, H, W).
 
     Raises:
         ValueError: names the image of the batch, the box and the fix.
     """
-    if len(labels) != batch_size:
-        raise ValueError(f"There are {batch_size} images in the batch but {len(labels)} labels.")
+    if len(labels) != len(pixel_values):
+        raise ValueError(f"There are {len(pixel_values)} images in the batch but {len(labels)} labels.")
     for image, label in enumerate(labels):
         missing = {"class_labels", "boxes"} - set(label)
         if missing:
@@ -191,8 +228,7 @@ def check_labels(labels: list[dict[str, Any]], num_labels: int, batch_size: int)
             )
     ids = torch.cat([label["class_labels"] for label in labels])
     boxes = torch.cat([label["boxes"] for label in labels])
-    if len(ids) == 0:
-        return
+    wrong_size = _wrong_sizes(labels, pixel_values, pixel_mask, ids.device)
     wrong = torch.stack(
         (
             (ids < 0) | (ids >= num_labels),
@@ -201,8 +237,10 @@ def check_labels(labels: list[dict[str, Any]], num_labels: int, batch_size: int)
             (boxes[:, 2:] <= 0).any(1),
         )
     )
-    if not wrong.any():  # the only transfer from the device
+    if not (wrong.any() | wrong_size.any()):  # the only transfer from the device
         return
+    if wrong_size.any():
+        raise ValueError(_describe_wrong_size(labels, int(wrong_size.nonzero()[0]), pixel_values, pixel_mask))
     reasons = (
         f"the class id is not in [0, {num_labels}). Ids count from 0, and the config's `id2label` must name them all",
         NOT_FINITE,
@@ -216,6 +254,38 @@ def check_labels(labels: list[dict[str, Any]], num_labels: int, batch_size: int)
     raise ValueError(
         f"{_where(labels, image)}, box {position}: {reasons[kind]}. "
         f"Class id {int(ids[row])}, box {[round(value, 4) for value in boxes[row].tolist()]}."
+    )
+
+
+def _wrong_sizes(
+    labels: list[dict[str, Any]], pixel_values: Tensor, pixel_mask: Tensor | None, device: torch.device
+) -> Tensor:
+    """(B,) bool, the labels whose `size` is not that of the image: their boxes are relative to another frame."""
+    if any("size" not in label for label in labels):
+        return torch.zeros(len(labels), dtype=torch.bool, device=device)
+    sizes = torch.stack([torch.as_tensor(label["size"], device=device) for label in labels])  # (B, 2)
+    if pixel_mask is None:
+        return (sizes != torch.tensor(pixel_values.shape[-2:], device=device)).any(1)
+    of_images = torch.stack((pixel_mask[:, :, 0].sum(1), pixel_mask[:, 0].sum(1)), dim=1).to(device)
+    return (sizes != of_images).any(1)
+
+
+def _describe_wrong_size(
+    labels: list[dict[str, Any]], image: int, pixel_values: Tensor, pixel_mask: Tensor | None
+) -> str:
+    label_height, label_width = (int(side) for side in labels[image]["size"])
+    if pixel_mask is None:
+        height, width = pixel_values.shape[-2:]
+        fix = "If it is padded, pass the `pixel_mask` that the image processor returns."
+    else:
+        height, width = int(pixel_mask[image, :, 0].sum()), int(pixel_mask[image, 0].sum())
+        fix = (
+            "Boxes must be relative to the image without its padding; transformers' own DetrImageProcessor makes them "
+            "relative to the padded batch. Use hf_detr.DetrImageProcessor."
+        )
+    return (
+        f"{_where(labels, image)}: the label is for an image of {label_height} x {label_width} pixels (height x "
+        f"width), but the image has {height} x {width}. {fix}"
     )
 
 

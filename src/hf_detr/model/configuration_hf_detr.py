@@ -1,11 +1,40 @@
 """`DetrConfig`: the fields that define a DETR, with their meaning and the checks of their values."""
 
+import difflib
+from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .foreign import import_interop
+
+# Fields of transformers' `DetrConfig` that ours does not have: the values that change nothing (None: translated), and
+# why others are refused.
+FIELDS_OF_TRANSFORMERS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
+    "backbone_config": (None, ""),
+    "use_timm_backbone": (None, ""),
+    "use_pretrained_backbone": ((False,), "load weights with DetrForDetection.from_pretrained_backbone(config)"),
+    "encoder_layerdrop": ((0, 0.0), "this model does not skip layers in training"),
+    "decoder_layerdrop": ((0, 0.0), "this model does not skip layers in training"),
+    "train_backbone": ((True,), "call model.freeze_backbone()"),
+}
+# What transformers itself passes to a config or writes into `config.json`, beside the fields that all configs have.
+NAMES_OF_TRANSFORMERS = (
+    "_attn_implementation", "_commit_hash", "_name_or_path", "attn_implementation", "auto_map", "custom_pipelines",
+    "experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions", "per_layer_config",
+    "quantization_config", "torch_dtype",
+)  # fmt: skip
+
+
+def refuse_unknown(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises TypeError for a name that is not known, with the nearest that is."""
+    known = {*known, *NAMES_OF_TRANSFORMERS}
+    for name in given:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, 1)
+            raise TypeError(f"{owner} has no {name!r}." + (f" Did you mean {nearest[0]!r}?" if nearest else ""))
 
 
 @strict
@@ -70,8 +99,13 @@ class DetrConfig(PreTrainedConfig):
             section 4.1): the bias of no-object starts at `log(C (1 - p) / p)`, all others at 0. Use it with the class
             losses `"focal"` and `"iou_aware"`. `None` (the paper): PyTorch's random biases.
 
+    Fields of transformers' `DetrConfig` that say the same in other words (`backbone_config`, `use_timm_backbone`) are
+    translated; those that this model does not have are refused unless they are off.
+
     Raises:
         huggingface_hub.errors.StrictDataclassError: a field has the wrong type or an invalid value.
+        TypeError: there is no such field.
+        ValueError: a field of transformers' has a value that this model does not support.
     """
 
     model_type = "hf_detr"
@@ -123,6 +157,55 @@ class DetrConfig(PreTrainedConfig):
     class_loss_coefficient: float | int = 1
     prior_probability: float | None = None
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        theirs = {name: kwargs.pop(name) for name in FIELDS_OF_TRANSFORMERS if name in kwargs}
+        refuse_unknown(type(self).__name__, kwargs, [field.name for field in fields(self)] + list(self.attribute_map))
+        if any(value is not None for value in theirs.values()):
+            self._take_over(theirs)
+        super().__post_init__(**kwargs)
+
+    def _take_over(self, theirs: dict[str, Any]) -> None:
+        """Set the fields that transformers' names stand for.
+
+        Raises:
+            ValueError: a value is not supported.
+        """
+        for name, (harmless, reason) in FIELDS_OF_TRANSFORMERS.items():
+            value = theirs.get(name)
+            if value is not None and harmless is not None and value not in harmless:
+                raise ValueError(f"{name}={value!r}: {reason}.")
+        given = {
+            name: theirs[name] for name in ("backbone_config", "use_timm_backbone") if theirs.get(name) is not None
+        }
+        if "backbone_config" in given or given.get("use_timm_backbone") is False:
+            nested = given.get("backbone_config")
+            given["backbone_config"] = nested if nested is None or isinstance(nested, dict) else nested.to_dict()
+            own = {"model_type": "detr", "backbone": self.backbone, "backbone_kwargs": self.backbone_kwargs}
+            translated = import_interop("transformers' backbone_config").read_config(own | given)
+            for name in ("backbone", "backbone_kwargs", "dilation", "feature_stride"):
+                if name in translated:
+                    setattr(self, name, translated[name])
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, for the config of any DETR checkpoint.
+
+        Raises:
+            TypeError: `kwargs` has a name that is not a field.
+        """
+        returns_unused = kwargs.get("return_unused_kwargs", False)
+        config, unused = super().from_dict(cls.translate(config_dict), **kwargs | {"return_unused_kwargs": True})
+        config.validate()
+        if returns_unused:
+            return config, unused
+        refuse_unknown(cls.__name__, unused, [field.name for field in fields(cls)])
+        return config
+
+    @classmethod
+    def from_json_file(cls, json_file: Any) -> Any:
+        """As in transformers, for the config of any DETR checkpoint."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
     @classmethod
     def translate(cls, stored: dict[str, Any]) -> dict[str, Any]:
         """The `config.json` of any DETR checkpoint as fields of this class.
@@ -167,6 +250,10 @@ class DetrConfig(PreTrainedConfig):
         self._check_choice("position_embedding_type", "sine", "learned")
         self._check_choice("query_type", "learned", "anchor")
         self._check_choice("class_loss", "cross_entropy", "focal", "iou_aware")
+
+    def validate_classes(self) -> None:
+        if self.id2label is not None and sorted(map(int, self.id2label)) != list(range(len(self.id2label))):
+            raise ValueError(f"The ids of `id2label` must be 0 to {len(self.id2label) - 1}, got {list(self.id2label)}.")
 
     def validate_anchors(self) -> None:
         if self.query_type != "anchor":

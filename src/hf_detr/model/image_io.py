@@ -1,6 +1,7 @@
 """Any image to RGB: what step 1 does before it resizes."""
 
 import base64
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,7 +15,10 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from torch import Tensor
 from transformers.image_transforms import convert_to_rgb
 
-Image = PIL.Image.Image | np.ndarray | Tensor | str | Path
+Image = PIL.Image.Image | np.ndarray | Tensor | str | Path | bytes | Mapping[str, Any]
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's "L"
+OVERSHOOT = 0.1  # fraction of the range by which floats may exceed it
+MIN_BYTES = 16  # largest value from which on floats are taken for bytes
 EXIF_ORIENTATION = 0x0112
 TURNED_BY_90_DEGREES = (5, 6, 7, 8)
 
@@ -99,76 +103,134 @@ def _is_file(text: str) -> bool:
         return False
 
 
-def to_rgb_tensor(
-    image: Image, timeout: float | None = None, *, image_range: tuple[float, float] | None = None
+def to_image_tensor(
+    image: Image,
+    timeout: float | None = None,
+    *,
+    num_channels: int = 3,
+    image_range: tuple[float, float] | None = None,
+    do_rescale: bool = True,
+    channels_last: bool | None = None,
 ) -> Tensor:
-    """Any image to (3, H, W) RGB: uint8, or float32 in [0, 1] if it came as floats in [0, 1].
+    """Any image to (C, H, W): uint8, or float32 in [0, 1] if it came as floats in [0, 1].
 
     One rule holds for all kinds of images: 8-bit values are taken as they are. Wider integers (uint16, int32, and the
     modes I;16 and I of PIL) are 0 to 255 if no value of the image is above 255, and 0 to 65535 if none is above 65535.
-    Floats are in [0, 1] if no value is above 1, and otherwise in [0, 255]. All other values are refused.
+    Floats are in [0, 1] if no value is above 1, and in [0, 255] if the largest is above 16, or all are integers; what
+    exceeds these ranges by up to a tenth, as after a bicubic resize, is clipped. All other values are refused.
 
     Args:
+        num_channels: 3 makes RGB of all images, with transparency over white; 1 makes grey (ITU-R 601 weights). Any
+            other number takes images that have this number, as they are.
         image_range: the values of black and white in images that are not 8-bit, in place of the rule; values outside
             are clipped. (0, 4095) is for sensors of 12 bits.
+        do_rescale: False takes all values as they are, in float32 if they are not bytes.
+        channels_last: whether arrays are (H, W, C); None decides by their shape.
 
     Raises:
         ValueError: not an image, or one with NaN, with no pixels, with values that the rule does not have, or with
             channels that cannot be understood.
         TypeError: not a kind of object that can hold an image.
     """
-    if isinstance(image, (str, Path)):
-        image = open_image(image, timeout)
-    if isinstance(image, PIL.Image.Image):
-        return _pil_to_rgb(image, image_range)
-    if isinstance(image, np.ndarray):
-        if image.dtype == np.uint16:  # torch has no arithmetic on it
-            image = image.astype(np.int32)
-        if not (np.issubdtype(image.dtype, np.number) or image.dtype == np.bool_):
-            raise TypeError(f"Arrays of dtype {image.dtype} are not supported as images.")
-        return _array_to_rgb(torch.from_numpy(np.require(image, requirements=["C", "W"])), image_range)
+    if isinstance(image, (str, Path, bytes, Mapping)):
+        image = _open_any(image, timeout)
+    tensor, channels_last = _to_tensor(image, num_channels, channels_last)
+    tensor = _channels_first(tensor, num_channels, channels_last)
+    if tensor.dtype == torch.bool:
+        tensor = tensor.to(torch.uint8) * 255
+    elif tensor.dtype != torch.uint8:
+        tensor = _scale_values(tensor, image_range, do_rescale)
+    return _with_channels(tensor, num_channels)
+
+
+def _to_tensor(image: Any, num_channels: int, channels_last: bool | None) -> tuple[Tensor, bool | None]:
+    """A PIL image, an array or a tensor as a tensor that PyTorch can calculate with, and where its channels are."""
     if isinstance(image, Tensor):
-        return _array_to_rgb(image.to(torch.int32) if image.dtype == torch.uint16 else image, image_range)
-    raise TypeError(
-        f"An image must be a PIL image, a numpy array, a torch tensor, a path or a URL, not {type(image).__name__}."
-    )
+        return image.to(torch.int32) if image.dtype == torch.uint16 else image, channels_last
+    if isinstance(image, PIL.Image.Image):
+        image, channels_last = _pil_to_array(image, num_channels), True
+    if not isinstance(image, np.ndarray):
+        raise TypeError(
+            "An image must be a PIL image, a numpy array, a torch tensor, bytes, a path or a URL, not "
+            f"{type(image).__name__}."
+        )
+    if not (np.issubdtype(image.dtype, np.number) or image.dtype == np.bool_):
+        raise TypeError(f"Arrays of dtype {image.dtype} are not supported as images.")
+    if image.dtype == np.uint16:
+        image = image.astype(np.int32)
+    return torch.from_numpy(np.require(image, requirements=["C", "W"])), channels_last
 
 
-def _pil_to_rgb(image: PIL.Image.Image, image_range: tuple[float, float] | None) -> Tensor:
+def _open_any(image: Any, timeout: float | None) -> PIL.Image.Image:
+    """A path, URL, the content of a file, or a dict with `bytes` or `path` as `datasets` has them."""
+    if isinstance(image, Mapping):
+        source = image.get("bytes") if image.get("bytes") is not None else image.get("path")
+        if source is None:
+            raise ValueError(f"An image that is a dict must have bytes or a path, got the keys {sorted(image)}.")
+        image = source
+    if isinstance(image, bytes):
+        try:
+            opened = PIL.Image.open(BytesIO(image))
+            opened.load()
+            return opened
+        except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+            raise ValueError(f"{len(image)} bytes cannot be read as an image: {error}") from error
+    return open_image(image, timeout)
+
+
+def _pil_to_array(image: PIL.Image.Image, num_channels: int) -> np.ndarray:
+    """(H, W) or (H, W, C), turned as the EXIF orientation says."""
     image = PIL.ImageOps.exif_transpose(image)
     if min(image.size) == 0:
         raise ValueError(f"The image has no pixels: {image.width} x {image.height}.")
     if image.mode.startswith("I"):  # "I;16" and its relatives, and "I", in which Pillow holds 16-bit grey as well
-        return _array_to_rgb(torch.from_numpy(np.array(image).astype(np.int32)), image_range)
+        return np.array(image).astype(np.int32)
     if image.mode == "F":
-        return _array_to_rgb(torch.from_numpy(np.array(image)), image_range)
-    return torch.from_numpy(convert_to_rgb(image, return_numpy=True)).permute(2, 0, 1)
+        return np.array(image)
+    if num_channels in (1, 3):
+        return convert_to_rgb(image, return_numpy=True)
+    return np.array(image)
 
 
-def _array_to_rgb(image: Tensor, image_range: tuple[float, float] | None = None) -> Tensor:
+def _channels_first(image: Tensor, num_channels: int, channels_last: bool | None) -> Tensor:
+    """(H, W), (H, W, C) or (C, H, W) to (C, H, W)."""
     if image.ndim == 2:
-        image = image.expand(3, -1, -1)
+        image, channels_last = image[None], False
     if image.ndim != 3 or 0 in image.shape:
         raise ValueError(f"An image array must be (H, W), (H, W, C) or (C, H, W), got {tuple(image.shape)}.")
-    channels = (1, 2, 3, 4)
-    # where both ends could be channels, the last one is meant, as images are stored, unless only the first can be RGB
-    if image.shape[2] in channels and not (image.shape[0] == 3 and image.shape[2] != 3):
-        image = image.permute(2, 0, 1)
-    elif image.shape[0] not in channels:
-        raise ValueError(f"Neither the first nor the last axis of {tuple(image.shape)} can be channels (1 to 4).")
-    if image.dtype == torch.bool:
-        image = image.to(torch.uint8) * 255
-    elif image.dtype != torch.uint8:
-        image = _to_8_bit(image, image_range)
+    channels = (1, 2, 3, 4) if num_channels in (1, 3) else (num_channels,)
+    if channels_last is None:
+        # where both ends could be channels, the last one is meant, as images are stored, unless only the first can be
+        # the wanted number
+        only_first = image.shape[0] == num_channels and image.shape[2] != num_channels
+        channels_last = image.shape[2] in channels and not only_first
+    image = image.permute(2, 0, 1) if channels_last else image
+    if image.shape[0] not in channels:
+        raise ValueError(
+            f"Neither the first nor the last axis of {tuple(image.shape)} can be channels "
+            f"({'1 to 4' if len(channels) > 1 else f'num_channels={num_channels}'})."
+        )
+    return image
+
+
+def _with_channels(image: Tensor, num_channels: int) -> Tensor:
+    """The wanted number of channels, of an image with 1 to 4."""
+    if num_channels not in (1, 3):
+        return image
     if image.shape[0] in (2, 4):  # the last channel is transparency, over white as for PIL images
         white = 1.0 if image.is_floating_point() else 255.0
         alpha = image[-1:].float() / white
         colour = image[:-1].float() * alpha + white * (1 - alpha)
         image = colour if image.is_floating_point() else colour.round().to(torch.uint8)
-    return image.expand(3, -1, -1) if image.shape[0] == 1 else image
+    if image.shape[0] == num_channels:
+        return image
+    if num_channels == 3:
+        return image.expand(3, -1, -1)
+    grey = (image.float() * torch.tensor(LUMA).to(image.device)[:, None, None]).sum(0, keepdim=True)
+    return grey if image.is_floating_point() else grey.round().to(torch.uint8)
 
 
-def _to_8_bit(image: Tensor, image_range: tuple[float, float] | None) -> Tensor:
+def _scale_values(image: Tensor, image_range: tuple[float, float] | None, do_rescale: bool) -> Tensor:
     """Values other than bytes to bytes; floats in [0, 1] stay."""
     floating = image.is_floating_point()
     if floating and not image.isfinite().all():
@@ -179,21 +241,26 @@ def _to_8_bit(image: Tensor, image_range: tuple[float, float] | None) -> Tensor:
             raise ValueError(f"image_range must be the values of black and white, got {image_range}.")
         scaled = (image.double() - black) * (255 / (white - black))
         return scaled.clamp(0, 255).round().to(torch.uint8)
+    if not do_rescale:
+        return image.float()
     low, high = (value.item() for value in image.aminmax())
-    if floating:
-        if low < 0 or high > 255:
+    if not floating:
+        if low < 0 or high > 65535:
             raise ValueError(
-                f"Float images must have values in [0, 1] or [0, 255], got [{low:.4g}, {high:.4g}]. The processor "
-                "normalises by itself; give it the image as it was before. For images with another range, such as "
-                "those of scientific instruments, set image_range=(black, white)."
+                f"Integer images must have values in [0, 255] or [0, 65535], got [{low}, {high}]. Set "
+                "image_range=(black, white) to the values that are black and white."
             )
-        return image.round().to(torch.uint8) if high > 1 else image.float()
-    if low < 0 or high > 65535:
-        raise ValueError(
-            f"Integer images must have values in [0, 255] or [0, 65535], got [{low}, {high}]. Set "
-            "image_range=(black, white) to the values that are black and white."
-        )
-    return image.to(torch.uint8) if high <= 255 else (image.double() / 257).round().to(torch.uint8)
+        return image.to(torch.uint8) if high <= 255 else (image.double() / 257).round().to(torch.uint8)
+    if low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
+        return image.float().clamp(0, 1)
+    are_bytes = low >= 0 and high <= 255 and bool((image == image.round()).all())
+    if are_bytes or (high > MIN_BYTES and low >= -OVERSHOOT * high and high <= 255 * (1 + OVERSHOOT)):
+        return image.round().clamp(0, 255).to(torch.uint8)
+    raise ValueError(
+        f"Float images must have values in [0, 1] or [0, 255], got [{low:.4g}, {high:.4g}]. The processor normalises "
+        "by itself; give it the image as it was before, or pass do_rescale=False and do_normalize=False. For images "
+        "with another range, such as those of scientific instruments, set image_range=(black, white)."
+    )
 
 
 def allocate_batch(

@@ -1,5 +1,7 @@
 """Step 1: images and COCO annotations to what the model takes: `pixel_values`, `pixel_mask` and `labels`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,14 +11,48 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
+    ChannelDimension,
     PILImageResampling,
     SizeDict,
 )
+from transformers.processing_utils import ImagesKwargs
 
 from .annotations import coco_to_labels
+from .configuration_hf_detr import refuse_unknown
 from .foreign import import_interop
-from .image_io import Image, allocate_batch, flat_list_of_images, to_rgb_tensor
+from .image_io import Image, allocate_batch, flat_list_of_images, to_image_tensor
 from .post_processing import post_process_detection
+
+MAX_SIZE = 1333  # longest edge beside a shortest edge that is given as a number, as in the paper
+# Arguments of transformers' image processors: the values that change nothing, and why others are refused.
+UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "format": (("coco_detection",), "annotations are COCO's for detection"),
+    "do_convert_annotations": ((True,), "labels are always relative to the image"),
+    "return_segmentation_masks": ((False,), "there are no masks"),
+    "masks_path": ((), "there are no masks"),
+    "data_format": (("channels_first",), "the model takes channels first"),
+    "do_convert_rgb": ((True,), "num_channels decides what images become"),
+    "do_center_crop": ((False,), "objects would be cut off"),
+    "crop_size": ((), "objects would be cut off"),
+    "image_seq_length": ((), "there are no image tokens"),
+}
+# Names in files of processors, beside the attributes.
+OTHER_NAMES = (
+    "image_processor_type",
+    "feature_extractor_type",
+    "processor_class",
+    "auto_map",
+    "max_size",
+    *UNSUPPORTED,
+)
+
+
+class DetrImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    """Attributes of the processor beside transformers' own."""
+
+    image_range: list[float | int] | tuple[float | int, ...] | None
+    num_channels: int | None
+    class_thresholds: list[float] | None
 
 
 class HfDetrImageProcessor(TorchvisionBackend):
@@ -25,7 +61,7 @@ class HfDetrImageProcessor(TorchvisionBackend):
     Images may be PIL images, numpy arrays or torch tensors (channels first or last, grey, with or without alpha),
     paths or URLs, one or a list. Whatever they are, they become 8-bit RGB first: transparency is laid over white,
     EXIF orientation is applied (annotation tools show the turned image), and wider values are scaled: see
-    `image_io.to_rgb_tensor` for the rule. `image_range=(black, white)` sets the values that are black and white in
+    `image_io.to_image_tensor` for the rule. `image_range=(black, white)` sets the values that are black and white in
     images that are not 8-bit. Float arrays with all values in [0, 1] are taken as already rescaled.
 
     Defaults are the paper's: shortest edge 800, longest at most 1333, ImageNet mean and standard deviation. Other
@@ -34,6 +70,7 @@ class HfDetrImageProcessor(TorchvisionBackend):
     """
 
     model_input_names = ["pixel_values", "pixel_mask"]
+    valid_kwargs = DetrImagesKwargs
     resample = PILImageResampling.BILINEAR
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
@@ -46,8 +83,13 @@ class HfDetrImageProcessor(TorchvisionBackend):
 
     # The score at which a detection of each class counts, for `threshold="per_class"`; saved with the processor.
     class_thresholds: list[float] | None = None
-    # The values of black and white in images that are not 8-bit; None takes the rule of `image_io.to_rgb_tensor`.
+    # The values of black and white in images that are not 8-bit; None takes the rule of `image_io.to_image_tensor`.
     image_range: tuple[float, float] | None = None
+    # 3: RGB of any image; 1: grey of any image; others: images with this number of channels, as they are.
+    num_channels: int = 3
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**self._usable(kwargs))
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -64,12 +106,68 @@ class HfDetrImageProcessor(TorchvisionBackend):
 
     # -- images in -----------------------------------------------------------------------------------------------
 
-    def _prepare_image_like_inputs(self, images: Any, *args: Any, device: Any = None, **kwargs: Any) -> list[Tensor]:
-        """One image or any list of them to tensors (3, H, W), uint8, or float32 if they came as floats in [0, 1]."""
+    def _prepare_image_like_inputs(  # type: ignore[override]
+        self,
+        images: Any,
+        *args: Any,
+        device: Any = None,
+        do_rescale: bool = True,
+        input_data_format: Any = None,
+        image_range: tuple[float, float] | None = None,
+        num_channels: int = 3,
+        **kwargs: Any,
+    ) -> list[Tensor]:
+        """One image or any list of them to tensors (C, H, W), uint8, or float32 if they came as floats."""
         images = flat_list_of_images(images)
         if not images:
             raise ValueError("There are no images.")
-        return [to_rgb_tensor(image, image_range=self.image_range).to(device) for image in images]
+        last = None if input_data_format is None else ChannelDimension(input_data_format) == ChannelDimension.LAST
+        tensors = []
+        for index, image in enumerate(images):
+            with _naming(index, len(images)):
+                tensor = to_image_tensor(
+                    image, num_channels=num_channels, image_range=image_range, do_rescale=do_rescale, channels_last=last
+                )
+            tensors.append(tensor.to(device))
+        return tensors
+
+    def to_tensor(self, image: Image, timeout: float | None = None) -> Tensor:
+        """An image as (C, H, W), as the attributes of this processor say; see [`to_image_tensor`]."""
+        return to_image_tensor(
+            image,
+            timeout,
+            num_channels=self.num_channels,
+            image_range=self.image_range,
+            do_rescale=bool(self.do_rescale),
+        )
+
+    def _standardize_kwargs(self, size: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers; a number as `size` is the shortest edge, with the paper's longest edge."""
+        if isinstance(size, int) and not kwargs.get("default_to_square"):
+            size = {"shortest_edge": size, "longest_edge": MAX_SIZE}
+        return super()._standardize_kwargs(size=size, **kwargs)
+
+    def _usable(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Arguments without those that change nothing.
+
+        Raises:
+            TypeError: there is no such argument.
+            ValueError: it has a value that is not supported.
+        """
+        owner = type(self).__name__
+        refuse_unknown(owner, given, {*self.valid_kwargs.__annotations__, *OTHER_NAMES})
+        for name, (harmless, reason) in UNSUPPORTED.items():
+            value = getattr(given.get(name), "value", given.get(name))
+            if value is not None and value not in harmless:
+                raise ValueError(f"{owner}: {name}={value!r} is not supported: {reason}.")
+        kept = {name: value for name, value in given.items() if name not in UNSUPPORTED and name != "max_size"}
+        if (limit := given.get("max_size")) is not None:
+            size = kept.get("size", self.size)
+            size = {"shortest_edge": size} if isinstance(size, int) else {k: v for k, v in dict(size).items() if v}
+            if size.setdefault("longest_edge", limit) != limit:
+                raise ValueError(f"max_size={limit} contradicts size={size}.")
+            kept["size"] = size
+        return kept
 
     def preprocess(  # type: ignore[override]
         self,
@@ -83,6 +181,7 @@ class HfDetrImageProcessor(TorchvisionBackend):
                 = [x_min, y_min, width, height] in pixels of the image, `category_id` in [0, num_labels), and
                 optionally `area` and `iscrowd`. Crowd objects are not in the labels.
             kwargs: any attribute of the processor, for this call (`size=...`, `do_resize=False`, ...).
+                `input_data_format` says where arrays have their channels, if their shape does not.
 
         Returns:
             `pixel_values` (B, 3, H, W) float32 and `pixel_mask` (B, H, W), 1 = image, 0 = padding; with annotations
@@ -92,8 +191,9 @@ class HfDetrImageProcessor(TorchvisionBackend):
 
         Raises:
             ValueError: an image or annotation cannot be used; the message names it and says why.
+            TypeError: there is no such argument.
         """
-        return super().preprocess(images, annotations, **kwargs)
+        return super().preprocess(images, annotations, **self._usable(kwargs))
 
     def _preprocess(  # type: ignore[override]
         self,
@@ -124,15 +224,19 @@ class HfDetrImageProcessor(TorchvisionBackend):
                 coco_to_labels(annotation, _height_width(image), index)
                 for index, (image, annotation) in enumerate(zip(images, annotations, strict=True))
             ]
-        resized = [self.resize(image, size, resample) if do_resize else image for image in images]
-        factor, offset = _affine(do_rescale, rescale_factor, do_normalize, image_mean, image_std, resized[0].device)
+        resized = []
+        for index, image in enumerate(images):
+            with _naming(index, len(images)):
+                resized.append(self._resized(image, size, resample) if do_resize else image)
+        channels, device = resized[0].shape[0], resized[0].device
+        factor, offset = _affine(do_rescale, rescale_factor, do_normalize, image_mean, image_std, channels, device)
 
         sizes = [_height_width(image) for image in resized]
         data: dict[str, Any]
         if do_pad or len(set(sizes)) == 1:
             batch_size = (pad_size.height, pad_size.width) if do_pad and pad_size is not None else None
             # written in place: no copy to normalise, no copy to pad, no copy to stack
-            pixel_values, pixel_mask = allocate_batch(sizes, size=batch_size, device=resized[0].device)
+            pixel_values, pixel_mask = allocate_batch(sizes, channels, batch_size, device=device)
             for image, values, (h, w) in zip(resized, pixel_values, sizes, strict=True):
                 torch.mul(image, _scale_of(image, factor, do_rescale), out=values[:, :h, :w]).sub_(offset)
             data = {"pixel_values": pixel_values}
@@ -148,6 +252,36 @@ class HfDetrImageProcessor(TorchvisionBackend):
                 label["area"] = label["area"] * (h / original_h) * (w / original_w)
             batch["labels"] = [BatchFeature(label, tensor_type=return_tensors) for label in labels]
         return batch
+
+    def _resized(self, image: Tensor, size: SizeDict, resample: Any) -> Tensor:
+        try:
+            return self.resize(image, size, resample)
+        except RuntimeError as error:
+            height, width = _height_width(image)
+            raise ValueError(f"An image of {width} x {height} pixels cannot be resized: {error}") from error
+
+    def pad(  # type: ignore[override]
+        self, images: list[Tensor] | Tensor, pad_size: Any = None, return_tensors: Any = "pt", **kwargs: Any
+    ) -> BatchFeature:
+        """Pad images that are preprocessed to one size, at the bottom and the right.
+
+        Args:
+            images: (C, H, W) each.
+            pad_size: `{"height": h, "width": w}`; None: the largest height and width.
+
+        Returns:
+            `pixel_values` (B, C, H, W) and `pixel_mask` (B, H, W), 1 = image, 0 = padding.
+        """
+        refuse_unknown(f"{type(self).__name__}.pad", kwargs, ())
+        tensors = [torch.as_tensor(image) for image in images]
+        batch_size = None if pad_size is None else (pad_size["height"], pad_size["width"])
+        sizes, first = [_height_width(image) for image in tensors], tensors[0]
+        pixel_values, pixel_mask = allocate_batch(
+            sizes, first.shape[0], batch_size, dtype=first.dtype, device=first.device
+        )
+        for image, values, (h, w) in zip(tensors, pixel_values, sizes, strict=True):
+            values[:, :h, :w] = image
+        return BatchFeature({"pixel_values": pixel_values, "pixel_mask": pixel_mask}, tensor_type=return_tensors)
 
     # -- results out ---------------------------------------------------------------------------------------------
 
@@ -192,15 +326,40 @@ def _affine(
     do_normalize: bool,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    channels: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Rescaling and normalising as one `value * factor - offset`, each (3, 1, 1)."""
-    factor = torch.full((3, 1, 1), rescale_factor if do_rescale else 1.0, dtype=torch.float64)
-    offset = torch.zeros(3, 1, 1, dtype=torch.float64)
+    """Rescaling and normalising as one `value * factor - offset`, each (C, 1, 1)."""
+    factor = torch.full((channels, 1, 1), rescale_factor if do_rescale else 1.0, dtype=torch.float64)
+    offset = torch.zeros(channels, 1, 1, dtype=torch.float64)
     if do_normalize:
-        spread = torch.tensor(std, dtype=torch.float64).view(-1, 1, 1)
-        factor, offset = factor / spread, torch.tensor(mean, dtype=torch.float64).view(-1, 1, 1) / spread
+        mean_of, spread = (
+            torch.tensor(_per_channel(values, channels, name), dtype=torch.float64).view(-1, 1, 1)
+            for name, values in (("image_mean", mean), ("image_std", std))
+        )
+        factor, offset = factor / spread, mean_of / spread
     return factor.to(device, torch.float32), offset.to(device, torch.float32)
+
+
+def _per_channel(values: Any, channels: int, name: str) -> list[float]:
+    """One value per channel. ImageNet's three of RGB become their mean for other numbers of channels."""
+    listed = [float(value) for value in values] if isinstance(values, (list, tuple)) else [float(values)]
+    if len(listed) == channels:
+        return listed
+    if len(listed) == 1 or listed in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
+        return [sum(listed) / len(listed)] * channels
+    raise ValueError(f"{name} has {len(listed)} values, but the images have {channels} channels.")
+
+
+@contextmanager
+def _naming(index: int, count: int) -> Iterator[None]:
+    """Adds which image of several an error is about."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as error:
+        if count == 1:
+            raise
+        raise type(error)(f"Image {index} of {count}: {error}") from error
 
 
 def _scale_of(image: Tensor, factor: Tensor, do_rescale: bool) -> Tensor:

@@ -90,6 +90,7 @@ class DetrLoss:
     """
 
     def __init__(self, config: DetrConfig) -> None:
+        config.validate_costs()
         self.config = config
         self.terms: dict[str, tuple[Callable[[MatchedPredictions], Tensor], float | None]] = {
             "loss_ce": (self.class_term, config.class_loss_coefficient),

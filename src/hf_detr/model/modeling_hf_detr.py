@@ -10,7 +10,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
-from .annotations import check_labels
+from .annotations import check_labels, tensor_labels
 from .backbone import Backbone
 from .configuration_hf_detr import DetrConfig
 from .decoders import build_decoder
@@ -70,6 +70,15 @@ class DetrModel(DetrPreTrainedModel):
             init_queries(self.query_position_embeddings, self.decoder.queries_are_boxes)
             if self.extra_query_groups is not None:
                 init_queries(self.extra_query_groups, self.decoder.queries_are_boxes, first=self.config.num_queries)
+
+    def freeze_backbone(self) -> None:
+        """Stop the training of the whole backbone."""
+        self.backbone.model.requires_grad_(False)
+
+    def unfreeze_backbone(self) -> None:
+        """Let the backbone train again, except for the stages that the config freezes."""
+        self.backbone.model.requires_grad_(True)
+        self.backbone.freeze()
 
     def resize_queries(self, num_queries: int) -> str:
         """Change the number of object queries, in place: the first ones keep their weights, additional ones are
@@ -214,6 +223,14 @@ class DetrForDetection(DetrPreTrainedModel):
         """The box head, a part of the decoder, which may refine boxes layer by layer."""
         return self.model.decoder.bbox_predictor
 
+    def freeze_backbone(self) -> None:
+        """See [`DetrModel.freeze_backbone`]."""
+        self.model.freeze_backbone()
+
+    def unfreeze_backbone(self) -> None:
+        """See [`DetrModel.unfreeze_backbone`]."""
+        self.model.unfreeze_backbone()
+
     def resize_queries(self, num_queries: int) -> str:
         """See [`DetrModel.resize_queries`]."""
         return self.model.resize_queries(num_queries)
@@ -251,9 +268,12 @@ class DetrForDetection(DetrPreTrainedModel):
             FloatingPointError: with labels, a prediction is NaN or infinite.
         """
         attentions, states = self._resolve_outputs(output_attentions, output_hidden_states, kwargs)
+        self._check_class_head()
         denoising = result = None
         if labels is not None:
-            check_labels(labels, self.config.num_labels, len(pixel_values))
+            check_images(pixel_values, pixel_mask, self.config.num_channels)
+            labels = tensor_labels(labels)
+            check_labels(labels, self.config.num_labels, pixel_values, pixel_mask)
             denoising = self.denoising(labels) if self.training and self.denoising is not None else None
         dense_head = self.dense_head if self.training and labels is not None else None
         outputs = self.model(  # steps 2 to 4
@@ -281,6 +301,15 @@ class DetrForDetection(DetrPreTrainedModel):
     def criterion(self) -> DetrLoss:
         """The loss with the coefficients that the config has now."""
         return DetrLoss(self.config)
+
+    def _check_class_head(self) -> None:
+        """Raises ValueError if the config names another number of classes than the head predicts."""
+        outputs = getattr(self.class_labels_classifier, "out_features", None)
+        if outputs is not None and outputs - 1 != self.config.num_labels:
+            raise ValueError(
+                f"The config names {self.config.num_labels} classes, but the class head predicts {outputs - 1}. Change "
+                "both with model.resize_class_head."
+            )
 
     @torch.no_grad()
     def count_for_loss(self, labels: list[dict[str, Any]]) -> Tensor:

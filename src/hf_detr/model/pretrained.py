@@ -49,6 +49,10 @@ class DetrPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_missing = [r"num_batches_tracked"]
     _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked", *(rf"{name}\." for name in TRAINING_ONLY)]
 
+    def __init__(self, config: DetrConfig, *args: Any, **kwargs: Any) -> None:
+        config.validate()  # fields may have been set since it was made
+        super().__init__(config, *args, **kwargs)
+
     def post_init(self) -> None:
         """As in transformers, and drop the classes from `_no_split_modules` that this model does not contain:
         Accelerate's FSDP raises on them."""

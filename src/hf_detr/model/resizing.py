@@ -16,8 +16,10 @@ RowLayer = TypeVar("RowLayer", nn.Linear, nn.Embedding)
 @torch.no_grad()
 def resize_queries(model: Any, num_queries: int) -> str:
     """Implement `DetrModel.resize_queries` for `model`, a [`DetrModel`]. Returns a sentence that reports the change."""
+    if num_queries < 1:
+        raise ValueError(f"A model needs at least 1 query, got num_queries={num_queries}.")
     config = model.config
-    before, config.num_queries = config.num_queries, num_queries
+    before, config.num_queries = model.query_position_embeddings.num_embeddings, num_queries
     kept = {row: row for row in range(min(num_queries, before))}
 
     def resize(old: nn.Embedding, number: int, rows: dict[int, int], first: int = 0) -> nn.Embedding:
@@ -39,11 +41,12 @@ def resize_class_head(model: Any, id2label: dict[int, str]) -> str:
     """Implement `DetrForDetection.resize_class_head` for `model`, a [`DetrForDetection`]. Returns a sentence that
     reports the change. Names that occur twice, and the placeholders `LABEL_0` ..., identify no class."""
     config = model.config
-    old_names, new_names = list(config.id2label.values()), list(id2label.values())
+    width = model.class_labels_classifier.out_features - 1  # the config may have been changed since
+    old_names, new_names = [name for row, name in config.id2label.items() if row < width], list(id2label.values())
     count = Counter(old_names)
-    row_of = {n: row for row, n in config.id2label.items() if count[n] == 1 and not re.fullmatch(r"LABEL_\d+", n)}
+    row_of = {n: row for row, n in enumerate(old_names) if count[n] == 1 and not re.fullmatch(r"LABEL_\d+", n)}
     kept = {row: row_of[name] for row, name in id2label.items() if name in row_of}
-    no_object = {len(new_names): len(old_names)}
+    no_object = {len(new_names): width}
     for owner in (model, model.dense_head):
         if owner is not None:
             head = build_class_head(config.d_model, len(new_names))
@@ -56,8 +59,8 @@ def resize_class_head(model: Any, id2label: dict[int, str]) -> str:
     fresh = [name for row, name in id2label.items() if row not in kept]
     some = f" ({', '.join(fresh[:5])}{', ...' if len(fresh) > 5 else ''})" if fresh else ""
     return (
-        f"Class head: {len(old_names)} to {len(new_names)} classes, {len(kept)} keep their weights by name, "
-        f"{len(fresh)} start at random{some}, {len(old_names) - len(kept)} are dropped."
+        f"Class head: {width} to {len(new_names)} classes, {len(kept)} keep their weights by name, "
+        f"{len(fresh)} start at random{some}, {width - len(kept)} are dropped."
     )
 
 

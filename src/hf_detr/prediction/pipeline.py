@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import datasets
 import torch
 from transformers import ObjectDetectionPipeline
 from transformers.utils import ModelOutput
 
-from ..model.image_io import allocate_batch, to_rgb_tensor
+from ..model.image_io import allocate_batch
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
 from ..model.post_processing import to_host
@@ -25,7 +26,8 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
 
     Predictions come from a faster copy of `model` (`hf_detr.speed.prepare_for_inference`), made at the first call and
     again when the weights have changed (but not through `.data`, which PyTorch does not count). It takes the memory of
-    one more model. A model that was compiled, quantised, spread over devices or has adapters is used as it is.
+    one more model. A model that was compiled, quantised, spread over devices, or has adapters or hooks is used
+    as it is.
     """
 
     image_processor: DetrImageProcessor
@@ -39,6 +41,7 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
             not isinstance(model, DetrForDetection)
             or isinstance(model, PreparedDetr)
             or any(getattr(model, name, None) for name in special)
+            or any(_is_observed(module) for module in model.modules())
         ):
             return model
         state: tuple[Any, ...] = tuple(
@@ -52,6 +55,11 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
             self._prepared, self._prepared_of = prepare_for_inference(model), state
         return self._prepared
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; several images may also be a tuple or a column of a dataset."""
+        args = tuple(list(given) if isinstance(given, (tuple, datasets.Column)) else given for given in args)
+        return super().__call__(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
         """Workers that read images get the pipeline, but do not predict."""
         return self.__dict__ | {"_prepared": None, "_prepared_of": ()}
@@ -64,8 +72,8 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
         return preprocess, forward, postprocess | ({} if round_boxes is None else {"round_boxes": round_boxes})
 
     def preprocess(self, image: Any, timeout: float | None = None) -> dict[str, Any]:
-        pixels = to_rgb_tensor(image, timeout, image_range=self.image_processor.image_range)
-        inputs = self.image_processor(pixels, do_pad=False, return_tensors="pt")
+        pixels = self.image_processor.to_tensor(image, timeout)
+        inputs = self.image_processor(pixels, do_pad=False, input_data_format="channels_first", return_tensors="pt")
         return {"pixel_values": [inputs["pixel_values"][0]], "target_size": [tuple(pixels.shape[-2:])]}
 
     def _forward(self, model_inputs: dict[str, Any]) -> ModelOutput:
@@ -92,6 +100,12 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
             {"score": score, "label": name, "box": dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))}
             for score, name, box in zip(result["scores"].tolist(), names, boxes, strict=True)
         ]
+
+
+def _is_observed(module: torch.nn.Module) -> bool:
+    """Whether the module has hooks, or a `forward` of its own, which a copy would not run."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__
 
 
 def _flatten(entries: list[Any]) -> list[Any]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ..model.image_io import Image, open_image, to_rgb_tensor
+from ..model.image_io import Image, open_image
 from .pipeline import DetrDetectionPipeline
 from .size_batches import run_ahead, size_sorted_batches
 from .tiles import Tiling, merge_views
@@ -136,7 +136,7 @@ def load_image(
     Raises:
         ValueError, TypeError: not a usable image.
     """
-    pixels = to_rgb_tensor(image, image_range=detector.image_processor.image_range)
+    pixels = detector.image_processor.to_tensor(image)
     inputs = detector.preprocess(pixels)
     height, width = pixels.shape[-2:]
     rgb = _to_pil(pixels) if picture else None
@@ -144,9 +144,12 @@ def load_image(
 
 
 def _to_pil(pixels: Tensor) -> PIL.Image.Image:
-    """From the model's RGB tensor, because Pillow cannot convert all modes to RGB."""
+    """From the model's tensor, because Pillow cannot convert all modes to RGB. Of other numbers of channels the first
+    one is shown."""
     if pixels.is_floating_point():
-        pixels = (pixels * 255).round().to(torch.uint8)
+        pixels = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+    if len(pixels) != 3:
+        pixels = pixels[:1].expand(3, -1, -1)
     return PIL.Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 

@@ -70,6 +70,7 @@ def build_processor(args: FinetuneArguments) -> DetrImageProcessor:
     if args.data.image_size:
         longest = round(args.data.image_size * 1333 / 800)
         processor.size = type(processor)(size={"shortest_edge": args.data.image_size, "longest_edge": longest}).size
+    processor.num_channels = args.model.config_fields().get("num_channels", processor.num_channels)
     if args.data.image_range:
         black, white = args.data.image_range
         processor.image_range = black, white
@@ -146,7 +147,7 @@ def build_loaders(
             train_rows,
             augmentation or build_augmentation(recipe.augmentation, processor),
             seed=seed,
-            image_range=processor.image_range,
+            to_tensor=processor.to_tensor if processor.image_range or processor.num_channels != 3 else None,
         ),
         collate,
         seed=seed,

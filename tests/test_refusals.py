@@ -1,0 +1,369 @@
+"""Nothing is taken silently: names, labels and values that would have no effect, or another one than meant."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import padded_batch, random_labels, tiny_model
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
+from transformers import AutoConfig, ResNetConfig, pipeline
+from transformers import DetrConfig as TheirConfig
+
+from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
+from hf_detr.model.image_io import to_image_tensor
+
+# -- config ------------------------------------------------------------------------------------------------------------
+
+WRONG_VALUES = [
+    ("class_loss", "focus"),
+    ("position_embedding_type", "learnd"),
+    ("query_type", "anchors"),
+    ("bbox_cost", -1),
+    ("num_queries", -3),
+    ("d_model", 30),
+    ("prior_probability", 2.0),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_model().save_pretrained(folder)
+    DetrImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_VALUES)
+def test_a_wrong_value_is_refused_at_every_door(name, value, checkpoint, tmp_path):
+    stored = json.loads((checkpoint / "config.json").read_text()) | {name: value}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    doors = [
+        lambda: DetrConfig(**{name: value}),
+        lambda: DetrConfig.from_dict(stored),
+        lambda: DetrConfig.from_json_file(tmp_path / "config.json"),
+        lambda: DetrConfig.from_pretrained(tmp_path),
+        lambda: DetrConfig.from_pretrained(checkpoint, **{name: value}),
+        lambda: AutoConfig.from_pretrained(checkpoint, **{name: value}),
+        lambda: DetrForDetection.from_pretrained(checkpoint, ignore_mismatched_sizes=True, **{name: value}),
+    ]
+    for number, door in enumerate(doors):
+        with pytest.raises((StrictDataclassError, ValueError)):
+            pytest.fail(f"door {number} let {door()} in")
+    config = tiny_model().config
+    setattr(config, name, value)
+    with pytest.raises((StrictDataclassError, ValueError)):
+        DetrForDetection(config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_querys": 50}, "no 'num_querys'. Did you mean 'num_queries'"),
+        ({"dropuot": 0.2}, "Did you mean 'dropout'"),
+        ({"something": 1}, "has no 'something'"),
+        ({"use_pretrained_backbone": True}, "from_pretrained_backbone"),
+        ({"encoder_layerdrop": 0.1}, "does not skip layers"),
+        ({"decoder_layerdrop": 0.1}, "does not skip layers"),
+        ({"train_backbone": False}, "freeze_backbone"),
+        ({"backbone_config": transformers.ViTConfig()}, "only ResNets"),
+    ],
+)
+def test_fields_that_would_have_no_effect_are_refused(arguments, message, checkpoint):
+    with pytest.raises((TypeError, ValueError), match=message):
+        DetrConfig(**arguments)
+    with pytest.raises((TypeError, ValueError), match=message):
+        DetrConfig.from_dict(arguments)
+    if "config" not in next(iter(arguments)):
+        with pytest.raises((TypeError, ValueError)):
+            DetrConfig.from_pretrained(checkpoint, **arguments)
+
+
+@pytest.mark.parametrize("depths", [(3, 4, 6, 3), (3, 4, 23, 3)])
+def test_backbones_of_transformers_are_translated_at_every_door(depths, tmp_path):
+    name = {6: "resnet50", 23: "resnet101"}[depths[2]]
+    resnet = ResNetConfig(depths=list(depths))
+    theirs = TheirConfig(backbone_config=resnet, use_timm_backbone=False, backbone=None, num_queries=33)
+    theirs.to_json_file(tmp_path / "config.json")
+    doors = [
+        lambda: DetrConfig(backbone_config=resnet, num_queries=33),
+        lambda: DetrConfig(backbone_config=resnet.to_dict(), num_queries=33),
+        lambda: DetrConfig.from_dict(theirs.to_dict()),
+        lambda: DetrConfig.from_json_file(tmp_path / "config.json"),
+        lambda: DetrConfig.from_pretrained(tmp_path),
+    ]
+    assert [(config.backbone, config.num_queries) for config in (door() for door in doors)] == [(name, 33)] * 5
+
+
+def test_what_changes_nothing_is_accepted():
+    off = {
+        "use_timm_backbone": True,
+        "use_pretrained_backbone": False,
+        "encoder_layerdrop": 0.0,
+        "train_backbone": True,
+    }
+    assert DetrConfig(**off).to_dict() == DetrConfig().to_dict()
+    assert DetrConfig(hidden_size=128, num_labels=4).d_model == 128
+
+
+@pytest.mark.parametrize("names", [{1: "a", 2: "b"}, {0: "a", 2: "b"}, {"1": "a"}])
+def test_class_ids_with_gaps_are_refused_when_the_config_is_made(names):
+    with pytest.raises((StrictDataclassError, ValueError), match="must be 0 to"):
+        DetrConfig(id2label=names)
+
+
+def test_a_head_of_another_width_than_the_config_is_refused():
+    model = tiny_model().train()
+    model.config.id2label = {index: str(index) for index in range(model.config.num_labels + 2)}
+    pixel_values, pixel_mask = padded_batch([(64, 96)])
+    for labels in (None, random_labels([2])):
+        with pytest.raises(ValueError, match=r"The config names \d classes, but the class head predicts \d"):
+            model(pixel_values, pixel_mask, labels=labels)
+    model.resize_class_head(dict(model.config.id2label))
+    assert model(pixel_values, pixel_mask).logits.shape[-1] == model.config.num_labels + 1
+
+
+# -- labels ------------------------------------------------------------------------------------------------------------
+
+
+def test_labels_that_are_relative_to_the_padded_batch_are_refused():
+    """By transformers' own processor, which gives an object that fills its image a width of 0.64."""
+    theirs = transformers.DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}, format="coco_detection")
+    ours = DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
+    images = [Image.new("RGB", (96, 64)), Image.new("RGB", (64, 96))]
+    annotations = [
+        {"image_id": n, "annotations": [{"bbox": [0, 0, *image.size], "category_id": 0, "area": 6144, "iscrowd": 0}]}
+        for n, image in enumerate(images)
+    ]
+    model = tiny_model().train()
+    batch = theirs(images, annotations=annotations, return_tensors="pt")
+    with pytest.raises(
+        ValueError, match=r"Image 0 of the batch .*96 x 96 pixels.*use hf_detr\.DetrImageProcessor|Use hf"
+    ):
+        model(**batch)
+    batch = ours(images, annotations=annotations, return_tensors="pt")
+    assert model(**batch).loss > 0
+    del batch["pixel_mask"]
+    with pytest.raises(ValueError, match="pass the `pixel_mask`"):
+        model(**batch)
+
+
+@pytest.mark.parametrize("kind", ["lists", "numpy", "empty lists"])
+def test_labels_may_be_lists_and_arrays(kind):
+    model = tiny_model(dropout=0.0).eval()
+    pixel_values, pixel_mask = padded_batch([(64, 96), (96, 64)])
+    labels = random_labels([2, 0 if kind == "empty lists" else 3])
+    to = (lambda tensor: tensor.numpy()) if kind == "numpy" else (lambda tensor: tensor.tolist())
+    given = [{name: to(label[name]) for name in ("class_labels", "boxes")} for label in labels]
+    expected = model(pixel_values, pixel_mask, labels=labels).loss
+    assert torch.equal(model(pixel_values, pixel_mask, labels=given).loss, expected)
+
+
+# -- processor ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"do_resise": False}, "Did you mean 'do_resize'"),
+        ({"format": "coco_panoptic"}, "annotations are COCO's for detection"),
+        ({"do_convert_annotations": False}, "labels are always relative"),
+        ({"data_format": "channels_last"}, "channels first"),
+        ({"do_convert_rgb": False}, "num_channels"),
+        ({"do_center_crop": True}, "cut off"),
+        ({"return_segmentation_masks": True}, "no masks"),
+    ],
+)
+def test_arguments_of_the_processor_that_would_have_no_effect_are_refused(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        DetrImageProcessor(**arguments)
+    with pytest.raises((TypeError, ValueError), match=message):
+        DetrImageProcessor()(Image.new("RGB", (40, 30)), **arguments)
+
+
+def test_arguments_of_the_processor_that_change_nothing_are_accepted():
+    processor = DetrImageProcessor(format="coco_detection", do_convert_annotations=True)
+    assert "format" not in processor.to_dict()
+    assert processor(Image.new("RGB", (40, 30)), data_format="channels_first")["pixel_values"][0].shape[1:] == (
+        800,
+        1066,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"size": 800}, {"size": 800, "max_size": 1333}, {"size": {"shortest_edge": 800}, "max_size": 1333}]
+)
+def test_a_number_as_size_has_the_limit_of_the_paper(arguments):
+    expected = DetrImageProcessor()(Image.new("RGB", (1600, 200)))["pixel_values"][0].shape
+    assert DetrImageProcessor(**arguments)(Image.new("RGB", (1600, 200)))["pixel_values"][0].shape == expected
+    assert DetrImageProcessor()(Image.new("RGB", (1600, 200)), **arguments)["pixel_values"][0].shape == expected
+
+
+def test_max_size_that_contradicts_size_is_refused():
+    with pytest.raises(ValueError, match="max_size=900 contradicts"):
+        DetrImageProcessor(size={"shortest_edge": 800, "longest_edge": 1333}, max_size=900)
+
+
+def test_floats_are_taken_as_they_are_without_rescaling():
+    values = np.random.default_rng(0).normal(0, 2, (30, 40, 3)).astype(np.float32)
+    processor = DetrImageProcessor(do_resize=False, do_rescale=False, do_normalize=False)
+    found = processor(values, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(found, torch.from_numpy(values).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("excess", [1e-4, 0.05])
+def test_a_small_overshoot_is_clipped(excess):
+    values = np.linspace(0, 1, 4 * 5 * 3).reshape(4, 5, 3)
+    shifted = values.copy()
+    shifted[0, 0], shifted[3, 4] = -excess, 1 + excess
+    expected = values.copy()
+    expected[0, 0], expected[3, 4] = 0, 1
+    for scale in (1, 255):
+        found = to_image_tensor(shifted * scale).double() / (1 if scale == 1 else 255)
+        assert (found - torch.from_numpy(expected).permute(2, 0, 1)).abs().max() < 0.003
+
+
+@pytest.mark.parametrize("values", [(-2.1, 2.6), (0.0, 1.7), (-0.2, 0.9), (-30.0, 255.0), (0.0, 300.0)])
+def test_a_doubtful_range_is_refused(values):
+    with pytest.raises(ValueError, match=r"must have values in \[0, 1\] or \[0, 255\]"):
+        to_image_tensor(np.linspace(*values, 60).reshape(4, 5, 3))
+
+
+@pytest.mark.parametrize("channels", [1, 4, 6])
+def test_images_of_other_numbers_of_channels_go_from_the_file_to_boxes(channels, tmp_path):
+    torch.manual_seed(0)
+    model = tiny_model(num_channels=channels).eval()
+    processor = DetrImageProcessor(size={"height": 64, "width": 64}, num_channels=channels)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 65536, (50, 60, channels), dtype=np.uint16)
+    if channels == 1:
+        image = image[..., 0]
+    batch = DetrImageProcessor.from_pretrained(tmp_path)([image, image[:40]], return_tensors="pt")
+    assert batch["pixel_values"].shape == (2, channels, 64, 64)
+    found = pipeline("object-detection", model=str(tmp_path))([image, image[:40]], threshold=0.0)
+    assert [len(boxes) for boxes in found] == [model.config.num_queries] * 2
+    if channels != 1:
+        with pytest.raises(ValueError, match=f"num_channels={channels}"):
+            processor(np.zeros((50, 60, 3), dtype=np.uint8))
+
+
+def test_grey_images_are_those_of_pillow():
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    found = to_image_tensor(rgb, num_channels=1)
+    expected = torch.from_numpy(np.asarray(rgb.convert("L")).copy())[None]
+    assert (found.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_the_place_of_the_channels_is_obeyed(last):
+    """(3, 4, 3) could be both."""
+    image = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    processor = DetrImageProcessor(do_resize=False, do_normalize=False)
+    data_format = "channels_last" if last else "channels_first"
+    found = processor(image, input_data_format=data_format, return_tensors="pt")["pixel_values"][0]
+    expected = torch.from_numpy(image).permute(2, 0, 1) if last else torch.from_numpy(image)
+    torch.testing.assert_close(found, expected / 255)
+
+
+def test_pad_gives_values_and_mask():
+    images = [torch.rand(3, 20, 30), torch.rand(3, 25, 10)]
+    batch = DetrImageProcessor().pad(images, return_tensors="pt")
+    assert batch["pixel_values"].shape == (2, 3, 25, 30)
+    assert torch.equal(batch["pixel_values"][1, :, :25, :10], images[1])
+    assert batch["pixel_mask"].flatten(1).sum(1).tolist() == [600, 250]
+
+
+@pytest.mark.parametrize("name", ["annotations", "objects"])
+def test_annotations_may_be_a_row_of_a_dataset(name):
+    records = [
+        {"bbox": [1, 2, 3, 4], "category_id": 1, "area": 12},
+        {"bbox": [5, 6, 7, 8], "category_id": 0, "area": 56},
+    ]
+    columns = {"bbox": [[1, 2, 3, 4], [5, 6, 7, 8]], "category": [1.0, torch.tensor(0)], "area": [12, 56]}
+    processor = DetrImageProcessor(size={"height": 32, "width": 32})
+    image = Image.new("RGB", (40, 30))
+    expected, found = (
+        processor(image, annotations=given, return_tensors="pt")["labels"][0]
+        for given in ({"image_id": 5, "annotations": records}, {"image_id": [5], name: columns})
+    )
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.full((4, 5, 3), np.nan), "NaN"),
+        (Image.new("RGB", (3000, 1)), "An image of 3000 x 1 pixels cannot be resized"),
+        (np.zeros((9, 5, 7), dtype=np.uint8), "channels"),
+        (b"no image", "8 bytes cannot be read as an image"),
+        ({"url": "x"}, "must have bytes or a path"),
+        (object(), "must be a PIL image"),
+    ],
+)
+def test_the_image_of_a_batch_that_cannot_be_used_is_named(image, message):
+    with pytest.raises((ValueError, TypeError), match=rf"(?s)Image 1 of 3: .*{message}"):
+        DetrImageProcessor()([Image.new("RGB", (40, 30)), image, Image.new("RGB", (40, 30))])
+
+
+@pytest.mark.parametrize("bbox", ["1 2 3 4", [1, None, 3, 4], None, [1, 2, 3]])
+def test_the_record_that_cannot_be_used_is_named(bbox):
+    good = {"image_id": 3, "annotations": [{"bbox": [1, 2, 3, 4], "category_id": 0}]}
+    bad = {"image_id": 4, "annotations": [good["annotations"][0], {"id": 17, "bbox": bbox, "category_id": 0}]}
+    images = [Image.new("RGB", (40, 30))] * 2
+    with pytest.raises(ValueError, match=r"Image 1 \(image_id 4\), annotation 1 \(id 17\)"):
+        DetrImageProcessor()(images, annotations=[good, bad])
+
+
+# -- pipeline ----------------------------------------------------------------------------------------------------------
+
+
+def test_hooks_that_are_added_after_a_call_run(checkpoint):
+    detector = pipeline("object-detection", model=str(checkpoint))
+    image = Image.new("RGB", (60, 50))
+    before = detector(image, threshold=0.0)
+    calls = []
+    handles = [
+        detector.model.model.backbone.register_forward_hook(lambda *args: calls.append("after")),
+        detector.model.model.encoder.layers[0].register_forward_pre_hook(lambda *args: calls.append("before")),
+    ]
+    again = detector(image, threshold=0.0)
+    assert sorted(calls) == ["after", "before"]
+    assert [found["box"] for found in again] == [found["box"] for found in before]
+    for handle in handles:
+        handle.remove()
+    detector(image)
+    assert len(calls) == 2
+
+
+def test_the_pipeline_takes_images_in_every_form(checkpoint, tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8))
+    image.save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    forms = [image, np.asarray(image), torch.from_numpy(np.asarray(image).copy()), str(tmp_path / "a.png"), content]
+    forms += [{"bytes": content, "path": None}, {"bytes": None, "path": str(tmp_path / "a.png")}]
+    detector = pipeline("object-detection", model=str(checkpoint))
+    expected = detector(image, threshold=0.0)
+    for form in forms:
+        assert detector(form, threshold=0.0) == expected
+    assert detector(tuple(forms[:2]), threshold=0.0) == [expected] * 2
+    rows = datasets.Dataset.from_dict({"image": [image, image]}).cast_column("image", datasets.Image())
+    assert detector(rows["image"], threshold=0.0) == [expected] * 2
+
+
+# -- freezing ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_backbone_can_be_frozen_and_trained_again():
+    model = tiny_model(frozen_stages=1)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.freeze_backbone()
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert not any("backbone" in name for name in trained)
+    model.unfreeze_backbone()
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
