@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .timm_network import (
+    adapt_input,
     channels_first,
     create_network,
     modules_of_frozen_stages,
@@ -129,6 +130,13 @@ class Backbone(nn.Module):
         """Load timm's pretrained weights in place; arguments and errors as of
         [`~hf_detr.model.timm_network.pretrained_state_dict`]."""
         self.model.load_state_dict(pretrained_state_dict(self.name, self._timm_kwargs, checkpoint))
+
+    def resize_channels(self, in_channels: int) -> None:
+        """Take images of another number of channels from now on, in place; see
+        [`~hf_detr.model.timm_network.adapt_input`]."""
+        kwargs = self._timm_kwargs | {"in_chans": in_channels}
+        adapt_input(self.model, self.name, self._timm_kwargs, kwargs)
+        self._timm_kwargs = kwargs
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

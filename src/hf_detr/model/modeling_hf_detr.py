@@ -86,6 +86,14 @@ class DetrModel(DetrPreTrainedModel):
         change."""
         return resize_queries(self, num_queries)
 
+    def resize_channels(self, num_channels: int) -> str:
+        """Take images of another number of channels than 3, in place; the weights of the first convolution are adapted
+        as timm adapts pretrained ones. Returns a sentence that describes the change."""
+        before = self.config.num_channels
+        self.backbone.resize_channels(num_channels)
+        self.config.num_channels = num_channels
+        return f"Channels: {before} to {num_channels}, the weights of the first convolution are adapted."
+
     def build_queries(
         self, batch_size: int, device: torch.device, denoising: DenoisingQueries | None = None
     ) -> Queries:
@@ -234,6 +242,10 @@ class DetrForDetection(DetrPreTrainedModel):
     def resize_queries(self, num_queries: int) -> str:
         """See [`DetrModel.resize_queries`]."""
         return self.model.resize_queries(num_queries)
+
+    def resize_channels(self, num_channels: int) -> str:
+        """See [`DetrModel.resize_channels`]."""
+        return self.model.resize_channels(num_channels)
 
     def resize_class_head(self, id2label: dict[int, str]) -> str:
         """Predict these classes from now on, in place. A class that the model has under the same name keeps its

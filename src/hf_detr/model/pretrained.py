@@ -29,7 +29,7 @@ RENAMED = {
 }
 # Arguments of `from_pretrained` that locate a checkpoint; its config is read with them before its weights.
 LOCATION = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-RESIZABLE = ("id2label", "label2id", "num_labels", "num_queries")
+RESIZABLE = ("id2label", "label2id", "num_labels", "num_queries", "num_channels")
 
 
 class DetrPreTrainedModel(PreTrainedModel):
@@ -107,13 +107,13 @@ class DetrPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path: a folder, or a Hub id such as `"facebook/detr-resnet-50"`.
             config: a `DetrConfig`, transformers' own config of a DETR, or where to read one; it replaces the
                 checkpoint's config.
-            ignore_mismatched_sizes: allow other classes or another number of queries than in the checkpoint. Classes
-                keep their weights by name and the first queries keep theirs (see `resize_class_head`,
-                `resize_queries`); a warning reports what was done. Other weights of another shape are initialized at
-                random and reported.
+            ignore_mismatched_sizes: allow other classes, or another number of queries or channels, than in the
+                checkpoint. Classes keep their weights by name and the first queries keep theirs (see
+                `resize_class_head`, `resize_queries`, `resize_channels`); a warning reports what was done. Other weights
+                of another shape are initialized at random and reported.
             weights_only: must be True: unpickling anything but tensors can run arbitrary code.
             output_loading_info: also return transformers' dict of missing, unexpected and mismatched weights.
-            kwargs: as in transformers, among them `id2label`, `num_labels`, `num_queries`, `dtype`, `device_map`,
+            kwargs: as in transformers, among them `id2label`, `num_labels`, `num_queries`, `num_channels`, `dtype`, `device_map`,
                 `revision`, `token`, and any field of the config.
 
         Returns:
@@ -122,7 +122,7 @@ class DetrPreTrainedModel(PreTrainedModel):
         Raises:
             OSError: there is no checkpoint.
             ValueError: it is not a DETR checkpoint, or `weights_only=False`.
-            RuntimeError: the number of classes or queries differs, without `ignore_mismatched_sizes`.
+            RuntimeError: the number of classes, queries or channels differs, without `ignore_mismatched_sizes`.
             pickle.UnpicklingError: a `.bin` file holds more than tensors; no code in it has run.
         """
         if not weights_only:
@@ -141,15 +141,17 @@ class DetrPreTrainedModel(PreTrainedModel):
             requested = {name: value for name, value in requested.items() if value is not None}
         else:  # load with the checkpoint's classes and queries, then resize to those of `config`
             config = _as_detr_config(config, location)
-            requested = {"id2label": config.id2label, "num_queries": config.num_queries}
+            requested = {name: getattr(config, name) for name in ("id2label", "num_queries", "num_channels")}
             config.id2label, config.num_queries = saved.id2label, saved.num_queries
+            config.num_channels = saved.num_channels
         id2label = _requested_classes(requested, saved)
         num_queries = requested.get("num_queries", saved.num_queries)
+        num_channels = requested.get("num_channels", saved.num_channels)
         has_head = hasattr(cls, "resize_class_head")
         new_classes = has_head and _are_new_classes(id2label, saved.id2label, ignore_mismatched_sizes)
         if not ignore_mismatched_sizes:
             num_labels = len(id2label) if has_head else saved.num_labels
-            _check_sizes(pretrained_model_name_or_path, saved, num_labels, num_queries)
+            _check_sizes(pretrained_model_name_or_path, saved, num_labels, num_queries, num_channels)
 
         model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         shapes = {name: weight.shape for name, weight in model.named_parameters()}
@@ -160,6 +162,8 @@ class DetrPreTrainedModel(PreTrainedModel):
         model.config.label2id = {name: index for index, name in id2label.items()}
         if num_queries != saved.num_queries:
             changes.append(model.resize_queries(num_queries))
+        if num_channels != saved.num_channels:
+            changes.append(model.resize_channels(num_channels))
         if changes:
             logger.warning(f"{pretrained_model_name_or_path}: {' '.join(changes)}")
         resized = [(name, shapes[name], weight.shape) for name, weight in model.named_parameters()]
@@ -246,12 +250,17 @@ def _are_new_classes(id2label: dict[int, str], saved: dict[int, str], ignore_mis
     return id2label != dict(saved)
 
 
-def _check_sizes(source: Source, saved: DetrConfig, num_labels: int, num_queries: int) -> None:
-    for what, has, wanted in (("classes", saved.num_labels, num_labels), ("queries", saved.num_queries, num_queries)):
+def _check_sizes(source: Source, saved: DetrConfig, num_labels: int, num_queries: int, num_channels: int) -> None:
+    for what, has, wanted in (
+        ("classes", saved.num_labels, num_labels),
+        ("queries", saved.num_queries, num_queries),
+        ("channels", saved.num_channels, num_channels),
+    ):
         if has != wanted:
             raise RuntimeError(
                 f"{source} has {has} {what}, not {wanted}. With ignore_mismatched_sizes=True it is resized: classes "
-                "keep their weights by name, the first queries keep theirs, the others start at random."
+                "keep their weights by name, the first queries keep theirs, the others start at random; the first "
+                "convolution is adapted to other channels."
             )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 # Networks made for one image size need arguments to take any size; which of these they have differs by family.
@@ -85,25 +86,41 @@ def unused_parameters(network: nn.Module, name: str, kwargs: dict[str, Any]) -> 
     """Names of parameters of `network` that timm fixed, or that its features do not depend on: timm builds some
     networks in full whatever level is wanted, and DistributedDataParallel waits for the gradient of every parameter.
 
-    Asked of a copy on the `meta` device, which computes nothing and draws no random numbers from the caller.
+    Asked of a copy on the `meta` device, which computes nothing and draws no random numbers from the caller. Its image
+    has a size that no network was made for.
+
+    Raises:
+        ValueError: the network takes images of one size only, or of some sizes.
     """
 
-    def used(device: str) -> set[str]:
+    def used(device: str, odd: bool = True) -> set[str]:
         no_draws = torch.random.fork_rng(devices=[])
         with no_draws, torch.device(device), torch.inference_mode(False), torch.enable_grad():
             copy: Any = create_network(name, **kwargs).eval()
-            images = torch.zeros(1, kwargs["in_chans"], *copy.pretrained_cfg["input_size"][-2:])
+            height, width = copy.pretrained_cfg["input_size"][-2:]
+            size = (height + height // 4 + 1, width + width // 2 + 1) if odd else (height, width)
             trained = {name: tensor for name, tensor in copy.named_parameters() if tensor.requires_grad}
-            total = torch.stack([level.sum() for level in copy(images)]).sum()
+            levels = copy(torch.zeros(1, kwargs["in_chans"], *size))
+            total = torch.stack([level.sum() for level in levels]).sum()
             gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
         return {name for name, gradient in zip(trained, gradients, strict=True) if gradient is not None}
 
+    def used_anywhere(odd: bool) -> set[str]:
+        try:
+            return used("meta", odd)
+        except RuntimeError as error:
+            if "meta tensors" not in str(error).lower():
+                raise
+            return used("cpu", odd)  # the network reads values to know its sizes (gemma4_vit), and meta has none
+
     try:
-        names = used("meta")
-    except RuntimeError as error:
-        if "meta tensors" not in str(error).lower():
-            raise
-        names = used("cpu")  # the network reads values to know its sizes (gemma4_vit), and meta tensors have none
+        names = used_anywhere(odd=True)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        used_anywhere(odd=False)  # raises if it is not the size
+        raise ValueError(
+            f'timm\'s "{name}" does not take images of any size, which a detector needs: {error}. Choose another '
+            "network; those of the families resnet, convnext, efficientnet, swin, vit and pvt do."
+        ) from error
     return [name for name, _ in network.named_parameters() if name not in names]
 
 
@@ -189,3 +206,32 @@ def pretrained_state_dict(name: str, kwargs: dict[str, Any], checkpoint: str | P
             f'"{name}", the first is {untouched[0]}. Is it a checkpoint of another network?'
         )
     return loaded
+
+
+@torch.no_grad()
+def adapt_input(network: nn.Module, name: str, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Change the number of channels that a trained network takes, in place, as timm does with its pretrained weights:
+    the weights of its first convolution are summed for one channel, and repeated and scaled for others.
+
+    Args:
+        before, after: arguments that build the network; only `in_chans` differs.
+
+    Raises:
+        ValueError: the network does not take 3 channels now, or its first layer is not a convolution.
+    """
+    if before["in_chans"] != 3:
+        raise ValueError(f'The first convolution of "{name}" takes {before["in_chans"]} channels; only 3 can be adapted.')
+    with torch.device("meta"):
+        wanted = dict(create_network(name, **after).named_parameters())
+    for path, weight in list(network.named_parameters()):
+        if weight.shape == wanted[path].shape:
+            continue
+        try:
+            adapted = adapt_input_conv(after["in_chans"], weight)
+        except NotImplementedError as error:
+            raise ValueError(f'The first layer of "{name}" cannot take {after["in_chans"]} channels: {error}') from error
+        owner, attribute = path.rpartition(".")[::2]
+        layer = network.get_submodule(owner)
+        setattr(layer, attribute, nn.Parameter(adapted, requires_grad=weight.requires_grad))
+        if isinstance(layer, nn.Conv2d):
+            layer.in_channels = adapted.shape[1]
