@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torchvision.transforms import v2
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor, data, training
 from hf_detr.evaluation import TrainerMetrics
@@ -55,7 +55,7 @@ def main() -> None:
     steps = math.ceil(len(train_set) / (values["batch_size"] * state.num_processes))  # per epoch
     schedule = {"warmup": values["warmup"], "decay": values["decay"], "total_steps": values["epochs"] * steps}
     metrics = TrainerMetrics(processor, names)
-    trainer = Trainer(
+    trainer = training.DetrTrainer(
         model,
         TrainingArguments(
             args.output_dir, num_train_epochs=values["epochs"], per_device_train_batch_size=values["batch_size"],

@@ -16,7 +16,7 @@ from .timm_network import (
     modules_of_frozen_stages,
     plan_levels,
     pretrained_state_dict,
-    unused_parameters,
+    probe_network,
 )
 
 ImageSizes = list[tuple[int, int]]
@@ -60,9 +60,12 @@ class Backbone(nn.Module):
 
     Attributes:
         channels, strides: of the levels returned, shallow to deep.
+        multiple: the network needs sides that are a multiple of this number, and each image is padded with zeros to it,
+            at the bottom and the right; 1 for most networks.
 
     Raises:
-        ValueError: timm does not have the name, the network cannot give features, or has no level of that stride.
+        ValueError: timm does not have the name, or the network cannot give features, has no level of that stride, or
+            does not take images of any size.
     """
 
     def __init__(
@@ -90,7 +93,7 @@ class Backbone(nn.Module):
         self.model = create_network(name, **self._timm_kwargs)
         if freeze_batch_norm:
             self.freeze_batch_norm()
-        unused = unused_parameters(self.model, name, self._timm_kwargs)
+        unused, self.multiple = probe_network(self.model, name, self._timm_kwargs)
         self._frozen = self._freeze_norms(modules_of_frozen_stages(self.model, name, frozen_stages, levels)) + unused
         self.freeze()
 
@@ -177,10 +180,17 @@ class Backbone(nn.Module):
 
     def _features(self, pixel_values: Tensor) -> list[Tensor]:
         dtype = next(self.model.parameters()).dtype
-        return [channels_first(self.model, features) for features in self.model(pixel_values.to(dtype))]
+        images = self._padded_to_multiple(pixel_values).to(dtype)
+        return [channels_first(self.model, features) for features in self.model(images)]
+
+    def _padded_to_multiple(self, images: Tensor) -> Tensor:
+        if self.multiple == 1:
+            return images
+        height, width = images.shape[-2:]
+        return nn.functional.pad(images, (0, -width % self.multiple, 0, -height % self.multiple))
 
     def _run_padded(self, pixel_values: Tensor, pixel_mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-        mask = pixel_mask[:, None].float()
+        mask = self._padded_to_multiple(pixel_mask[:, None].float())
         return [
             (features, nn.functional.interpolate(mask, size=features.shape[-2:])[:, 0] > 0.5)
             for features in self._features(pixel_values)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 # Networks made for one image size need arguments to take any size; which of these they have differs by family.
 ANY_SIZE_KWARGS = {"dynamic_img_size": True, "dynamic_img_pad": True, "strict_img_size": False}
+PADDED_MULTIPLE = 32  # what images are padded to for networks that add up levels of different strides
 
 
 def create_network(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -82,46 +83,49 @@ def channels_first(network: nn.Module, features: Tensor) -> Tensor:
     return features.permute(0, 3, 1, 2) if getattr(network, "output_fmt", None) == "NHWC" else features
 
 
-def unused_parameters(network: nn.Module, name: str, kwargs: dict[str, Any]) -> list[str]:
-    """Names of parameters of `network` that timm fixed, or that its features do not depend on: timm builds some
-    networks in full whatever level is wanted, and DistributedDataParallel waits for the gradient of every parameter.
+def probe_network(network: nn.Module, name: str, kwargs: dict[str, Any]) -> tuple[list[str], int]:
+    """What a network needs that timm does not tell, asked of a copy on the `meta` device, which computes nothing and
+    draws no random numbers from the caller.
 
-    Asked of a copy on the `meta` device, which computes nothing and draws no random numbers from the caller. Its image
-    has a size that no network was made for.
+    Returns:
+        the names of parameters that timm fixed, or that the features do not depend on (timm builds some networks in
+        full whatever level is wanted, and DistributedDataParallel waits for the gradient of every parameter); and of
+        what number the sides of an image must be a multiple, 1 or 32.
 
     Raises:
-        ValueError: the network takes images of one size only, or of some sizes.
+        ValueError: the network takes images of one size, or of some sizes, only.
     """
 
-    def used(device: str, odd: bool = True) -> set[str]:
+    def used(device: str, multiple: int) -> set[str]:
         no_draws = torch.random.fork_rng(devices=[])
         with no_draws, torch.device(device), torch.inference_mode(False), torch.enable_grad():
             copy: Any = create_network(name, **kwargs).eval()
             height, width = copy.pretrained_cfg["input_size"][-2:]
-            size = (height + height // 4 + 1, width + width // 2 + 1) if odd else (height, width)
+            # a size that no network was made for
+            size = [-(-side // multiple) * multiple for side in (height + height // 4 + 1, width + width // 2 + 1)]
             trained = {name: tensor for name, tensor in copy.named_parameters() if tensor.requires_grad}
             levels = copy(torch.zeros(1, kwargs["in_chans"], *size))
             total = torch.stack([level.sum() for level in levels]).sum()
             gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
         return {name for name, gradient in zip(trained, gradients, strict=True) if gradient is not None}
 
-    def used_anywhere(odd: bool) -> set[str]:
-        try:
-            return used("meta", odd)
-        except RuntimeError as error:
-            if "meta tensors" not in str(error).lower():
-                raise
-            return used("cpu", odd)  # the network reads values to know its sizes (gemma4_vit), and meta has none
-
-    try:
-        names = used_anywhere(odd=True)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        used_anywhere(odd=False)  # raises if it is not the size
-        raise ValueError(
-            f'timm\'s "{name}" does not take images of any size, which a detector needs: {error}. Choose another '
-            "network; those of the families resnet, convnext, efficientnet, swin, vit and pvt do."
-        ) from error
-    return [name for name, _ in network.named_parameters() if name not in names]
+    # meta tensors have no values, so that an index beyond a table of relative positions is not noticed
+    devices = ["cpu"] if any("rel_pos_" in parameter for parameter, _ in network.named_parameters()) else ["meta", "cpu"]
+    reason: Exception | None = None
+    for multiple in (1, PADDED_MULTIPLE):
+        for device in devices:
+            try:
+                names = used(device, multiple)
+            except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+                reason = error
+                if "meta tensors" not in str(error).lower():  # else it reads values to know its sizes (gemma4_vit)
+                    break
+            else:
+                return [name for name, _ in network.named_parameters() if name not in names], multiple
+    raise ValueError(
+        f'timm\'s "{name}" does not take images of any size, which a detector needs ({reason}). Choose another network: '
+        "those of the families resnet, convnext, efficientnet, swin, pvt and vit do."
+    ) from reason
 
 
 def modules_of_frozen_stages(

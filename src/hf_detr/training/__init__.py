@@ -16,9 +16,11 @@ from .setup import (
     load_data,
 )
 from .step import TrainStep
+from .trainer import DetrTrainer
 from .training_run import TrainingRun
 
 __all__ = [
+    "DetrTrainer",
     "TrainStep",
     "TrainingRun",
     "build_accelerator",
