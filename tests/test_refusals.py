@@ -75,11 +75,44 @@ def test_a_wrong_value_is_refused_at_every_door(name, value, checkpoint, tmp_pat
 def test_fields_that_would_have_no_effect_are_refused(arguments, message, checkpoint):
     with pytest.raises((TypeError, ValueError), match=message):
         DetrConfig(**arguments)
-    with pytest.raises((TypeError, ValueError), match=message):
-        DetrConfig.from_dict(arguments)
+    if "something" not in arguments:
+        with pytest.raises((TypeError, ValueError), match=message):
+            DetrConfig.from_dict(arguments)
     if "config" not in next(iter(arguments)):
         with pytest.raises((TypeError, ValueError)):
             DetrConfig.from_pretrained(checkpoint, **arguments)
+
+
+def test_stored_fields_that_another_program_added_are_told_and_left_out(warnings):
+    """Such as a later version of transformers."""
+    config = DetrConfig.from_dict({"num_queries": 7, "of_another_program": 1, "use_cache": False})
+    assert config.num_queries == 7
+    assert not hasattr(config, "of_another_program")
+    assert "of_another_program" in warnings.text
+    assert "use_cache" not in warnings.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backbone_config": transformers.ResNetConfig(), "dilation": True}, "dilation=True contradicts"),
+        ({"backbone_config": transformers.ResNetConfig(), "backbone": "resnet34"}, "'resnet34' contradicts"),
+        ({"backbone_config": transformers.ResNetConfig(), "use_timm_backbone": True}, "use_timm_backbone=True, but"),
+        ({"backbone_config": transformers.ResNetConfig(num_channels=1), "num_channels": 4}, "num_channels=4 contra"),
+        (
+            {"backbone": "microsoft/resnet-50", "use_timm_backbone": False, "dilation": True},
+            "dilation=True contradicts",
+        ),
+    ],
+)
+def test_two_descriptions_of_the_backbone_that_contradict_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DetrConfig(**arguments)
+
+
+def test_the_channels_of_a_nested_backbone_are_taken_over():
+    nested = {"model_type": "timm_backbone", "backbone": "resnet18", "num_channels": 1}
+    assert DetrConfig(backbone_config=nested).num_channels == 1
 
 
 @pytest.mark.parametrize("depths", [(3, 4, 6, 3), (3, 4, 23, 3)])
@@ -147,7 +180,7 @@ def test_labels_that_are_relative_to_the_padded_batch_are_refused():
     batch = ours(images, annotations=annotations, return_tensors="pt")
     assert model(**batch).loss > 0
     del batch["pixel_mask"]
-    with pytest.raises(ValueError, match="pass the `pixel_mask`"):
+    with pytest.raises(ValueError, match="pass its `pixel_mask`"):
         model(**batch)
 
 

@@ -80,12 +80,17 @@ def read_config(theirs: dict[str, Any]) -> dict[str, Any]:
 
 def _read_backbone(theirs: dict[str, Any]) -> dict[str, Any]:
     nested = theirs.get("backbone_config")
-    if nested and nested.get("model_type") == "timm_backbone":  # v5
-        return _timm_backbone(
-            nested["backbone"], nested.get("out_indices"), {"output_stride": nested.get("output_stride")}
-        )
     if nested:
-        return _resnet_of_transformers(nested)
+        is_timm = nested.get("model_type") == "timm_backbone"  # v5
+        if theirs.get("use_timm_backbone") and not is_timm:
+            raise ValueError(
+                f"use_timm_backbone=True, but backbone_config is of transformers' {nested.get('model_type')}."
+            )
+        channels = {"num_channels": nested["num_channels"]} if nested.get("num_channels") else {}
+        if is_timm:
+            stride = {"output_stride": nested.get("output_stride")}
+            return channels | _timm_backbone(nested["backbone"], nested.get("out_indices"), stride)
+        return channels | _resnet_of_transformers(nested)
     name = theirs.get("backbone") or "resnet50"
     if theirs.get("use_timm_backbone", True):  # v4; the oldest files do not have the field
         extra = dict(theirs.get("backbone_kwargs") or {})

@@ -196,21 +196,21 @@ def _tensors(label: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def check_labels(
-    labels: list[dict[str, Any]], num_labels: int, pixel_values: Tensor, pixel_mask: Tensor | None = None
+    labels: list[dict[str, Any]], num_labels: int, batch_size: int, image_sizes: Tensor | None = None
 ) -> None:
     """Refuse labels that would train something else than what was meant.
 
     Args:
         labels: one dict per image with `class_labels` (N,), integers in [0, num_labels), and `boxes` (N, 4), cxcywh in
             [0, 1] of the image without its padding, with positive width and height. A `size` (height, width), which
-            image processors add, must be that of the image in `pixel_mask`.
-        pixel_values, pixel_mask: of the batch, (B, C, H, W) and (B, H, W).
+            image processors add, must be that of the image.
+        image_sizes: see [`sizes_without_padding`]; None if they are not known.
 
     Raises:
         ValueError: names the image of the batch, the box and the fix.
     """
-    if len(labels) != len(pixel_values):
-        raise ValueError(f"There are {len(pixel_values)} images in the batch but {len(labels)} labels.")
+    if len(labels) != batch_size:
+        raise ValueError(f"There are {batch_size} images in the batch but {len(labels)} labels.")
     for image, label in enumerate(labels):
         missing = {"class_labels", "boxes"} - set(label)
         if missing:
@@ -228,7 +228,7 @@ def check_labels(
             )
     ids = torch.cat([label["class_labels"] for label in labels])
     boxes = torch.cat([label["boxes"] for label in labels])
-    wrong_size = _wrong_sizes(labels, pixel_values, pixel_mask, ids.device)
+    wrong_size = _wrong_sizes(labels, image_sizes, ids.device)
     wrong = torch.stack(
         (
             (ids < 0) | (ids >= num_labels),
@@ -240,7 +240,7 @@ def check_labels(
     if not (wrong.any() | wrong_size.any()):  # the only transfer from the device
         return
     if wrong_size.any():
-        raise ValueError(_describe_wrong_size(labels, int(wrong_size.nonzero()[0]), pixel_values, pixel_mask))
+        raise ValueError(_describe_wrong_size(labels, int(wrong_size.nonzero()[0]), image_sizes))
     reasons = (
         f"the class id is not in [0, {num_labels}). Ids count from 0, and the config's `id2label` must name them all",
         NOT_FINITE,
@@ -257,35 +257,29 @@ def check_labels(
     )
 
 
-def _wrong_sizes(
-    labels: list[dict[str, Any]], pixel_values: Tensor, pixel_mask: Tensor | None, device: torch.device
-) -> Tensor:
+def sizes_without_padding(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
+    """(B, 2), height and width of each image of a batch (B, C, H, W) with its mask (B, H, W)."""
+    if pixel_mask is None:
+        return torch.tensor([pixel_values.shape[-2:]] * len(pixel_values))
+    return torch.stack((pixel_mask[:, :, 0].sum(1), pixel_mask[:, 0].sum(1)), dim=1)
+
+
+def _wrong_sizes(labels: list[dict[str, Any]], image_sizes: Tensor | None, device: torch.device) -> Tensor:
     """(B,) bool, the labels whose `size` is not that of the image: their boxes are relative to another frame."""
-    if any("size" not in label for label in labels):
+    if image_sizes is None or any("size" not in label for label in labels):
         return torch.zeros(len(labels), dtype=torch.bool, device=device)
     sizes = torch.stack([torch.as_tensor(label["size"], device=device) for label in labels])  # (B, 2)
-    if pixel_mask is None:
-        return (sizes != torch.tensor(pixel_values.shape[-2:], device=device)).any(1)
-    of_images = torch.stack((pixel_mask[:, :, 0].sum(1), pixel_mask[:, 0].sum(1)), dim=1).to(device)
-    return (sizes != of_images).any(1)
+    return (sizes != image_sizes.to(device)).any(1)
 
 
-def _describe_wrong_size(
-    labels: list[dict[str, Any]], image: int, pixel_values: Tensor, pixel_mask: Tensor | None
-) -> str:
+def _describe_wrong_size(labels: list[dict[str, Any]], image: int, image_sizes: Tensor | None) -> str:
     label_height, label_width = (int(side) for side in labels[image]["size"])
-    if pixel_mask is None:
-        height, width = pixel_values.shape[-2:]
-        fix = "If it is padded, pass the `pixel_mask` that the image processor returns."
-    else:
-        height, width = int(pixel_mask[image, :, 0].sum()), int(pixel_mask[image, 0].sum())
-        fix = (
-            "Boxes must be relative to the image without its padding; transformers' own DetrImageProcessor makes them "
-            "relative to the padded batch. Use hf_detr.DetrImageProcessor."
-        )
+    height, width = image_sizes[image].tolist() if image_sizes is not None else (None, None)
     return (
         f"{_where(labels, image)}: the label is for an image of {label_height} x {label_width} pixels (height x "
-        f"width), but the image has {height} x {width}. {fix}"
+        f"width), but the image has {height} x {width} without its padding, as `pixel_mask` says. Boxes must be "
+        "relative to the image without its padding; transformers' own DetrImageProcessor makes them relative to the "
+        "padded batch. Use hf_detr.DetrImageProcessor, and pass its `pixel_mask` too."
     )
 
 

@@ -24,12 +24,14 @@ class ClassTargets:
         classes: (L, B, T); `num_labels` where there is no object.
         quality: (L, B, T), IoU of the predicted box and its object, without gradient; read for objects only.
         valid: (B, T) bool, queries that count; None: all.
+        weights: (num_labels+1,), of each class and, last, 1 for "no object"; None: all 1.
     """
 
     logits: Tensor
     classes: Tensor
     quality: Tensor
     valid: Tensor | None = None
+    weights: Tensor | None = None
 
     @property
     def no_object(self) -> int:
@@ -109,8 +111,11 @@ def class_loss_of(kind: str) -> ClassLoss:
 
 
 def sum_class_loss(kind: str, targets: ClassTargets, normalizer: Tensor, eos_coefficient: float) -> Tensor:
-    """The class loss of each layer, (L,): the sum over its valid queries, over `normalizer`."""
+    """The class loss of each layer, (L,): the sum over its valid queries, each with the weight of its class, over
+    `normalizer`."""
     loss = class_loss_of(kind).loss(targets, eos_coefficient)  # (L, B, T)
+    if targets.weights is not None:
+        loss = loss * targets.weights[targets.classes]
     if targets.valid is not None:
         loss = loss * targets.valid
     return loss.sum((1, 2)) / normalizer

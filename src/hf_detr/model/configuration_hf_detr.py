@@ -1,14 +1,18 @@
 """`DetrConfig`: the fields that define a DETR, with their meaning and the checks of their values."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from .foreign import import_interop
+
+logger = logging.get_logger(__name__)
 
 # Fields of transformers' `DetrConfig` that ours does not have: the values that change nothing (None: translated), and
 # why others are refused.
@@ -24,13 +28,13 @@ FIELDS_OF_TRANSFORMERS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
 NAMES_OF_TRANSFORMERS = (
     "_attn_implementation", "_commit_hash", "_name_or_path", "attn_implementation", "auto_map", "custom_pipelines",
     "experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions", "per_layer_config",
-    "quantization_config", "torch_dtype",
+    "quantization_config", "torch_dtype", "use_cache",
 )  # fmt: skip
 
 
 def refuse_unknown(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raises TypeError for a name that is not known, with the nearest that is."""
-    known = {*known, *NAMES_OF_TRANSFORMERS}
+    known = set(known)
     for name in given:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, 1)
@@ -95,6 +99,8 @@ class DetrConfig(PreTrainedConfig):
             two. `"iou_aware"` is meant for anchors or the dense loss; with neither, and from random weights, it
             converges more slowly than `"cross_entropy"`.
         class_loss_coefficient: weight of the class loss.
+        class_weights: weight of the objects of a class in the class loss, by name of the class, such as
+            `{"rare": 5}`; classes that are not named have weight 1. Matching does not use them.
         prior_probability: probability p that an untrained model assigns to all C classes together (arXiv 1708.02002,
             section 4.1): the bias of no-object starts at `log(C (1 - p) / p)`, all others at 0. Use it with the class
             losses `"focal"` and `"iou_aware"`. `None` (the paper): PyTorch's random biases.
@@ -155,11 +161,13 @@ class DetrConfig(PreTrainedConfig):
     eos_coefficient: float | int = 0.1
     class_loss: str = "cross_entropy"
     class_loss_coefficient: float | int = 1
+    class_weights: dict[str, float | int] | None = None
     prior_probability: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         theirs = {name: kwargs.pop(name) for name in FIELDS_OF_TRANSFORMERS if name in kwargs}
-        refuse_unknown(type(self).__name__, kwargs, [field.name for field in fields(self)] + list(self.attribute_map))
+        known = {*(field.name for field in fields(self)), *self.attribute_map, *NAMES_OF_TRANSFORMERS}
+        refuse_unknown(type(self).__name__, kwargs, known)
         if any(value is not None for value in theirs.values()):
             self._take_over(theirs)
         super().__post_init__(**kwargs)
@@ -174,17 +182,25 @@ class DetrConfig(PreTrainedConfig):
             value = theirs.get(name)
             if value is not None and harmless is not None and value not in harmless:
                 raise ValueError(f"{name}={value!r}: {reason}.")
-        given = {
-            name: theirs[name] for name in ("backbone_config", "use_timm_backbone") if theirs.get(name) is not None
-        }
-        if "backbone_config" in given or given.get("use_timm_backbone") is False:
-            nested = given.get("backbone_config")
-            given["backbone_config"] = nested if nested is None or isinstance(nested, dict) else nested.to_dict()
-            own = {"model_type": "detr", "backbone": self.backbone, "backbone_kwargs": self.backbone_kwargs}
-            translated = import_interop("transformers' backbone_config").read_config(own | given)
-            for name in ("backbone", "backbone_kwargs", "dilation", "feature_stride"):
-                if name in translated:
-                    setattr(self, name, translated[name])
+        nested, is_timm = theirs.get("backbone_config"), theirs.get("use_timm_backbone")
+        if nested is None and is_timm is not False:
+            return
+        nested = nested if nested is None or isinstance(nested, dict) else nested.to_dict()
+        if nested and nested.get("use_pretrained_backbone"):
+            logger.warning_once(
+                "use_pretrained_backbone of backbone_config has no effect here: DetrForDetection(config) starts from "
+                "random weights, DetrForDetection.from_pretrained_backbone(config) from pretrained ones."
+            )
+        own = {"model_type": "detr", "backbone": self.backbone, "backbone_kwargs": self.backbone_kwargs}
+        translated = import_interop("transformers' backbone_config").read_config(
+            own | {"backbone_config": nested, "use_timm_backbone": is_timm}
+        )
+        for name in ("backbone", "backbone_kwargs", "dilation", "feature_stride", "num_channels"):
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if name in translated and translated[name] != value:
+                if value != default and (nested or name != "backbone"):
+                    raise ValueError(f"{name}={value!r} contradicts the backbone, which has {translated[name]!r}.")
+                setattr(self, name, translated[name])
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -194,12 +210,30 @@ class DetrConfig(PreTrainedConfig):
             TypeError: `kwargs` has a name that is not a field.
         """
         returns_unused = kwargs.get("return_unused_kwargs", False)
-        config, unused = super().from_dict(cls.translate(config_dict), **kwargs | {"return_unused_kwargs": True})
+        stored = cls._without_unknown(cls.translate(config_dict))
+        config, unused = super().from_dict(stored, **kwargs | {"return_unused_kwargs": True})
         config.validate()
         if returns_unused:
             return config, unused
-        refuse_unknown(cls.__name__, unused, [field.name for field in fields(cls)])
+        refuse_unknown(cls.__name__, unused, {*(field.name for field in fields(cls)), *NAMES_OF_TRANSFORMERS})
         return config
+
+    @classmethod
+    def _without_unknown(cls, stored: dict[str, Any]) -> dict[str, Any]:
+        """Stored fields that this class has; a warning names the others, which other programs may have added.
+
+        Raises:
+            TypeError: one is nearly the name of a field.
+        """
+        known = {*(field.name for field in fields(cls)), *cls.attribute_map, *FIELDS_OF_TRANSFORMERS}
+        known |= set(NAMES_OF_TRANSFORMERS)
+        unknown = sorted(set(stored) - known)
+        refuse_unknown(
+            cls.__name__, [name for name in unknown if difflib.get_close_matches(name, known, 1, 0.8)], known
+        )
+        if unknown:
+            logger.warning_once(f"The stored config has {unknown}, which {cls.__name__} does not have and leaves out.")
+        return {name: value for name, value in stored.items() if name not in unknown}
 
     @classmethod
     def from_json_file(cls, json_file: Any) -> Any:
@@ -254,6 +288,16 @@ class DetrConfig(PreTrainedConfig):
     def validate_classes(self) -> None:
         if self.id2label is not None and sorted(map(int, self.id2label)) != list(range(len(self.id2label))):
             raise ValueError(f"The ids of `id2label` must be 0 to {len(self.id2label) - 1}, got {list(self.id2label)}.")
+
+    def validate_class_weights(self) -> None:
+        names = set(self.id2label.values()) if self.id2label else set()
+        for name, weight in (self.class_weights or {}).items():
+            if name not in names:
+                nearest = difflib.get_close_matches(name, names, 1)
+                hint = f" Did you mean {nearest[0]!r}?" if nearest else f" The classes are {', '.join(sorted(names))}."
+                raise ValueError(f"`class_weights` has {name!r}, which is no class of `id2label`.{hint}")
+            if not 0 < weight < math.inf:
+                raise ValueError(f"`class_weights` must be positive, got {weight} for {name!r}.")
 
     def validate_anchors(self) -> None:
         if self.query_type != "anchor":

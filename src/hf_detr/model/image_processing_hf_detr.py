@@ -267,13 +267,17 @@ class HfDetrImageProcessor(TorchvisionBackend):
 
         Args:
             images: (C, H, W) each.
-            pad_size: `{"height": h, "width": w}`; None: the largest height and width.
+            pad_size: `{"height": h, "width": w}`, or a number for both; None: the largest height and width.
 
         Returns:
             `pixel_values` (B, C, H, W) and `pixel_mask` (B, H, W), 1 = image, 0 = padding.
         """
         refuse_unknown(f"{type(self).__name__}.pad", kwargs, ())
         tensors = [torch.as_tensor(image) for image in images]
+        if isinstance(pad_size, int):
+            pad_size = {"height": pad_size, "width": pad_size}
+        if not (pad_size is None or hasattr(pad_size, "keys")):
+            raise TypeError(f'`pad_size` must be {{"height": h, "width": w}} or a number, got {pad_size!r}.')
         batch_size = None if pad_size is None else (pad_size["height"], pad_size["width"])
         sizes, first = [_height_width(image) for image in tensors], tensors[0]
         pixel_values, pixel_mask = allocate_batch(

@@ -1,5 +1,6 @@
 """`DetrModel` and `DetrForDetection`: steps 2 to 7 wired together, as in figure 2 of the paper."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -10,7 +11,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
-from .annotations import check_labels, tensor_labels
+from .annotations import check_labels, sizes_without_padding, tensor_labels
 from .backbone import Backbone
 from .configuration_hf_detr import DetrConfig
 from .decoders import build_decoder
@@ -95,12 +96,19 @@ class DetrModel(DetrPreTrainedModel):
         return f"Channels: {before} to {num_channels}, the weights of the first convolution are adapted."
 
     def build_queries(
-        self, batch_size: int, device: torch.device, denoising: DenoisingQueries | None = None
+        self,
+        batch_size: int,
+        device: torch.device,
+        denoising: DenoisingQueries | None = None,
+        content: Tensor | None = None,
     ) -> Queries:
         """The object queries of a batch; extra query groups only in training.
 
+        Args:
+            content: (B, num_queries, d), what the decoder starts from; None: zeros.
+
         Raises:
-            ValueError: the config has another number of queries than the model.
+            ValueError: the config has another number of queries than the model, or `content` another shape.
         """
         config, available = self.config, self.query_position_embeddings.num_embeddings
         if available != config.num_queries:  # or the loss would take the others for an extra query group
@@ -115,15 +123,53 @@ class DetrModel(DetrPreTrainedModel):
         groups = [rows(self.query_position_embeddings)]
         if self.training and self.extra_query_groups is not None:
             groups += rows(self.extra_query_groups).split(config.num_queries)
-        are_boxes = self.decoder.queries_are_boxes
-        return build_queries(groups, batch_size, config.d_model, are_boxes=are_boxes, denoising=denoising)
+        expected = (batch_size, config.num_queries, config.d_model)
+        if content is not None and tuple(content.shape) != expected:
+            raise ValueError(f"`decoder_inputs_embeds` must be {expected}, got {tuple(content.shape)}.")
+        return build_queries(
+            groups,
+            batch_size,
+            config.d_model,
+            are_boxes=self.decoder.queries_are_boxes,
+            denoising=denoising,
+            content=content,
+        )
+
+    def project(
+        self, pixel_values: Tensor | None, pixel_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+        """Step 2: images to the vectors that the encoder starts from; arguments and errors as of `forward`.
+
+        Returns:
+            (B, hw, d), their mask (B, h, w) bool or None if nothing is padded, and (h, w).
+        """
+        if (pixel_values is None) == (inputs_embeds is None):
+            raise ValueError("A model needs `pixel_values`, or `inputs_embeds` in place of them.")
+        if pixel_values is not None:
+            check_images(pixel_values, pixel_mask, self.config.num_channels)
+            level = self.backbone(pixel_values, pixel_mask)[-1]
+            return self.input_projection(level.map).flatten(2).transpose(1, 2), level.mask, level.map.shape[-2:]
+        assert inputs_embeds is not None
+        side, d_model = math.isqrt(inputs_embeds.shape[1]), self.config.d_model
+        if inputs_embeds.shape[1:] != (side**2, d_model):
+            raise ValueError(
+                f"`inputs_embeds` must be (batch, h * w, {d_model}) of a square feature map, got "
+                f"{tuple(inputs_embeds.shape)}."
+            )
+        if pixel_mask is None:
+            return inputs_embeds, None, (side, side)
+        mask = nn.functional.interpolate(pixel_mask[:, None].float(), size=(side, side))[:, 0] > 0.5
+        return inputs_embeds, mask.to(inputs_embeds.device), (side, side)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         pixel_mask: Tensor | None = None,
         queries: Queries | None = None,
+        encoder_outputs: Any = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -133,6 +179,11 @@ class DetrModel(DetrPreTrainedModel):
             pixel_mask: (B, H, W), 1 = image, 0 = padding; None if nothing is padded. How padding is kept from changing
                 an image's result: see [`~hf_detr.model.backbone.Backbone`].
             queries: the object queries; None: the model's own, see [`DetrModel.build_queries`].
+            encoder_outputs: of an earlier call, a tuple or an output with `last_hidden_state` (B, hw, d); the encoder
+                does not run, the backbone does.
+            inputs_embeds: (B, hw, d), projected features of a square map, in place of `pixel_values`; `pixel_mask` may
+                then have any height and width.
+            decoder_inputs_embeds: (B, num_queries, d), the content that the queries start from, in place of zeros.
             output_attentions: also return attention weights; this call then runs "eager" attention, the only
                 implementation that has them.
             output_hidden_states: also return every layer's hidden states.
@@ -140,26 +191,27 @@ class DetrModel(DetrPreTrainedModel):
                 implementation.
 
         Raises:
-            ValueError: `pixel_values` is not (B, num_channels, H, W), or `pixel_mask` does not fit it.
+            ValueError: `pixel_values` is not (B, num_channels, H, W), `pixel_mask` does not fit it, or both or none of
+                `pixel_values` and `inputs_embeds` are given.
             TypeError: an argument that transformers' models do not have either.
         """
         attentions, states = self._resolve_outputs(output_attentions, output_hidden_states, kwargs)
-        check_images(pixel_values, pixel_mask, self.config.num_channels)
-        level = self.backbone(pixel_values, pixel_mask)[-1]  # step 2
-        features = self.input_projection(level.map).flatten(2).transpose(1, 2)  # (B, hw, d)
-        height, width = level.map.shape[-2:]
-        positions = self.position_embedding(height, width, level.mask, features.device).to(features.dtype)  # step 3
+        features, feature_mask, (height, width) = self.project(pixel_values, pixel_mask, inputs_embeds)  # step 2
+        positions = self.position_embedding(height, width, feature_mask, features.device).to(features.dtype)  # step 3
 
         attention = "eager" if attentions else str(self.config._attn_implementation)  # step 4
-        mask = self._attention_mask(level.mask, features, features, attention)
-        encoder_states, encoder_attentions = self.encoder(features, positions, mask, attention, **kwargs)
+        if encoder_outputs is None:
+            mask = self._attention_mask(feature_mask, features, features, attention)
+            encoder_states, encoder_attentions = self.encoder(features, positions, mask, attention, **kwargs)
+        else:
+            encoder_states, encoder_attentions = _encoder_states(encoder_outputs, features)
 
-        queries = queries or self.build_queries(pixel_values.shape[0], pixel_values.device)
+        queries = queries or self.build_queries(len(features), features.device, content=decoder_inputs_embeds)
         queries = queries.to(encoder_states[-1].dtype)
         if attention not in (self.decoder.attn_implementations or (attention,)):
             attention = "sdpa"
-        mask = self._attention_mask(level.mask, queries.content, encoder_states[-1], attention)
-        memory = Memory(encoder_states[-1], positions, level.mask, (height, width), mask)
+        mask = self._attention_mask(feature_mask, queries.content, encoder_states[-1], attention)
+        memory = Memory(encoder_states[-1], positions, feature_mask, (height, width), mask)
         decoded = self.decoder(queries, memory, attention, **kwargs)
         return DetrModelOutput(
             last_hidden_state=decoded.hidden_states[-1],
@@ -172,8 +224,8 @@ class DetrModel(DetrPreTrainedModel):
             encoder_hidden_states=encoder_states if states else None,
             encoder_attentions=encoder_attentions if attentions else None,
             feature_mask=features.new_ones((len(features), height, width), dtype=torch.int64)
-            if level.mask is None
-            else level.mask.long(),
+            if feature_mask is None
+            else feature_mask.long(),
         )
 
     def _attention_mask(self, mask: Tensor | None, queries: Tensor, keys: Tensor, attention: str) -> Any:
@@ -185,6 +237,20 @@ class DetrModel(DetrPreTrainedModel):
         return create_bidirectional_mask(
             config=self.config, inputs_embeds=queries, attention_mask=mask.flatten(1), encoder_hidden_states=keys
         )
+
+
+def _encoder_states(encoder_outputs: Any, features: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Hidden states and attention weights of an encoder that ran before.
+
+    Raises:
+        ValueError: the last state does not have the shape of `features`, (B, hw, d).
+    """
+    values = encoder_outputs.to_tuple() if hasattr(encoder_outputs, "to_tuple") else tuple(encoder_outputs)
+    last = getattr(encoder_outputs, "last_hidden_state", values[0])
+    if last.shape != features.shape:
+        raise ValueError(f"`encoder_outputs` must be {tuple(features.shape)} for this batch, got {tuple(last.shape)}.")
+    earlier = getattr(encoder_outputs, "hidden_states", None) or (last,)
+    return (*earlier[:-1], last), getattr(encoder_outputs, "attentions", None) or ()
 
 
 class DetrForDetection(DetrPreTrainedModel):
@@ -260,9 +326,12 @@ class DetrForDetection(DetrPreTrainedModel):
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         pixel_mask: Tensor | None = None,
         labels: list[dict[str, Any]] | None = None,
+        encoder_outputs: Any = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         normalizers: LossNormalizers | None = None,
@@ -282,16 +351,24 @@ class DetrForDetection(DetrPreTrainedModel):
         attentions, states = self._resolve_outputs(output_attentions, output_hidden_states, kwargs)
         self._check_class_head()
         denoising = result = None
+        given = inputs_embeds if pixel_values is None else pixel_values
+        if given is None:
+            raise ValueError("A model needs `pixel_values`, or `inputs_embeds` in place of them.")
         if labels is not None:
-            check_images(pixel_values, pixel_mask, self.config.num_channels)
+            sizes = None
+            if pixel_values is not None:
+                check_images(pixel_values, pixel_mask, self.config.num_channels)
+                sizes = sizes_without_padding(pixel_values, pixel_mask)
             labels = tensor_labels(labels)
-            check_labels(labels, self.config.num_labels, pixel_values, pixel_mask)
+            check_labels(labels, self.config.num_labels, len(given), sizes)
             denoising = self.denoising(labels) if self.training and self.denoising is not None else None
         dense_head = self.dense_head if self.training and labels is not None else None
         outputs = self.model(  # steps 2 to 4
             pixel_values,
             pixel_mask,
-            self.model.build_queries(pixel_values.shape[0], pixel_values.device, denoising),
+            self.model.build_queries(len(given), given.device, denoising, decoder_inputs_embeds),
+            encoder_outputs,
+            inputs_embeds,
             output_attentions=attentions,
             output_hidden_states=states or dense_head is not None,
             return_dict=True,

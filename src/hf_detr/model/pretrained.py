@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -69,14 +68,17 @@ class DetrPreTrainedModel(PreTrainedModel):
         super()._initialize_weights(module)
 
     def _resolve_outputs(
-        self, output_attentions: bool | None, output_hidden_states: bool | None, kwargs: Mapping[str, Any]
+        self, output_attentions: bool | None, output_hidden_states: bool | None, kwargs: dict[str, Any]
     ) -> tuple[bool, bool]:
         """Which outputs a call returns: its arguments, or else the config's.
 
         Raises:
-            TypeError: `kwargs` has a name that transformers' models do not have either.
+            TypeError: `kwargs` has a name that transformers' models do not have either, or one that no DETR can obey.
         """
+        if "decoder_attention_mask" in kwargs and kwargs["decoder_attention_mask"] is None:
+            del kwargs["decoder_attention_mask"]  # what transformers' wrappers pass
         unknown = kwargs.keys() - TransformersKwargs.__annotations__.keys()
+        unknown |= {name for name in ("is_causal",) if kwargs.get(name)}
         if unknown:
             raise TypeError(f"{type(self).__name__}.forward() got unexpected arguments: {', '.join(sorted(unknown))}.")
         config = self.config
@@ -109,12 +111,12 @@ class DetrPreTrainedModel(PreTrainedModel):
                 checkpoint's config.
             ignore_mismatched_sizes: allow other classes, or another number of queries or channels, than in the
                 checkpoint. Classes keep their weights by name and the first queries keep theirs (see
-                `resize_class_head`, `resize_queries`, `resize_channels`); a warning reports what was done. Other weights
-                of another shape are initialized at random and reported.
+                `resize_class_head`, `resize_queries`, `resize_channels`); a warning reports what was done. Other
+                weights of another shape are initialized at random and reported.
             weights_only: must be True: unpickling anything but tensors can run arbitrary code.
             output_loading_info: also return transformers' dict of missing, unexpected and mismatched weights.
-            kwargs: as in transformers, among them `id2label`, `num_labels`, `num_queries`, `num_channels`, `dtype`, `device_map`,
-                `revision`, `token`, and any field of the config.
+            kwargs: as in transformers, among them `id2label`, `num_labels`, `num_queries`, `num_channels`, `dtype`,
+                `device_map`, `revision`, `token`, and any field of the config.
 
         Returns:
             the model in evaluation mode, or (model, loading info).

@@ -63,11 +63,18 @@ class Queries(NamedTuple):
 
 
 def build_queries(
-    groups: list[Tensor], batch_size: int, d_model: int, *, are_boxes: bool, denoising: DenoisingQueries | None
+    groups: list[Tensor],
+    batch_size: int,
+    d_model: int,
+    *,
+    are_boxes: bool,
+    denoising: DenoisingQueries | None = None,
+    content: Tensor | None = None,
 ) -> Queries:
     """The queries of a batch.
 
     Args:
+        content: (B, Q, d) of the first group; None: zeros, as of the other groups.
         groups: the query parameters of each group, (Q, d) learned vectors, or (Q, 4) `inverse_sigmoid(cxcywh)` if
             `are_boxes`.
     """
@@ -78,7 +85,9 @@ def build_queries(
         boxes = embeddings.float().sigmoid().expand(batch_size, -1, -1)
     else:
         positions = embeddings.expand(batch_size, -1, -1)
-    content = embeddings.new_zeros(batch_size, len(embeddings), d_model)
+    first = 0 if content is None else content.shape[1]
+    others = embeddings.new_zeros(batch_size, len(embeddings) - first, d_model)
+    content = others if content is None else torch.cat((content, others.to(content)), dim=1)
     valid = None
     if denoising is not None:
         if boxes is None:

@@ -110,7 +110,9 @@ def probe_network(network: nn.Module, name: str, kwargs: dict[str, Any]) -> tupl
         return {name for name, gradient in zip(trained, gradients, strict=True) if gradient is not None}
 
     # meta tensors have no values, so that an index beyond a table of relative positions is not noticed
-    devices = ["cpu"] if any("rel_pos_" in parameter for parameter, _ in network.named_parameters()) else ["meta", "cpu"]
+    devices = (
+        ["cpu"] if any("rel_pos_" in parameter for parameter, _ in network.named_parameters()) else ["meta", "cpu"]
+    )
     reason: Exception | None = None
     for multiple in (1, PADDED_MULTIPLE):
         for device in devices:
@@ -123,8 +125,8 @@ def probe_network(network: nn.Module, name: str, kwargs: dict[str, Any]) -> tupl
             else:
                 return [name for name, _ in network.named_parameters() if name not in names], multiple
     raise ValueError(
-        f'timm\'s "{name}" does not take images of any size, which a detector needs ({reason}). Choose another network: '
-        "those of the families resnet, convnext, efficientnet, swin, pvt and vit do."
+        f'timm\'s "{name}" does not take images of any size, which a detector needs ({reason}). Choose another '
+        "network: those of the families resnet, convnext, efficientnet, swin, pvt and vit do."
     ) from reason
 
 
@@ -224,7 +226,9 @@ def adapt_input(network: nn.Module, name: str, before: dict[str, Any], after: di
         ValueError: the network does not take 3 channels now, or its first layer is not a convolution.
     """
     if before["in_chans"] != 3:
-        raise ValueError(f'The first convolution of "{name}" takes {before["in_chans"]} channels; only 3 can be adapted.')
+        raise ValueError(
+            f'The first convolution of "{name}" takes {before["in_chans"]} channels; only 3 can be adapted.'
+        )
     with torch.device("meta"):
         wanted = dict(create_network(name, **after).named_parameters())
     for path, weight in list(network.named_parameters()):
@@ -233,7 +237,9 @@ def adapt_input(network: nn.Module, name: str, before: dict[str, Any], after: di
         try:
             adapted = adapt_input_conv(after["in_chans"], weight)
         except NotImplementedError as error:
-            raise ValueError(f'The first layer of "{name}" cannot take {after["in_chans"]} channels: {error}') from error
+            raise ValueError(
+                f'The first layer of "{name}" cannot take {after["in_chans"]} channels: {error}'
+            ) from error
         owner, attribute = path.rpartition(".")[::2]
         layer = network.get_submodule(owner)
         setattr(layer, attribute, nn.Parameter(adapted, requires_grad=weight.requires_grad))
