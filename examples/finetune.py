@@ -35,6 +35,7 @@ from hf_detr.training import (
     load_data,
     parameter_groups,
     parse_finetune_args,
+    repeat_images,
     resolve_recipe,
 )
 
@@ -58,6 +59,7 @@ def main(augmentation: Callable[[Any], Any] | None = None) -> None:
     run = TrainingRun(args, recipe, accelerator, processor)
     if args.data.quick:
         train_set = train_set.select(range(min(64, len(train_set))))
+    train_set = repeat_images(args, train_set, accelerator)
     if args.run.auto_batch_size:
         batch_size, accumulation = run.fit_batch_size(model, train_set)
         recipe = replace(recipe, batch_size=batch_size, gradient_accumulation_steps=accumulation)

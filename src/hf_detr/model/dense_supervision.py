@@ -74,8 +74,9 @@ class DenseHead(nn.Module):
 
         loss = Σ_i max(N_i, 1) · (Σ_locations term) / max(assigned locations of i, 1) / number of boxes
 
-    with the terms `loss_ce` = `w (1 - p[c]) (-log p[c])`, w = 0.5 without an object and 1 with one (a focal loss with
-    gamma 1), and of the locations with an object `loss_bbox` = L1 and `loss_giou` = 1 - GIoU.
+    with the terms `loss_ce` = `w (1 - p[c]) (-log p[c])`, w = 0.5 without an object and 1 with one, or the weight of
+    its class (a focal loss with gamma 1), and of the locations with an object `loss_bbox` = L1 and `loss_giou` = 1 -
+    GIoU.
     """
 
     def __init__(self, d_model: int, num_labels: int) -> None:
@@ -83,13 +84,20 @@ class DenseHead(nn.Module):
         self.class_labels_classifier = build_class_head(d_model, num_labels)
         self.bbox_predictor = BoxHead(d_model)
 
-    def of(self, outputs: Any) -> Callable[[list[dict[str, Any]], Tensor], dict[str, Tensor]]:
+    def of(
+        self, outputs: Any, class_weights: Tensor | None = None
+    ) -> Callable[[list[dict[str, Any]], Tensor], dict[str, Tensor]]:
         """Labels and number of boxes to the terms, for a `DetrModelOutput` with hidden states."""
         features = outputs.encoder_hidden_states[0], outputs.encoder_last_hidden_state
-        return partial(self, features, outputs.feature_mask.bool())
+        return partial(self, features, outputs.feature_mask.bool(), class_weights=class_weights)
 
     def forward(
-        self, feature_sets: Sequence[Tensor], mask: Tensor, labels: list[dict[str, Any]], num_boxes: Tensor
+        self,
+        feature_sets: Sequence[Tensor],
+        mask: Tensor,
+        labels: list[dict[str, Any]],
+        num_boxes: Tensor,
+        class_weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The terms, summed over several features of the same locations.
 
@@ -98,6 +106,7 @@ class DenseHead(nn.Module):
             mask: (B, h, w) bool, True = image.
             labels: one dict per image with `class_labels` (N,) and `boxes` (N, 4), as for the loss.
             num_boxes: see [`~hf_detr.model.loss.LossNormalizers`].
+            class_weights: (num_labels+1,), of each class and, last, 1 for "no object"; None: all 1.
         """
         centers, valid = location_centers(mask), mask.flatten(1)
         no_object = self.class_labels_classifier.out_features - 1
@@ -105,16 +114,24 @@ class DenseHead(nn.Module):
         assigned = classes < no_object
         counts = torch.tensor([len(label["class_labels"]) for label in labels], device=mask.device)
         weights = counts.clamp(min=1) / assigned.sum(1).clamp(min=1) / num_boxes  # (B,)
-        each = [self._terms(features, centers, valid, classes, boxes, weights) for features in feature_sets]
+        of_classes = torch.where(assigned, 1.0, NO_OBJECT_WEIGHT) * valid * weights[:, None]
+        if class_weights is not None:
+            of_classes = of_classes * class_weights[classes]
+        each = [self._terms(features, centers, classes, boxes, weights, of_classes) for features in feature_sets]
         return {name: torch.stack([terms[name] for terms in each]).sum() for name in each[0]}
 
     def _terms(
-        self, features: Tensor, centers: Tensor, valid: Tensor, classes: Tensor, boxes: Tensor, weights: Tensor
+        self,
+        features: Tensor,
+        centers: Tensor,
+        classes: Tensor,
+        boxes: Tensor,
+        weights: Tensor,
+        class_weights: Tensor,
     ) -> dict[str, Tensor]:
         logits = self.class_labels_classifier(features).float()
         assigned = classes < logits.shape[-1] - 1
         log_p = logits.log_softmax(-1).gather(-1, classes[..., None])[..., 0]
-        class_weights = torch.where(assigned, 1.0, NO_OBJECT_WEIGHT) * valid * weights[:, None]
         anchors = torch.cat((centers, torch.full_like(centers, INITIAL_SIDE)), dim=-1)
         at = assigned.flatten().nonzero()[:, 0]
         vectors, anchors, targets = (tensor.flatten(0, 1)[at] for tensor in (features, anchors, boxes))

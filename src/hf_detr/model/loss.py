@@ -76,7 +76,8 @@ class DetrLoss:
     Each layer is matched on its own (see `hungarian_matching`). Per layer:
 
         loss_ce   = class loss over all queries           see `class_loss.CLASS_LOSSES`; the paper's is
-                    sum(w · cross_entropy) / sum(w), w = eos_coefficient for "no object" and 1 for the others
+                    sum(w · cross_entropy) / sum(w), w = eos_coefficient for "no object" and 1 for the others, or
+                    their `class_weights`
         loss_bbox = sum(|box - object|_1) / boxes         over matched pairs
         loss_giou = sum(1 - GIoU(box, object)) / boxes    over matched pairs
 
@@ -120,14 +121,29 @@ class DetrLoss:
 
     # -- the sum -------------------------------------------------------------------------------------------------------
 
+    def class_weights(self, device: torch.device) -> Tensor | None:
+        """The config's `class_weights`, (num_labels+1,) with 1 for "no object"; None if all are 1."""
+        weights = self.config.class_weights
+        if not weights:
+            return None
+        names = dict(sorted(self.config.id2label.items())).values()
+        return torch.tensor([*(weights.get(name, 1.0) for name in names), 1.0], device=device)
+
     def count(self, labels: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """Objects, weights of the cross-entropy and images of a batch, (3,). A matched query weighs 1 and any other
-        `eos_coefficient`, whichever is matched, so that no prediction is needed to know the sum."""
+        """Objects, weights of the cross-entropy and images of a batch, (3,). A matched query weighs as much as its
+        class and any other `eos_coefficient`, whichever is matched, so that no prediction is needed to know the sum.
+        (Of an image with more objects than queries, the mean of its classes counts.)"""
         objects = [len(label["class_labels"]) for label in labels]
         matched = sum(min(count, self.config.num_queries) for count in objects)
         others = len(objects) * self.config.num_queries - matched
         numbers = (sum(objects), matched + self.config.eos_coefficient * others, len(objects))
-        return torch.tensor(numbers, dtype=torch.float32, device=device)
+        counts = torch.tensor(numbers, dtype=torch.float32, device=device)
+        weights = self.class_weights(device)
+        if weights is not None:
+            for label, count in zip(labels, objects, strict=True):
+                above_one = weights[label["class_labels"].to(device)].sum() - count
+                counts[1] += above_one * min(1.0, self.config.num_queries / max(count, 1))
+        return counts
 
     def __call__(
         self,
@@ -168,7 +184,8 @@ class DetrLoss:
         grouped = (_groups_as_layers(t[:, :, :split], groups) for t in (logits, pred_boxes))
         grouped_logits, grouped_boxes = grouped
         matching = self.match(grouped_logits, grouped_boxes, classes, boxes, counts)
-        matched = _apply(matching, grouped_logits, grouped_boxes, classes, boxes, counts, normalizers)
+        weights = self.class_weights(device)
+        matched = _apply(matching, grouped_logits, grouped_boxes, classes, boxes, counts, normalizers, None, weights)
         terms = {name: term(matched).unflatten(0, (layers, -1)).mean(1) for name, (term, _) in self.terms.items()}
         loss, loss_dict = self._weighted_sum(terms), _by_layer(terms)
         if denoising is not None:
@@ -176,7 +193,7 @@ class DetrLoss:
             known = Matching(denoising.image, *(t.expand(layers, -1) for t in (denoising.query, denoising.target)))
             matched = _apply(
                 known, logits[:, :, split:], pred_boxes[:, :, split:], classes, boxes, counts,
-                LossNormalizers(num_boxes, num_boxes, normalizers.images), denoising.valid,
+                LossNormalizers(num_boxes, num_boxes, normalizers.images), denoising.valid, weights,
             )  # fmt: skip
             terms = {name: term(matched) for name, (term, weight) in self.terms.items() if weight is not None}
             loss = loss + self._weighted_sum(terms)
@@ -218,6 +235,7 @@ def _apply(
     counts: list[int],
     normalizers: LossNormalizers,
     valid: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> MatchedPredictions:
     """Predictions (L, B, T, ...) beside the objects (N, ...) that they are matched to."""
     layer = torch.arange(len(logits), device=logits.device)[:, None]  # (L, 1) beside image (M,) and query (L, M)
@@ -229,7 +247,7 @@ def _apply(
     quality[at] = iou_of(predicted.detach(), targets)
     num_objects = torch.tensor(counts, device=logits.device)
     return MatchedPredictions(
-        ClassTargets(logits, target_classes, quality, valid), predicted, targets, num_objects, normalizers
+        ClassTargets(logits, target_classes, quality, valid, weights), predicted, targets, num_objects, normalizers
     )
 
 

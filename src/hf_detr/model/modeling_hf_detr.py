@@ -379,8 +379,9 @@ class DetrForDetection(DetrPreTrainedModel):
         logits = self.class_labels_classifier(outputs.intermediate_hidden_states[first_layer:])  # (L, B, T, C+1), 5
         pred_boxes = outputs.intermediate_boxes[first_layer:]  # (L, B, T, 4)
         if labels is not None:  # steps 6 and 7
-            dense = None if dense_head is None else dense_head.of(outputs)
-            result = self.criterion(logits, pred_boxes, labels, denoising, dense, normalizers)
+            criterion = self.criterion
+            dense = None if dense_head is None else dense_head.of(outputs, criterion.class_weights(logits.device))
+            result = criterion(logits, pred_boxes, labels, denoising, dense, normalizers)
         output = detection_output(outputs, logits, pred_boxes, self.config.num_queries, result, auxiliary)
         if not states:
             output.encoder_hidden_states = output.decoder_hidden_states = None

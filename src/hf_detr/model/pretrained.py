@@ -14,6 +14,7 @@ from transformers.utils.generic import TransformersKwargs
 from .configuration_hf_detr import DetrConfig
 from .foreign import import_hub, import_interop
 from .initialization import init_module
+from .resizing import keep_class_weights
 
 logger = logging.get_logger(__name__)
 Source = str | os.PathLike[str] | None
@@ -141,11 +142,13 @@ class DetrPreTrainedModel(PreTrainedModel):
         if config is None:
             requested = {name: kwargs.pop(name) for name in RESIZABLE if name in kwargs}
             requested = {name: value for name, value in requested.items() if value is not None}
+            class_weights = kwargs.pop("class_weights", saved.class_weights)
         else:  # load with the checkpoint's classes and queries, then resize to those of `config`
             config = _as_detr_config(config, location)
             requested = {name: getattr(config, name) for name in ("id2label", "num_queries", "num_channels")}
             config.id2label, config.num_queries = saved.id2label, saved.num_queries
             config.num_channels = saved.num_channels
+            class_weights, config.class_weights = config.class_weights, saved.class_weights
         id2label = _requested_classes(requested, saved)
         num_queries = requested.get("num_queries", saved.num_queries)
         num_channels = requested.get("num_channels", saved.num_channels)
@@ -162,6 +165,10 @@ class DetrPreTrainedModel(PreTrainedModel):
             changes.append(model.resize_class_head(id2label))
         model.config.id2label = id2label
         model.config.label2id = {name: index for index, name in id2label.items()}
+        model.config.class_weights = class_weights
+        if class_weights is saved.class_weights:
+            keep_class_weights(model.config)
+        model.config.validate()
         if num_queries != saved.num_queries:
             changes.append(model.resize_queries(num_queries))
         if num_channels != saved.num_channels:

@@ -36,6 +36,12 @@ def resize_queries(model: Any, num_queries: int) -> str:
     return f"Object queries: {before} to {num_queries}, the first {len(kept)} keep their weights, {rest}."
 
 
+def keep_class_weights(config: Any) -> None:
+    """Forget the weights of classes that the config no longer has."""
+    kept = {name: weight for name, weight in (config.class_weights or {}).items() if name in config.label2id}
+    config.class_weights = kept or None
+
+
 @torch.no_grad()
 def resize_class_head(model: Any, id2label: dict[int, str]) -> str:
     """Implement `DetrForDetection.resize_class_head` for `model`, a [`DetrForDetection`]. Returns a sentence that
@@ -56,6 +62,7 @@ def resize_class_head(model: Any, id2label: dict[int, str]) -> str:
         model.denoising.class_embedding = _copy_rows(embedding, model.denoising.class_embedding, kept)
     config.id2label = dict(id2label)
     config.label2id = {name: row for row, name in id2label.items()}
+    keep_class_weights(config)
     fresh = [name for row, name in id2label.items() if row not in kept]
     some = f" ({', '.join(fresh[:5])}{', ...' if len(fresh) > 5 else ''})" if fresh else ""
     return (

@@ -14,6 +14,7 @@ from .setup import (
     build_processor,
     compile_for_training,
     load_data,
+    repeat_images,
 )
 from .step import TrainStep
 from .trainer import DetrTrainer
@@ -37,6 +38,7 @@ __all__ = [
     "parameter_groups",
     "parse_finetune_args",
     "preferred_precision",
+    "repeat_images",
     "resolve_recipe",
     "summarize",
     "use_all_cores",

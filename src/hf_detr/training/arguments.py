@@ -36,12 +36,18 @@ class DataArguments:
         metadata={"help": "values of black and white in images that are not 8-bit, such as 0 4095", "nargs": 2},
     )
     image_size: int | None = option("shortest edge in pixels, default 800 (shapes: 96 x 96)")
+    repeat_threshold: float | None = option(
+        "show images of classes that are in a smaller fraction of the images more often, such as 0.1",
+        metavar="FRACTION",
+    )
     overfit: int | None = option("train on N images only, until the model has memorized them", metavar="N")
     quick: bool = option("2 epochs on 64 images, as a smoke test", False)
     num_workers: int | None = option("processes that load images, default 2 (shapes: 0)")
 
     def __post_init__(self) -> None:
         _check_at_least_one(self, "image_size", "overfit")
+        if self.repeat_threshold is not None and not 0 < self.repeat_threshold <= 1:
+            raise ValueError("--repeat_threshold is a fraction of the images, above 0 and at most 1")
         if not self.dataset and not self.train and (self.val or self.images):
             raise ValueError("--val and --images need --train FILE or --dataset FOLDER")
 
@@ -247,7 +253,7 @@ def _check_unchanged(args: FinetuneArguments) -> None:
     """Raise ValueError where an argument cannot change within a run."""
     saved, now = args.saved, args.to_dict()
     changed = [name for name in ("ema", "overfit") if bool(saved.get(name)) != bool(now[name])]
-    changed += [name for name in ("lora_rank", "metric", "model") if saved.get(name) != now[name]]
+    changed += [name for name in ("lora_rank", "metric", "model", "repeat_threshold") if saved.get(name) != now[name]]
     if changed:
         raise ValueError(f"--{changed[0]} cannot change within a run. Start another from its checkpoint with --model")
 

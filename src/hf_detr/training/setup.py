@@ -21,6 +21,7 @@ from ..data import (
     paper_augmentation,
     resized_sizes,
 )
+from ..data.class_balance import describe_repeats, repeat_rare_classes
 from ..data.processor_size import keeps_aspect_ratio, size_fields
 from ..data.schema import learned_objects
 from ..model.configuration_hf_detr import DetrConfig
@@ -57,6 +58,15 @@ def load_data(args: FinetuneArguments, accelerator: Accelerator) -> tuple[Any, A
             return train_set, train_set
         names = id2label(train_set)
         return train_set, load_detection_dataset(split="val", id2label=names, progress=progress, **data.source)
+
+
+def repeat_images(args: FinetuneArguments, train_set: Any, accelerator: Accelerator) -> Any:
+    """The training images, with `--repeat_threshold` those of rare classes several times; prints what changed."""
+    if args.data.repeat_threshold is None:
+        return train_set
+    indices = repeat_rare_classes(train_set, args.data.repeat_threshold, args.run.seed)
+    accelerator.print(describe_repeats(train_set, indices, list(id2label(train_set).values())))
+    return train_set.select(indices)
 
 
 def build_processor(args: FinetuneArguments) -> DetrImageProcessor:
