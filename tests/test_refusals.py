@@ -5,15 +5,17 @@ import json
 import datasets
 import numpy as np
 import pytest
+import timm
 import torch
 import transformers
-from conftest import padded_batch, random_labels, tiny_model
+from conftest import padded_batch, random_labels, tiny_config, tiny_model
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import AutoConfig, ResNetConfig, pipeline
 from transformers import DetrConfig as TheirConfig
 
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
+from hf_detr.model.backbone import Backbone
 from hf_detr.model.image_io import to_image_tensor
 
 # -- config ------------------------------------------------------------------------------------------------------------
@@ -400,3 +402,108 @@ def test_the_backbone_can_be_frozen_and_trained_again():
     assert not any("backbone" in name for name in trained)
     model.unfreeze_backbone()
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+# -- networks and channels -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["hiera_tiny_224", "mixer_s32_224", "coat_lite_tiny", "levit_128s", "pit_ti_224", "maxvit_nano_rw_256",
+             "efficientformer_l1", "tnt_s_legacy_patch16_224", "volo_d1_224", "gmlp_ti16_224", "nest_tiny",
+             "visformer_tiny", "convit_tiny", "mvitv2_tiny", "gcvit_xxtiny"],
+)  # fmt: skip
+def test_networks_of_one_image_size_are_refused_when_the_model_is_made(name):
+    with torch.device("meta"), pytest.raises(ValueError, match="does not take images of any size"):
+        Backbone(name, frozen_stages=-1)
+
+
+@pytest.mark.parametrize("name", ["dla46x_c", "tresnet_m"])
+@torch.no_grad()
+def test_networks_that_need_a_multiple_get_padded_images(name):
+    """The same alone, padded by hand, and beside a larger image."""
+    backbone = Backbone(name, frozen_stages=-1).eval()
+    assert backbone.multiple == 32
+    images, mask = padded_batch([(70, 90), (96, 128)])
+    together = backbone(images, mask)[-1]
+    alone = backbone(images[:1, :, :70, :90])[-1]
+    assert alone.map.shape[-2:] == (3, 3)
+    by_hand = backbone.model(torch.nn.functional.pad(images[:1, :, :70, :90], (0, 6, 0, 26)))[-1]
+    torch.testing.assert_close(alone.map, by_hand)
+    torch.testing.assert_close(together.map[:1, :, :3, :3], alone.map, rtol=1e-3, atol=1e-4)
+    assert together.mask[0].tolist() == [[True] * 3 + [False]] * 3
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "convnext_atto", "vit_tiny_patch16_224"])
+@torch.no_grad()
+def test_a_checkpoint_is_adapted_to_other_channels_as_timm_does_it(backbone, tmp_path):
+    """Grey images, or six channels of twice the same picture, give what the RGB model gives for them."""
+    model = tiny_model(backbone=backbone)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="has 3 channels, not 1"):
+        DetrForDetection.from_pretrained(tmp_path, num_channels=1)
+    grey = torch.rand(1, 1, 64, 96)
+    expected = model(grey.expand(-1, 3, -1, -1)).logits
+    for channels in (1, 6):
+        adapted = DetrForDetection.from_pretrained(tmp_path, num_channels=channels, ignore_mismatched_sizes=True)
+        assert adapted.config.num_channels == channels
+        torch.testing.assert_close(adapted(grey.expand(-1, channels, -1, -1)).logits, expected, rtol=1e-4, atol=1e-4)
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        assert frozen == [name for name, p in adapted.named_parameters() if not p.requires_grad]
+        adapted.save_pretrained(tmp_path / "again")
+        again = DetrForDetection.from_pretrained(tmp_path / "again")
+        with pytest.raises(ValueError, match="only 3 can be adapted"):
+            again.resize_channels(3)
+
+
+@torch.no_grad()
+def test_pretrained_backbones_are_adapted_by_timm(tmp_path):
+
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet")
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    model = DetrForDetection.from_pretrained_backbone(tiny_config(num_channels=1), tmp_path / "weights.pth")
+    torch.testing.assert_close(model.model.backbone.model.conv1[0].weight, network.conv1[0].weight.sum(1, keepdim=True))
+
+
+# -- arguments of forward --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "needs `pixel_values`"),
+        ({"pixel_values": torch.zeros(1, 3, 64, 64), "inputs_embeds": torch.zeros(1, 4, 32)}, "in place of them"),
+        ({"inputs_embeds": torch.zeros(1, 5, 32)}, "square feature map"),
+        ({"inputs_embeds": torch.zeros(1, 4, 31)}, "square feature map"),
+        ({"pixel_values": torch.zeros(1, 3, 64, 64), "decoder_inputs_embeds": torch.zeros(1, 3, 32)}, "must be"),
+        ({"pixel_values": torch.zeros(1, 3, 64, 64), "encoder_outputs": (torch.zeros(1, 9, 32),)}, "for this batch"),
+    ],
+)
+def test_inputs_of_forward_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(**arguments)
+
+
+def test_features_in_place_of_images_train(tmp_path):
+    model = tiny_model(query_type="anchor", query_groups=2, denoising_groups=1, d_model=32).train()
+    queries = torch.randn(2, model.config.num_queries, 32, requires_grad=True)
+    embeds = torch.randn(2, 9, 32, requires_grad=True)
+    outputs = model(inputs_embeds=embeds, decoder_inputs_embeds=queries, labels=random_labels([1, 2]))
+    outputs.loss.backward()
+    assert embeds.grad.abs().sum() > 0
+    assert queries.grad.abs().sum() > 0
+
+
+def test_a_detector_is_loaded_by_automodel_and_a_model_without_head_detects_nothing(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModel"] == "modeling_hf_detr.DetrModel"
+    assert auto_map["AutoModelForObjectDetection"] == "modeling_hf_detr.DetrForDetection"
+    inner = transformers.AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(inner.query_position_embeddings.weight, model.model.query_position_embeddings.weight)
+    processor = DetrImageProcessor(size={"height": 64, "width": 64})
+    with pytest.raises(ValueError, match="no class head"):
+        transformers.pipeline("object-detection", model=inner, image_processor=processor)
+    features = transformers.pipeline("image-feature-extraction", model=inner, image_processor=processor)
+    assert np.array(features(Image.new("RGB", (64, 64)))).shape == (1, model.config.num_queries, 32)

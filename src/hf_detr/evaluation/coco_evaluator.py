@@ -119,7 +119,7 @@ def evaluate_detection(
 
     Args:
         model: in training or evaluation mode; the mode is restored at the end.
-        loader: batches as `DetectionCollator` makes them, on the model's device.
+        loader: batches as `DetectionCollator` makes them, on any device.
         progress: show a progress bar.
 
     Raises:
@@ -131,8 +131,10 @@ def evaluate_detection(
     was_training = model.training
     model.eval()
     evaluator = CocoEvaluator(dataset)
+    device: Any = getattr(model, "device", torch.device("cpu"))  # exported models run on the host
     for batch in tqdm(loader, desc="Evaluating", disable=not progress, leave=False):
-        outputs = to_host(model(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"]))
+        images, mask = (batch[name].to(device, non_blocking=True) for name in ("pixel_values", "pixel_mask"))
+        outputs = to_host(model(pixel_values=images, pixel_mask=mask))
         numbers = [torch.cat((label["image_id"].reshape(1), label["orig_size"])) for label in batch["labels"]]
         image_ids, sizes = torch.stack(numbers).cpu().split((1, 2), dim=1)
         results = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)

@@ -180,7 +180,11 @@ class DetrPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in transformers. Weights are saved under our names, also those from another project's checkpoint."""
+        """As in transformers. Weights are saved under our names, also those from another project's checkpoint;
+        `AutoModel` loads the `DetrModel` of a detector."""
+        if self._auto_class is not None:
+            auto_map = getattr(self.config, "auto_map", None) or {}
+            self.config.auto_map = auto_map | {"AutoModel": "modeling_hf_detr.DetrModel"}
         super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
     def _upload_modified_files(

@@ -9,7 +9,7 @@ from transformers.utils import ModelOutput
 
 from ..model.image_io import allocate_batch
 from ..model.image_processing_hf_detr import DetrImageProcessor
-from ..model.modeling_hf_detr import DetrForDetection
+from ..model.modeling_hf_detr import DetrForDetection, DetrModel
 from ..model.post_processing import to_host
 from ..speed import PreparedDetr, prepare_for_inference
 
@@ -33,6 +33,14 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
     image_processor: DetrImageProcessor
     _prepared: Any = None
     _prepared_of: tuple[Any, ...] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if isinstance(self.model, DetrModel):
+            raise ValueError(
+                "DetrModel has no class head and detects nothing. Load the checkpoint with DetrForDetection, or use "
+                'the pipeline "image-feature-extraction".'
+            )
 
     def _predictor(self) -> Any:
         model = self.model
