@@ -58,6 +58,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--counts", type=int, nargs="+", help="only these numbers of objects")
+    parser.add_argument("--max_side", type=int, default=500, help="larger images are predicted in tiles only")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     config = hf_detr.DetrConfig.from_pretrained(args.model)
@@ -65,15 +67,20 @@ def main() -> None:
     print(f"{args.images} images each ({machine()})\n")
     print("| objects | pixels | | AP50 | AR | s per image |\n|---|---|---|---|---|---|")
     for count, side in CASES:
-        settings: dict[str, Any] = {f"{config.num_queries} queries, as trained": (None, side, None)}
-        settings |= {f"{n} queries": (n, side, None) for n in (count, 2 * count, 4 * count) if n > config.num_queries}
+        if args.counts and count not in args.counts:
+            continue
+        settings: dict[str, Any] = {}
+        if side <= args.max_side:
+            more = [number for number in (count, 2 * count, 4 * count) if number > config.num_queries]
+            settings = {f"{config.num_queries} queries, as trained": (None, side, None)}
+            settings |= {f"{number} queries": (number, side, None) for number in more}
         if side > TRAINED_SIDE:
             settings[f"tiles of {TRAINED_SIDE}"] = (None, TRAINED_SIDE, Tiling(TRAINED_SIDE, 0.25))
+        drawings = [draw(image_id, count, side) for image_id in range(args.images)]
         for name, (num_queries, working_size, tiling) in settings.items():
             detector = build_detector(args, num_queries, working_size)
             truth, found, seconds = [], [], 0.0
-            for image_id in range(args.images):
-                drawing, objects = draw(image_id, count, side)
+            for image_id, (drawing, objects) in enumerate(drawings):
                 names = [class_of[small_symbols.CLASSES[class_id]] for class_id, _ in objects]
                 truth += records(image_id, names, [box for _, box in objects])
                 started = time.perf_counter()

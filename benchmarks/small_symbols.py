@@ -84,8 +84,8 @@ def draw_symbols_image(rng: np.random.Generator) -> Drawing:
                 break
         else:
             continue
-        covered = _coverage(outlines, hole=CLASSES[class_id] == "ring")[..., None]
-        pixels = pixels * (1 - covered) + _colour(rng, mean) * covered
+        window, covered = _coverage(outlines, hole=CLASSES[class_id] == "ring")
+        pixels[window] = pixels[window] * (1 - covered) + _colour(rng, mean) * covered
         objects.append((class_id, box))
     pixels = pixels + rng.normal(0, rng.uniform(1, 6), size=pixels.shape)
     return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8)), objects
@@ -115,15 +115,21 @@ def _overlap(a: Box, b: Box) -> float:
     return max(width, 0) * max(height, 0) / min(a[2] * a[3], b[2] * b[3])
 
 
-def _coverage(outlines: list[np.ndarray], hole: bool) -> np.ndarray:
-    """How much of each pixel the symbol covers, (SIDE, SIDE) in [0, 1]."""
-    mask = Image.new("L", (SIDE * OVERSAMPLING, SIDE * OVERSAMPLING))
+def _coverage(outlines: list[np.ndarray], hole: bool) -> tuple[tuple[slice, slice], np.ndarray]:
+    """How much of each pixel the symbol covers, (h, w, 1) in [0, 1], in a window (rows, columns) around it."""
+    points = np.concatenate(outlines)
+    left, top = np.floor(points.min(0)).astype(int) - 1
+    right, bottom = np.ceil(points.max(0)).astype(int) + 1
+    left, top, right, bottom = max(left, 0), max(top, 0), min(right, SIDE), min(bottom, SIDE)
+    size = right - left, bottom - top
+    mask = Image.new("L", (size[0] * OVERSAMPLING, size[1] * OVERSAMPLING))
     draw = ImageDraw.Draw(mask)
     for number, outline in enumerate(outlines):
         # pixel centres: PIL fills the pixel at (0, 0) for a corner at (0, 0), which is the middle of our first pixel
-        corners = outline * OVERSAMPLING - 0.5
+        corners = (outline - (left, top)) * OVERSAMPLING - 0.5
         draw.polygon([(float(x), float(y)) for x, y in corners], fill=0 if hole and number == 1 else 255)
-    return np.asarray(mask.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float64) / 255
+    covered = np.asarray(mask.resize(size, Image.Resampling.BOX), dtype=np.float64)[..., None] / 255
+    return (slice(top, bottom), slice(left, right)), covered
 
 
 def _colour(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
