@@ -168,6 +168,11 @@ def _records(annotations: Any, where: str) -> list[Mapping[str, Any]]:
     """COCO records, of a list of them or of a dict of lists as `datasets` has it, in which the category may be called
     `category`."""
     if isinstance(annotations, Mapping):
+        scalars = [name for name, values in annotations.items() if not hasattr(values, "__len__")]
+        if scalars:
+            raise ValueError(
+                f"{where}: annotations that are a dict must have lists of equal length; {scalars} are not."
+            )
         lengths = {name: len(values) for name, values in annotations.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"{where}: the lists of its annotations must have equal lengths, got {lengths}.")
@@ -178,20 +183,33 @@ def _records(annotations: Any, where: str) -> list[Mapping[str, Any]]:
     return [{**record, "category_id": record.get("category_id", record.get("category"))} for record in annotations]
 
 
-def tensor_labels(labels: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Labels whose `class_labels` and `boxes` are lists or arrays, as tensors. Tensors stay as they are."""
+def tensor_labels(labels: Any) -> list[dict[str, Any]]:
+    """Labels whose `class_labels` and `boxes` are lists or arrays, as tensors. Tensors stay as they are.
+
+    Raises:
+        ValueError: they are not a list of dicts, or what is in them is not numbers.
+    """
+    if not isinstance(labels, (list, tuple)) or not all(isinstance(label, Mapping) for label in labels):
+        raise ValueError(
+            "`labels` must be a list of dicts with `class_labels` and `boxes`, one per image, as the image processor "
+            f"makes them; got {type(labels).__name__}."
+        )
     if all(isinstance(label.get(name), Tensor) for label in labels for name in ("class_labels", "boxes")):
-        return labels
-    return [{**label, **_tensors(label)} for label in labels]
+        return list(labels)
+    return [{**label, **_tensors(label, index)} for index, label in enumerate(labels)]
 
 
-def _tensors(label: Mapping[str, Any]) -> dict[str, Tensor]:
-    found = {name: torch.as_tensor(label[name]) for name in ("class_labels", "boxes") if name in label}
-    if "class_labels" in found and not len(found["class_labels"]):  # an empty list is float
-        found["class_labels"] = found["class_labels"].to(torch.int64)
+def _tensors(label: Mapping[str, Any], index: int) -> dict[str, Tensor]:
+    try:
+        found = {name: torch.as_tensor(label[name]) for name in ("class_labels", "boxes") if name in label}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"Image {index} of the batch: its labels are not numbers of one shape: {error}") from error
+    if "class_labels" in found:
+        classes = found["class_labels"].reshape(-1)
+        found["class_labels"] = classes if len(classes) else classes.to(torch.int64)  # an empty list is float
     if "boxes" in found:
-        boxes = found["boxes"]
-        found["boxes"] = boxes.float().reshape(-1, 4) if not boxes.numel() else boxes.float()
+        boxes = found["boxes"].float()
+        found["boxes"] = boxes if boxes.numel() else boxes.reshape(-1, 4)
     return found
 
 
@@ -261,15 +279,30 @@ def sizes_without_padding(pixel_values: Tensor, pixel_mask: Tensor | None) -> Te
     """(B, 2), height and width of each image of a batch (B, C, H, W) with its mask (B, H, W)."""
     if pixel_mask is None:
         return torch.tensor([pixel_values.shape[-2:]] * len(pixel_values))
-    return torch.stack((pixel_mask[:, :, 0].sum(1), pixel_mask[:, 0].sum(1)), dim=1)
+    mask = pixel_mask.bool()
+    return torch.stack((mask.any(2).sum(1), mask.any(1).sum(1)), dim=1)
 
 
 def _wrong_sizes(labels: list[dict[str, Any]], image_sizes: Tensor | None, device: torch.device) -> Tensor:
     """(B,) bool, the labels whose `size` is not that of the image: their boxes are relative to another frame."""
-    if image_sizes is None or any("size" not in label for label in labels):
+    known = [image for image, label in enumerate(labels) if "size" in label]
+    if image_sizes is None or not known:
         return torch.zeros(len(labels), dtype=torch.bool, device=device)
-    sizes = torch.stack([torch.as_tensor(label["size"], device=device) for label in labels])  # (B, 2)
-    return (sizes != image_sizes.to(device)).any(1)
+    wrong = torch.zeros(len(labels), dtype=torch.bool, device=device)
+    wrong[known] = (_stored_sizes(labels, known, device) != image_sizes[known].to(device)).any(1)
+    return wrong
+
+
+def _stored_sizes(labels: list[dict[str, Any]], known: list[int], device: torch.device) -> Tensor:
+    sizes = []
+    for image in known:
+        try:
+            sizes.append(torch.as_tensor(labels[image]["size"], device=device).reshape(2))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{_where(labels, image)}: `size` must be (height, width), got {labels[image]['size']!r}."
+            ) from error
+    return torch.stack(sizes)
 
 
 def _describe_wrong_size(labels: list[dict[str, Any]], image: int, image_sizes: Tensor | None) -> str:
@@ -277,9 +310,10 @@ def _describe_wrong_size(labels: list[dict[str, Any]], image: int, image_sizes: 
     height, width = image_sizes[image].tolist() if image_sizes is not None else (None, None)
     return (
         f"{_where(labels, image)}: the label is for an image of {label_height} x {label_width} pixels (height x "
-        f"width), but the image has {height} x {width} without its padding, as `pixel_mask` says. Boxes must be "
+        f"width), but the image in the batch has {height} x {width} without its padding. Boxes must be "
         "relative to the image without its padding; transformers' own DetrImageProcessor makes them relative to the "
-        "padded batch. Use hf_detr.DetrImageProcessor, and pass its `pixel_mask` too."
+        "padded batch. Use hf_detr.DetrImageProcessor, and pass its `pixel_mask` too. If the images were resized after "
+        "the processor, drop `size` from the labels."
     )
 
 

@@ -85,6 +85,7 @@ class Backbone(nn.Module):
         if output_stride is not None:
             kwargs["output_stride"] = output_stride
         self.name = name
+        self.is_frozen = False
         self._built_on_meta = torch.empty(0).is_meta  # by `from_pretrained`; timm's initialisation had no effect
         self._timm_kwargs, levels = plan_levels(name, feature_stride, further_strides, kwargs)
         returned = [levels[index] for index in self._timm_kwargs["out_indices"]]
@@ -116,6 +117,17 @@ class Backbone(nn.Module):
             else:
                 frozen += [f"{name}.{p}" if name else p for p, _ in module.named_parameters(recurse=False)]
         return frozen
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """As in PyTorch; a backbone that was frozen as a whole gathers no statistics of batch norm."""
+        return super().train(mode and not self.is_frozen)
+
+    def set_frozen(self, frozen: bool) -> None:
+        """Stop the training of all of it, or let it train again, except for the frozen stages."""
+        self.is_frozen = frozen
+        self.model.requires_grad_(not frozen)
+        if not frozen:
+            self.freeze()
 
     def freeze_batch_norm(self) -> None:
         """Fix statistics and affine parameters of every batch norm from now on, in place."""
@@ -180,17 +192,18 @@ class Backbone(nn.Module):
 
     def _features(self, pixel_values: Tensor) -> list[Tensor]:
         dtype = next(self.model.parameters()).dtype
-        images = self._padded_to_multiple(pixel_values).to(dtype)
-        return [channels_first(self.model, features) for features in self.model(images)]
-
-    def _padded_to_multiple(self, images: Tensor) -> Tensor:
         if self.multiple == 1:
-            return images
-        height, width = images.shape[-2:]
-        return nn.functional.pad(images, (0, -width % self.multiple, 0, -height % self.multiple))
+            return [channels_first(self.model, features) for features in self.model(pixel_values.to(dtype))]
+        height, width = pixel_values.shape[-2:]
+        padding = (0, -width % self.multiple, 0, -height % self.multiple)
+        of_padded = self.model(nn.functional.pad(pixel_values, padding).to(dtype))
+        return [  # without the locations that see nothing but this padding
+            channels_first(self.model, features)[:, :, : -(-height // stride), : -(-width // stride)]
+            for features, stride in zip(of_padded, self.strides, strict=True)
+        ]
 
     def _run_padded(self, pixel_values: Tensor, pixel_mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-        mask = self._padded_to_multiple(pixel_mask[:, None].float())
+        mask = pixel_mask[:, None].float()
         return [
             (features, nn.functional.interpolate(mask, size=features.shape[-2:])[:, 0] > 0.5)
             for features in self._features(pixel_values)

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from .foreign import import_interop
@@ -23,6 +24,9 @@ FIELDS_OF_TRANSFORMERS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "encoder_layerdrop": ((0, 0.0), "this model does not skip layers in training"),
     "decoder_layerdrop": ((0, 0.0), "this model does not skip layers in training"),
     "train_backbone": ((True,), "call model.freeze_backbone()"),
+    "init_std": ((0.02,), "initial weights are the paper's; `init_xavier_std` scales them"),
+    "mask_loss_coefficient": ((1, 1.0), "there are no masks"),
+    "dice_loss_coefficient": ((1, 1.0), "there are no masks"),
 }
 # What transformers itself passes to a config or writes into `config.json`, beside the fields that all configs have.
 NAMES_OF_TRANSFORMERS = (
@@ -185,6 +189,10 @@ class DetrConfig(PreTrainedConfig):
         nested, is_timm = theirs.get("backbone_config"), theirs.get("use_timm_backbone")
         if nested is None and is_timm is not False:
             return
+        if not (nested is None or isinstance(nested, dict) or hasattr(nested, "to_dict")):
+            raise ValueError(
+                f"backbone_config={nested!r}: it must be a config or a dict. timm's names are for `backbone`."
+            )
         nested = nested if nested is None or isinstance(nested, dict) else nested.to_dict()
         if nested and nested.get("use_pretrained_backbone"):
             logger.warning_once(
@@ -220,17 +228,10 @@ class DetrConfig(PreTrainedConfig):
 
     @classmethod
     def _without_unknown(cls, stored: dict[str, Any]) -> dict[str, Any]:
-        """Stored fields that this class has; a warning names the others, which other programs may have added.
-
-        Raises:
-            TypeError: one is nearly the name of a field.
-        """
+        """Stored fields that this class has; a warning names the others, which other programs may have added."""
         known = {*(field.name for field in fields(cls)), *cls.attribute_map, *FIELDS_OF_TRANSFORMERS}
         known |= set(NAMES_OF_TRANSFORMERS)
         unknown = sorted(set(stored) - known)
-        refuse_unknown(
-            cls.__name__, [name for name in unknown if difflib.get_close_matches(name, known, 1, 0.8)], known
-        )
         if unknown:
             logger.warning_once(f"The stored config has {unknown}, which {cls.__name__} does not have and leaves out.")
         return {name: value for name, value in stored.items() if name not in unknown}
@@ -285,7 +286,26 @@ class DetrConfig(PreTrainedConfig):
         self._check_choice("query_type", "learned", "anchor")
         self._check_choice("class_loss", "cross_entropy", "focal", "iou_aware")
 
+    def validate_weights(self) -> None:
+        for name in (
+            "bbox_loss_coefficient", "giou_loss_coefficient", "class_loss_coefficient", "eos_coefficient",
+            "dense_loss_coefficient",
+        ):  # fmt: skip
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")
+
+    def validate_layers(self) -> None:
+        for name in ("dropout", "attention_dropout", "activation_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` is a probability, got {getattr(self, name)}.")
+        if self.activation_function not in ACT2FN:
+            nearest = difflib.get_close_matches(self.activation_function, ACT2FN, 1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"`activation_function` is {self.activation_function!r}, which does not exist.{hint}")
+
     def validate_classes(self) -> None:
+        if self.id2label is not None and len(self.id2label) == 0:
+            raise ValueError("A detector needs at least one class.")
         if self.id2label is not None and sorted(map(int, self.id2label)) != list(range(len(self.id2label))):
             raise ValueError(f"The ids of `id2label` must be 0 to {len(self.id2label) - 1}, got {list(self.id2label)}.")
 
@@ -313,7 +333,6 @@ class DetrConfig(PreTrainedConfig):
     def validate_training_options(self) -> None:
         self._check_minimum("query_groups", 1)
         self._check_minimum("denoising_groups", 0)
-        self._check_minimum("dense_loss_coefficient", 0)
         if self.denoising_groups and self.query_type != "anchor":
             raise ValueError(
                 '`denoising_groups` needs `query_type="anchor"`: a noised box is the anchor of its query, and learned '
@@ -324,8 +343,8 @@ class DetrConfig(PreTrainedConfig):
 
     def validate_costs(self) -> None:
         costs = (self.class_cost, self.bbox_cost, self.giou_cost)
-        if min(costs) < 0 or max(costs) == 0:
-            raise ValueError(f"Matching costs must not be negative and not all 0, got class, bbox, giou = {costs}.")
+        if not all(0 <= cost < math.inf for cost in costs) or not any(costs):
+            raise ValueError(f"Matching costs must be finite, not negative and not all 0, got {costs}.")
 
     def _check_minimum(self, name: str, minimum: int) -> None:
         if getattr(self, name) < minimum:

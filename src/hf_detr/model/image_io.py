@@ -218,7 +218,8 @@ def _with_channels(image: Tensor, num_channels: int) -> Tensor:
     if num_channels not in (1, 3):
         return image
     if image.shape[0] in (2, 4):  # the last channel is transparency, over white as for PIL images
-        white = 1.0 if image.is_floating_point() else 255.0
+        opaque_is_one = image.is_floating_point() and bool(image[-1].max() <= 1 + OVERSHOOT)
+        white = 1.0 if opaque_is_one else 255.0
         alpha = image[-1:].float() / white
         colour = image[:-1].float() * alpha + white * (1 - alpha)
         image = colour if image.is_floating_point() else colour.round().to(torch.uint8)
@@ -253,13 +254,14 @@ def _scale_values(image: Tensor, image_range: tuple[float, float] | None, do_res
         return image.to(torch.uint8) if high <= 255 else (image.double() / 257).round().to(torch.uint8)
     if low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
         return image.float().clamp(0, 1)
-    are_bytes = low >= 0 and high <= 255 and bool((image == image.round()).all())
-    if are_bytes or (high > MIN_BYTES and low >= -OVERSHOOT * high and high <= 255 * (1 + OVERSHOOT)):
+    in_bytes = high > MIN_BYTES and low >= -OVERSHOOT * high and high <= 255 * (1 + OVERSHOOT)
+    if in_bytes or (low >= 0 and high <= 255 and bool((image == image.round()).all())):
         return image.round().clamp(0, 255).to(torch.uint8)
     raise ValueError(
-        f"Float images must have values in [0, 1] or [0, 255], got [{low:.4g}, {high:.4g}]. The processor normalises "
-        "by itself; give it the image as it was before, or pass do_rescale=False and do_normalize=False. For images "
-        "with another range, such as those of scientific instruments, set image_range=(black, white)."
+        f"Float images must have values that fill [0, 1] or [0, 255]; [{low:.4g}, {high:.4g}] could be either, or "
+        "something else. The processor normalises by itself; give it the image as it was before, or pass "
+        "do_rescale=False and do_normalize=False. For images with another range, such as those of scientific "
+        "instruments, set image_range=(black, white)."
     )
 
 

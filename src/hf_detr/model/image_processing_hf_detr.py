@@ -1,6 +1,7 @@
 """Step 1: images and COCO annotations to what the model takes: `pixel_values`, `pixel_mask` and `labels`."""
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.image_utils import (
     SizeDict,
 )
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils import logging
 
 from .annotations import coco_to_labels
 from .configuration_hf_detr import refuse_unknown
@@ -23,6 +25,7 @@ from .foreign import import_interop
 from .image_io import Image, allocate_batch, flat_list_of_images, to_image_tensor
 from .post_processing import post_process_detection
 
+logger = logging.get_logger(__name__)
 MAX_SIZE = 1333  # longest edge beside a shortest edge that is given as a number, as in the paper
 # Arguments of transformers' image processors: the values that change nothing, and why others are refused.
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -102,7 +105,17 @@ class HfDetrImageProcessor(TorchvisionBackend):
         kind = stored.get("image_processor_type") or stored.get("feature_extractor_type")
         if kind != cls.__name__:
             stored = import_interop(f"the settings of a {kind or 'processor without a name'}").read_processor(stored)
-        return super().from_dict(stored, **kwargs)
+        known = {*cls.valid_kwargs.__annotations__, *OTHER_NAMES}
+        unknown = sorted(set(stored) - known)
+        if unknown:
+            logger.warning_once(f"{cls.__name__} leaves out {unknown} of the stored settings, which it does not have.")
+        stored = {name: value for name, value in stored.items() if name in known}
+        # loaders pass names of their own, so that only what is nearly a setting can be told to be meant as one
+        nearly = [name for name in kwargs if name not in known and difflib.get_close_matches(name, known, 1, 0.75)]
+        refuse_unknown(cls.__name__, nearly, known)
+        given = cls._usable({name: value for name, value in kwargs.items() if name in known}, stored.get("size"))
+        others = {name: value for name, value in kwargs.items() if name not in known}
+        return super().from_dict(stored | given, **others)
 
     # -- images in -----------------------------------------------------------------------------------------------
 
@@ -147,26 +160,32 @@ class HfDetrImageProcessor(TorchvisionBackend):
             size = {"shortest_edge": size, "longest_edge": MAX_SIZE}
         return super()._standardize_kwargs(size=size, **kwargs)
 
-    def _usable(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Arguments without those that change nothing.
+    @classmethod
+    def _usable(cls, given: dict[str, Any], size: Any = None) -> dict[str, Any]:
+        """Arguments without those that change nothing. `size` is what `max_size` limits where no size is given.
 
         Raises:
             TypeError: there is no such argument.
             ValueError: it has a value that is not supported.
         """
-        owner = type(self).__name__
-        refuse_unknown(owner, given, {*self.valid_kwargs.__annotations__, *OTHER_NAMES})
+        owner = cls.__name__
+        refuse_unknown(owner, given, {*cls.valid_kwargs.__annotations__, *OTHER_NAMES})
         for name, (harmless, reason) in UNSUPPORTED.items():
             value = getattr(given.get(name), "value", given.get(name))
             if value is not None and value not in harmless:
                 raise ValueError(f"{owner}: {name}={value!r} is not supported: {reason}.")
         kept = {name: value for name, value in given.items() if name not in UNSUPPORTED and name != "max_size"}
         if (limit := given.get("max_size")) is not None:
-            size = kept.get("size", self.size)
-            size = {"shortest_edge": size} if isinstance(size, int) else {k: v for k, v in dict(size).items() if v}
-            if size.setdefault("longest_edge", limit) != limit:
-                raise ValueError(f"max_size={limit} contradicts size={size}.")
-            kept["size"] = size
+            wanted = kept.get("size") or {"shortest_edge": dict(size or cls.size).get("shortest_edge")}
+            wanted = {"shortest_edge": wanted} if isinstance(wanted, int) else dict(wanted)
+            wanted = {name: value for name, value in wanted.items() if value}
+            if "shortest_edge" not in wanted or wanted.setdefault("longest_edge", limit) != limit:
+                raise ValueError(f"max_size={limit} limits the longest edge, which contradicts size={wanted}.")
+            kept["size"] = wanted
+        if "num_channels" in kept and not (isinstance(kept["num_channels"], int) and kept["num_channels"] > 0):
+            raise ValueError(f"{owner}: num_channels must be at least 1, got {kept['num_channels']!r}.")
+        if kept.get("image_range") is not None and len(set(kept["image_range"])) != 2:
+            raise ValueError(f"{owner}: image_range must be the values of black and white, got {kept['image_range']}.")
         return kept
 
     def preprocess(  # type: ignore[override]
@@ -193,7 +212,7 @@ class HfDetrImageProcessor(TorchvisionBackend):
             ValueError: an image or annotation cannot be used; the message names it and says why.
             TypeError: there is no such argument.
         """
-        return super().preprocess(images, annotations, **self._usable(kwargs))
+        return super().preprocess(images, annotations, **self._usable(kwargs, self.size))
 
     def _preprocess(  # type: ignore[override]
         self,
@@ -276,9 +295,13 @@ class HfDetrImageProcessor(TorchvisionBackend):
         tensors = [torch.as_tensor(image) for image in images]
         if isinstance(pad_size, int):
             pad_size = {"height": pad_size, "width": pad_size}
-        if not (pad_size is None or hasattr(pad_size, "keys")):
+        if isinstance(pad_size, SizeDict):
+            pad_size = {"height": pad_size.height, "width": pad_size.width}
+        if not (pad_size is None or isinstance(pad_size, Mapping)):
             raise TypeError(f'`pad_size` must be {{"height": h, "width": w}} or a number, got {pad_size!r}.')
         batch_size = None if pad_size is None else (pad_size["height"], pad_size["width"])
+        if not tensors:
+            raise ValueError("There are no images.")
         sizes, first = [_height_width(image) for image in tensors], tensors[0]
         pixel_values, pixel_mask = allocate_batch(
             sizes, first.shape[0], batch_size, dtype=first.dtype, device=first.device

@@ -91,7 +91,9 @@ class DetrLoss:
     """
 
     def __init__(self, config: DetrConfig) -> None:
-        config.validate_costs()
+        config.validate_costs()  # fields may have been set since the model was made
+        config.validate_weights()
+        config.validate_class_weights()
         self.config = config
         self.terms: dict[str, tuple[Callable[[MatchedPredictions], Tensor], float | None]] = {
             "loss_ce": (self.class_term, config.class_loss_coefficient),
@@ -122,7 +124,7 @@ class DetrLoss:
     # -- the sum -------------------------------------------------------------------------------------------------------
 
     def class_weights(self, device: torch.device) -> Tensor | None:
-        """The config's `class_weights`, (num_labels+1,) with 1 for "no object"; None if all are 1."""
+        """The config's `class_weights`, (num_labels+1,) with 1 for "no object"; None if it has none."""
         weights = self.config.class_weights
         if not weights:
             return None

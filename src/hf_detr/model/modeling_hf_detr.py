@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
@@ -73,13 +74,14 @@ class DetrModel(DetrPreTrainedModel):
                 init_queries(self.extra_query_groups, self.decoder.queries_are_boxes, first=self.config.num_queries)
 
     def freeze_backbone(self) -> None:
-        """Stop the training of the whole backbone."""
-        self.backbone.model.requires_grad_(False)
+        """Stop the training of the whole backbone, statistics of batch norm included."""
+        self.backbone.set_frozen(True)
+        self.backbone.train(self.training)
 
     def unfreeze_backbone(self) -> None:
         """Let the backbone train again, except for the stages that the config freezes."""
-        self.backbone.model.requires_grad_(True)
-        self.backbone.freeze()
+        self.backbone.set_frozen(False)
+        self.backbone.train(self.training)
 
     def resize_queries(self, num_queries: int) -> str:
         """Change the number of object queries, in place: the first ones keep their weights, additional ones are
@@ -91,6 +93,10 @@ class DetrModel(DetrPreTrainedModel):
         """Take images of another number of channels than 3, in place; the weights of the first convolution are adapted
         as timm adapts pretrained ones. Returns a sentence that describes the change."""
         before = self.config.num_channels
+        if not isinstance(num_channels, int) or num_channels < 1:
+            raise ValueError(f"The number of channels must be at least 1, got {num_channels!r}.")
+        if num_channels == before:
+            return f"The model has {before} channels already."
         self.backbone.resize_channels(num_channels)
         self.config.num_channels = num_channels
         return f"Channels: {before} to {num_channels}, the weights of the first convolution are adapted."
@@ -144,7 +150,7 @@ class DetrModel(DetrPreTrainedModel):
             (B, hw, d), their mask (B, h, w) bool or None if nothing is padded, and (h, w).
         """
         if (pixel_values is None) == (inputs_embeds is None):
-            raise ValueError("A model needs `pixel_values`, or `inputs_embeds` in place of them.")
+            raise ValueError("A model needs either `pixel_values` or `inputs_embeds`, not both and not none.")
         if pixel_values is not None:
             check_images(pixel_values, pixel_mask, self.config.num_channels)
             level = self.backbone(pixel_values, pixel_mask)[-1]
@@ -167,11 +173,11 @@ class DetrModel(DetrPreTrainedModel):
         pixel_values: Tensor | None = None,
         pixel_mask: Tensor | None = None,
         queries: Queries | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         encoder_outputs: Any = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DetrModelOutput:
         """Args:
@@ -196,6 +202,8 @@ class DetrModel(DetrPreTrainedModel):
             TypeError: an argument that transformers' models do not have either.
         """
         attentions, states = self._resolve_outputs(output_attentions, output_hidden_states, kwargs)
+        if queries is not None and decoder_inputs_embeds is not None:
+            raise ValueError("`queries` have a content; `decoder_inputs_embeds` cannot be given as well.")
         features, feature_mask, (height, width) = self.project(pixel_values, pixel_mask, inputs_embeds)  # step 2
         positions = self.position_embedding(height, width, feature_mask, features.device).to(features.dtype)  # step 3
 
@@ -206,7 +214,7 @@ class DetrModel(DetrPreTrainedModel):
         else:
             encoder_states, encoder_attentions = _encoder_states(encoder_outputs, features)
 
-        queries = queries or self.build_queries(len(features), features.device, content=decoder_inputs_embeds)
+        queries = queries or self.build_queries(features.shape[0], features.device, content=decoder_inputs_embeds)
         queries = queries.to(encoder_states[-1].dtype)
         if attention not in (self.decoder.attn_implementations or (attention,)):
             attention = "sdpa"
@@ -245,12 +253,17 @@ def _encoder_states(encoder_outputs: Any, features: Tensor) -> tuple[tuple[Tenso
     Raises:
         ValueError: the last state does not have the shape of `features`, (B, hw, d).
     """
-    values = encoder_outputs.to_tuple() if hasattr(encoder_outputs, "to_tuple") else tuple(encoder_outputs)
-    last = getattr(encoder_outputs, "last_hidden_state", values[0])
+    if isinstance(encoder_outputs, (list, tuple)) and len(encoder_outputs) > 0:
+        encoder_outputs = BaseModelOutput(*encoder_outputs)
+    prefix = "encoder_" if hasattr(encoder_outputs, "encoder_last_hidden_state") else ""  # of the whole model
+    last, earlier, attentions = (
+        getattr(encoder_outputs, prefix + name, None) for name in ("last_hidden_state", "hidden_states", "attentions")
+    )
+    if last is None:
+        raise ValueError("`encoder_outputs` must be a tuple, or an output of the model or of an encoder.")
     if last.shape != features.shape:
         raise ValueError(f"`encoder_outputs` must be {tuple(features.shape)} for this batch, got {tuple(last.shape)}.")
-    earlier = getattr(encoder_outputs, "hidden_states", None) or (last,)
-    return (*earlier[:-1], last), getattr(encoder_outputs, "attentions", None) or ()
+    return (*(earlier or (last,))[:-1], last), attentions or ()
 
 
 class DetrForDetection(DetrPreTrainedModel):
@@ -329,12 +342,12 @@ class DetrForDetection(DetrPreTrainedModel):
         pixel_values: Tensor | None = None,
         pixel_mask: Tensor | None = None,
         labels: list[dict[str, Any]] | None = None,
-        encoder_outputs: Any = None,
-        inputs_embeds: Tensor | None = None,
-        decoder_inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         normalizers: LossNormalizers | None = None,
+        encoder_outputs: Any = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DetrDetectionOutput:
         """Args:
@@ -353,22 +366,22 @@ class DetrForDetection(DetrPreTrainedModel):
         denoising = result = None
         given = inputs_embeds if pixel_values is None else pixel_values
         if given is None:
-            raise ValueError("A model needs `pixel_values`, or `inputs_embeds` in place of them.")
+            raise ValueError("A model needs either `pixel_values` or `inputs_embeds`, not both and not none.")
         if labels is not None:
             sizes = None
             if pixel_values is not None:
                 check_images(pixel_values, pixel_mask, self.config.num_channels)
                 sizes = sizes_without_padding(pixel_values, pixel_mask)
             labels = tensor_labels(labels)
-            check_labels(labels, self.config.num_labels, len(given), sizes)
+            check_labels(labels, self.config.num_labels, given.shape[0], sizes)
             denoising = self.denoising(labels) if self.training and self.denoising is not None else None
         dense_head = self.dense_head if self.training and labels is not None else None
         outputs = self.model(  # steps 2 to 4
             pixel_values,
             pixel_mask,
-            self.model.build_queries(len(given), given.device, denoising, decoder_inputs_embeds),
-            encoder_outputs,
-            inputs_embeds,
+            self.model.build_queries(given.shape[0], given.device, denoising, decoder_inputs_embeds),
+            encoder_outputs=encoder_outputs,
+            inputs_embeds=inputs_embeds,
             output_attentions=attentions,
             output_hidden_states=states or dense_head is not None,
             return_dict=True,
@@ -412,7 +425,7 @@ class DetrForDetection(DetrPreTrainedModel):
 
         Batch norm that is being trained still computes its statistics batch by batch.
         """
-        return self.criterion.count(labels, self.class_labels_classifier.weight.device)
+        return self.criterion.count(tensor_labels(labels), self.class_labels_classifier.weight.device)
 
 
 __all__ = ["DetrForDetection", "DetrModel"]

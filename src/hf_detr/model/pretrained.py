@@ -1,7 +1,9 @@
 """Loading, saving and pushing, for both models."""
 
+import inspect
 import json
 import os
+import re
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file, logging
 from transformers.utils.generic import TransformersKwargs
 
-from .configuration_hf_detr import DetrConfig
+from .configuration_hf_detr import FIELDS_OF_TRANSFORMERS, DetrConfig, refuse_unknown
 from .foreign import import_hub, import_interop
 from .initialization import init_module
 from .resizing import keep_class_weights
@@ -80,8 +82,7 @@ class DetrPreTrainedModel(PreTrainedModel):
             del kwargs["decoder_attention_mask"]  # what transformers' wrappers pass
         unknown = kwargs.keys() - TransformersKwargs.__annotations__.keys()
         unknown |= {name for name in ("is_causal",) if kwargs.get(name)}
-        if unknown:
-            raise TypeError(f"{type(self).__name__}.forward() got unexpected arguments: {', '.join(sorted(unknown))}.")
+        refuse_unknown(f"{type(self).__name__}.forward()", sorted(unknown), inspect.signature(self.forward).parameters)
         config = self.config
         return (
             config.output_attentions if output_attentions is None else output_attentions,
@@ -138,7 +139,12 @@ class DetrPreTrainedModel(PreTrainedModel):
             return (model, info) if output_loading_info else model
 
         kwargs["key_mapping"] = _weight_names(stored["model_type"]) | (kwargs.get("key_mapping") or {})
-        saved = DetrConfig.from_dict(DetrConfig.translate(stored))
+        saved, repaired = _saved_config(stored, pretrained_model_name_or_path, kwargs.get("id2label"))
+        if repaired and config is None:
+            config = deepcopy(saved)
+            for name in [name for name in kwargs if name in DetrConfig.__dataclass_fields__ and name not in RESIZABLE]:
+                setattr(config, name, kwargs.pop(name))
+            kwargs.pop("id2label")
         if config is None:
             requested = {name: kwargs.pop(name) for name in RESIZABLE if name in kwargs}
             requested = {name: value for name, value in requested.items() if value is not None}
@@ -158,7 +164,7 @@ class DetrPreTrainedModel(PreTrainedModel):
             num_labels = len(id2label) if has_head else saved.num_labels
             _check_sizes(pretrained_model_name_or_path, saved, num_labels, num_queries, num_channels)
 
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        model, info = cls._load(pretrained_model_name_or_path, model_args, config, kwargs)
         shapes = {name: weight.shape for name, weight in model.named_parameters()}
         changes = []
         if new_classes:
@@ -178,6 +184,19 @@ class DetrPreTrainedModel(PreTrainedModel):
         resized = [(name, shapes[name], weight.shape) for name, weight in model.named_parameters()]
         info["mismatched_keys"].update(entry for entry in resized if entry[1] != entry[2])
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _load(cls, source: Source, model_args: tuple[Any, ...], config: Any, kwargs: dict[str, Any]) -> Any:
+        """transformers' own `from_pretrained`; a name that it does not know is refused with the nearest field."""
+        for name in set(kwargs) & set(FIELDS_OF_TRANSFORMERS):
+            raise TypeError(f"{cls.__name__}.from_pretrained: give {name!r} to a DetrConfig, and that as `config`.")
+        try:
+            return super().from_pretrained(source, *model_args, config=config, **kwargs)
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unknown and unknown[1] in kwargs:
+                refuse_unknown(f"{cls.__name__}.from_pretrained", [unknown[1]], DetrConfig.__dataclass_fields__)
+            raise
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As in transformers. Weights are saved under our names, also those from another project's checkpoint;
@@ -222,6 +241,28 @@ def _read_stored_config(source: Source, location: dict[str, Any], *, required: b
     if required:
         raise OSError(f"There is no config.json in {source}, so the model that the weights belong to is unknown.")
     return None
+
+
+def _saved_config(stored: dict[str, Any], source: Source, id2label: Any) -> tuple[DetrConfig, bool]:
+    """The checkpoint's config, and whether `id2label`, as given now, repaired it: the ids of its classes were not 0, 1,
+    ..., and there are as many names.
+
+    Raises:
+        ValueError: the ids of its classes are not 0, 1, ...
+    """
+    stored = DetrConfig.translate(stored)
+    classes = stored.get("id2label")
+    if not classes or sorted(map(int, classes)) == list(range(len(classes))):
+        return DetrConfig.from_dict(stored), False
+    if id2label is None or len(id2label) != len(classes):
+        raise ValueError(
+            f"{source}: the ids of `id2label` in its config.json must be 0 to {len(classes) - 1}, got {list(classes)}. "
+            f"Load it with id2label={{0: ..., 1: ...}}, its {len(classes)} classes in the order of its outputs, and "
+            "save it."
+        )
+    names = id2label.items() if isinstance(id2label, dict) else enumerate(id2label)
+    given = {int(index): name for index, name in names}
+    return DetrConfig.from_dict(stored | {"id2label": given, "label2id": {n: i for i, n in given.items()}}), True
 
 
 def _as_detr_config(config: Any, location: dict[str, Any]) -> DetrConfig:
@@ -269,6 +310,8 @@ def _check_sizes(source: Source, saved: DetrConfig, num_labels: int, num_queries
         ("queries", saved.num_queries, num_queries),
         ("channels", saved.num_channels, num_channels),
     ):
+        if not isinstance(wanted, int):
+            raise ValueError(f"The number of {what} must be an integer, got {wanted!r}.")
         if has != wanted:
             raise RuntimeError(
                 f"{source} has {has} {what}, not {wanted}. With ignore_mismatched_sizes=True it is resized: classes "

@@ -126,7 +126,7 @@ def probe_network(network: nn.Module, name: str, kwargs: dict[str, Any]) -> tupl
                 return [name for name, _ in network.named_parameters() if name not in names], multiple
     raise ValueError(
         f'timm\'s "{name}" does not take images of any size, which a detector needs ({reason}). Choose another '
-        "network: those of the families resnet, convnext, efficientnet, swin, pvt and vit do."
+        "network, such as resnet50, convnext_tiny, swin_tiny_patch4_window7_224 or vit_small_patch16_224."
     ) from reason
 
 
@@ -229,19 +229,19 @@ def adapt_input(network: nn.Module, name: str, before: dict[str, Any], after: di
         raise ValueError(
             f'The first convolution of "{name}" takes {before["in_chans"]} channels; only 3 can be adapted.'
         )
-    with torch.device("meta"):
-        wanted = dict(create_network(name, **after).named_parameters())
+    with torch.random.fork_rng(devices=[]):
+        fresh = create_network(name, **after)
+    wanted = dict(fresh.named_parameters())
     for path, weight in list(network.named_parameters()):
         if weight.shape == wanted[path].shape:
             continue
         try:
             adapted = adapt_input_conv(after["in_chans"], weight)
         except NotImplementedError as error:
-            raise ValueError(
-                f'The first layer of "{name}" cannot take {after["in_chans"]} channels: {error}'
-            ) from error
-        owner, attribute = path.rpartition(".")[::2]
-        layer = network.get_submodule(owner)
-        setattr(layer, attribute, nn.Parameter(adapted, requires_grad=weight.requires_grad))
-        if isinstance(layer, nn.Conv2d):
-            layer.in_channels = adapted.shape[1]
+            raise ValueError(f'"{name}" cannot be adapted to {after["in_chans"]} channels: {error}') from error
+        owner, _, attribute = path.rpartition(".")
+        old, layer = network.get_submodule(owner), fresh.get_submodule(owner).to(weight)
+        layer.load_state_dict(old.state_dict() | {attribute: adapted})
+        for parameter, before_it in zip(layer.parameters(), old.parameters(), strict=True):
+            parameter.requires_grad_(before_it.requires_grad)
+        network.set_submodule(owner, layer.train(old.training))

@@ -7,6 +7,7 @@ import torch
 from transformers import ObjectDetectionPipeline
 from transformers.utils import ModelOutput
 
+from ..model.configuration_hf_detr import refuse_unknown
 from ..model.image_io import allocate_batch
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection, DetrModel
@@ -65,7 +66,9 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; several images may also be a tuple or a column of a dataset."""
-        args = tuple(list(given) if isinstance(given, (tuple, datasets.Column)) else given for given in args)
+        several = (tuple, datasets.Column)
+        args = tuple(list(given) if isinstance(given, several) else given for given in args)
+        kwargs = {name: list(given) if isinstance(given, several) else given for name, given in kwargs.items()}
         return super().__call__(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -76,6 +79,7 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
         """Our models are supported; transformers has a list of its own class names only."""
 
     def _sanitize_parameters(self, round_boxes: bool | None = None, **kwargs: Any) -> tuple[dict[str, Any], ...]:
+        refuse_unknown("The pipeline", kwargs, ("threshold", "timeout", "round_boxes"))
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
         return preprocess, forward, postprocess | ({} if round_boxes is None else {"round_boxes": round_boxes})
 
