@@ -11,7 +11,8 @@ from huggingface_hub.errors import StrictDataclassError
 from script_runner import run_script
 
 from hf_detr import DetrConfig, DetrForDetection
-from hf_detr.data import load_detection_dataset, repeat_factors, repeat_rare_classes
+from hf_detr.data import load_detection_dataset
+from hf_detr.data.class_balance import repeat_factors, repeat_rare_classes
 from hf_detr.data.shapes import draw_shapes_dataset
 from hf_detr.model.dense_supervision import DenseHead
 from hf_detr.model.loss import DetrLoss, LossNormalizers

@@ -3,7 +3,6 @@
 from .augmentation import Augmentation, flip_rotate_augmentation, paper_augmentation
 from .augmented_dataset import AugmentedDataset
 from .batching import build_loader, image_sizes, padding_fraction
-from .class_balance import repeat_factors, repeat_rare_classes
 from .coco_export import export_coco
 from .collate import DetectionCollator
 from .load import load_detection_dataset
@@ -26,8 +25,6 @@ __all__ = [
     "load_detection_dataset",
     "padding_fraction",
     "paper_augmentation",
-    "repeat_factors",
-    "repeat_rare_classes",
     "resized_sizes",
     "source_of",
 ]
