@@ -11,10 +11,12 @@ import transformers
 from conftest import padded_batch, random_labels, tiny_config, tiny_model
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from torchvision.transforms import v2
 from transformers import AutoConfig, ResNetConfig, pipeline
 from transformers import DetrConfig as TheirConfig
 
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
+from hf_detr.data import Augmentation, AugmentedDataset
 from hf_detr.model.backbone import Backbone
 from hf_detr.model.image_io import to_image_tensor
 
@@ -653,3 +655,15 @@ def test_the_fields_of_transformers_own_config_are_taken():
     theirs = TheirConfig(use_timm_backbone=True, backbone="resnet34", use_pretrained_backbone=False)
     config = DetrConfig(**{k: v for k, v in theirs.to_dict().items() if k != "model_type"})
     assert config.backbone == "resnet34"
+
+
+@pytest.mark.parametrize("channels", [1, 4, 6])
+def test_floats_of_any_channels_go_through_the_augmentation_as_they_are(channels):
+    """Also four channels, which are no RGB with transparency."""
+    values = np.random.default_rng(0).normal(0, 2, (20, 30, channels)).astype(np.float32)
+    processor = DetrImageProcessor(num_channels=channels, do_rescale=False)
+    objects = {"bbox": [], "category": [], "area": [], "iscrowd": []}
+    rows = [{"image": values, "image_id": 1, "width": 30, "height": 20, "objects": objects}]
+    keep = Augmentation(v2.RandomHorizontalFlip(0.0))
+    found = AugmentedDataset(rows, keep, to_tensor=processor.to_tensor)[0]["image"]
+    assert np.array_equal(found.numpy(), values.transpose(2, 0, 1))

@@ -120,10 +120,6 @@ def _resize(shortest: int, longest: int | None) -> v2.Transform:
     return v2.Resize(None if longest and shortest >= longest else shortest, max_size=longest)
 
 
-def _is_ready(image: Any) -> bool:
-    return isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3
-
-
 class Augmentation:
     """A torchvision v2 or Albumentations transform, applied to rows of the schema.
 
@@ -134,8 +130,8 @@ class Augmentation:
       may end up without objects.
     - `area` is scaled like the area of its box, by the crop and the resize. (The exact area of a cropped segmentation
       would need the segmentation.)
-    - The image becomes RGB, `uint8` (3, H, W), unless it is a tensor of bytes (C, H, W) already; `width` and `height`
-      are updated. Other columns are unchanged.
+    - The image becomes RGB, `uint8` (3, H, W), unless it is a `tv_tensors.Image` (C, H, W), which stays as it is;
+      `width` and `height` are updated. Other columns are unchanged.
 
     Args:
         transform: of torchvision v2, called with `{"image": tv_tensors.Image, "boxes": tv_tensors.BoundingBoxes,
@@ -167,7 +163,7 @@ class Augmentation:
             self.transform.set_random_seed(seed)  # type: ignore[attr-defined]
 
     def __call__(self, row: Row) -> Row:
-        image = row["image"] if _is_ready(row["image"]) else to_image_tensor(row["image"])
+        image = row["image"] if isinstance(row["image"], tv_tensors.Image) else to_image_tensor(row["image"])
         objects = row["objects"]
         height, width = image.shape[-2:]
         for number, bbox in enumerate(objects["bbox"]):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
 
 from .augmentation import Row
 
@@ -23,8 +24,8 @@ class AugmentedDataset(Dataset[Row]):
         augmentation: from row to row; an `Augmentation`, or any callable that uses the generators above. If it has a
             method `set_random_seed`, that is called with a seed for each row.
         seed: not negative.
-        to_tensor: reads the image of a row, such as `DetrImageProcessor.to_tensor`; the augmentation then gets tensors
-            (C, H, W). None leaves that to the augmentation, which makes RGB of all images.
+        to_tensor: reads the image of a row, such as `DetrImageProcessor.to_tensor`; the augmentation then gets a
+            `tv_tensors.Image` (C, H, W). None leaves that to the augmentation, which makes RGB of all images.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class AugmentedDataset(Dataset[Row]):
         seeds = np.random.SeedSequence([self.seed, int(self._epoch), index % len(self)]).generate_state(4)
         row = self.dataset[index]
         if self.to_tensor is not None:
-            row = row | {"image": self.to_tensor(row["image"])}
+            row = row | {"image": tv_tensors.Image(self.to_tensor(row["image"]))}
         with _seeded(int(seeds[0]), int(seeds[1]), int(seeds[2])):
             if hasattr(self.augmentation, "set_random_seed"):
                 self.augmentation.set_random_seed(int(seeds[3]))

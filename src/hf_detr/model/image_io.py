@@ -1,4 +1,4 @@
-"""Any image to RGB: what step 1 does before it resizes."""
+"""Any image to a tensor of the model's channels: what step 1 does before it resizes."""
 
 import base64
 from collections.abc import Mapping

@@ -82,7 +82,9 @@ class DetrPreTrainedModel(PreTrainedModel):
             del kwargs["decoder_attention_mask"]  # what transformers' wrappers pass
         unknown = kwargs.keys() - TransformersKwargs.__annotations__.keys()
         unknown |= {name for name in ("is_causal",) if kwargs.get(name)}
-        refuse_unknown(f"{type(self).__name__}.forward()", sorted(unknown), inspect.signature(self.forward).parameters)
+        if unknown:  # looking at the signature at every call would cost time
+            known = inspect.signature(self.forward).parameters
+            refuse_unknown(f"{type(self).__name__}.forward()", sorted(unknown), known)
         config = self.config
         return (
             config.output_attentions if output_attentions is None else output_attentions,

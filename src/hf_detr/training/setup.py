@@ -147,6 +147,7 @@ def build_loaders(
         resize = Augmentation(v2.Resize([SHAPES_SIZE["height"], SHAPES_SIZE["width"]]))
         train_rows = [resize(row) for row in train_rows]
     collate, seed = DetectionCollator(processor), args.run.seed
+    reads_as_usual = processor.num_channels == 3 and processor.image_range is None and processor.do_rescale
     common = {
         "batch_size": recipe.batch_size,
         "num_workers": args.data.loader_workers,
@@ -157,7 +158,7 @@ def build_loaders(
             train_rows,
             augmentation or build_augmentation(recipe.augmentation, processor),
             seed=seed,
-            to_tensor=processor.to_tensor if processor.image_range or processor.num_channels != 3 else None,
+            to_tensor=None if reads_as_usual else processor.to_tensor,
         ),
         collate,
         seed=seed,
