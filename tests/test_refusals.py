@@ -667,3 +667,12 @@ def test_floats_of_any_channels_go_through_the_augmentation_as_they_are(channels
     keep = Augmentation(v2.RandomHorizontalFlip(0.0))
     found = AugmentedDataset(rows, keep, to_tensor=processor.to_tensor)[0]["image"]
     assert np.array_equal(found.numpy(), values.transpose(2, 0, 1))
+
+
+def test_classes_keep_their_weights_by_id_in_whatever_order_the_config_names_them():
+    model = tiny_model(num_labels=2)
+    before = model.class_labels_classifier.weight.detach().clone()
+    model.config.id2label = {1: "dog", 0: "cat"}
+    model.resize_class_head({0: "dog", 1: "cat", 2: "cow"})
+    after = model.class_labels_classifier.weight.detach()
+    assert torch.equal(after[[0, 1, 3]], before[[1, 0, 2]])

@@ -48,9 +48,9 @@ def resize_class_head(model: Any, id2label: dict[int, str]) -> str:
     reports the change. Names that occur twice, and the placeholders `LABEL_0` ..., identify no class."""
     config = model.config
     width = model.class_labels_classifier.out_features - 1  # the config may have been changed since
-    old_names, new_names = [name for row, name in config.id2label.items() if row < width], list(id2label.values())
-    count = Counter(old_names)
-    row_of = {n: row for row, n in enumerate(old_names) if count[n] == 1 and not re.fullmatch(r"LABEL_\d+", n)}
+    old_names = {row: name for row, name in config.id2label.items() if row < width}
+    new_names, count = list(id2label.values()), Counter(old_names.values())
+    row_of = {n: row for row, n in old_names.items() if count[n] == 1 and not re.fullmatch(r"LABEL_\d+", n)}
     kept = {row: row_of[name] for row, name in id2label.items() if name in row_of}
     no_object = {len(new_names): width}
     for owner in (model, model.dense_head):
