@@ -32,6 +32,7 @@ from hf_detr.training import (
     build_schedule,
     compile_for_training,
     exit_on_error,
+    identify,
     load_data,
     parameter_groups,
     parse_finetune_args,
@@ -78,12 +79,14 @@ def main(augmentation: Callable[[Any], Any] | None = None) -> None:
     unsharded = deepcopy(model).to(accelerator.device) if accelerator.is_fsdp2 else None
     model, optimizer = accelerator.prepare(model, optimizer)
     plain_model = accelerator.unwrap_model(model)
-    total_steps = recipe.epochs * math.ceil(len(train_loader) / recipe.gradient_accumulation_steps)
+    steps_per_epoch = math.ceil(len(train_loader) / recipe.gradient_accumulation_steps)
+    total_steps = recipe.epochs * steps_per_epoch
     scheduler = build_schedule(
         optimizer, recipe.schedule, warmup=recipe.warmup, decay=recipe.decay, total_steps=total_steps
     )
     predictor = ema.module if ema is not None else plain_model if unsharded is None else unsharded  # for evaluation
-    run.start(recipe, model, plain_model, predictor, ema, scheduler, probe)  # restores the newest checkpoint
+    data = identify(train_set, val_set)  # a run does not go on with other classes
+    run.start(recipe, model, plain_model, predictor, ema, scheduler, probe, data, steps_per_epoch)  # or continue
     train_step = TrainStep(
         accelerator, model, plain_model, optimizer, scheduler, ema=ema, on_nan=args.run.on_nan, folder=run.path
     )

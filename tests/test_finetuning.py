@@ -39,7 +39,7 @@ from hf_detr.training.lora import add_lora
 from hf_detr.training.meter import EpochMeter
 from hf_detr.training.non_finite import NonFiniteError, first_non_finite
 from hf_detr.training.optimization import SCHEDULES
-from hf_detr.training.run_folder import acquire_run_dir
+from hf_detr.training.run_folder import acquire_run_dir, begin
 from hf_detr.training.step import in_groups
 
 ROOT = Path(__file__).parents[1]
@@ -455,6 +455,10 @@ def test_the_same_command_goes_on_and_another_is_refused(tmp_path):
         acquire(folder)
     more = acquire(folder, resume=True, epochs=5)
     assert more.checkpoint == saved
+    assert (folder / "last").exists(), "nothing is touched before everything is checked"
+    assert json.loads((folder / "args.json").read_text())["epochs"] == 3
+    begin(more, accelerator)
+    assert not (folder / "last").exists()
     assert json.loads((folder / "args.json").read_text())["epochs"] == 5
     more.lock.release()
 

@@ -7,6 +7,7 @@ from .foreseeable_errors import exit_on_error
 from .launch import build_accelerator
 from .optimization import build_ema, build_schedule, parameter_groups, preferred_precision
 from .recipes import choose_recipe, summarize
+from .run_data import identify
 from .run_recipe import resolve_recipe
 from .setup import (
     build_loaders,
@@ -34,6 +35,7 @@ __all__ = [
     "compile_for_training",
     "exit_on_error",
     "feature_strides",
+    "identify",
     "load_data",
     "parameter_groups",
     "parse_finetune_args",

@@ -4,13 +4,14 @@ import errno
 import json
 import re
 import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,10 +29,16 @@ class Progress:
         batches: batches of the current epoch that each process has trained on.
         step: optimizer steps so far.
         meter: figures of the current epoch, see [`EpochMeter.state_dict`].
-        best: highest value of the metric so far; `best_epoch`: its epoch.
+        best: highest value of the metric so far, None before the first evaluation; `best_epoch`: its epoch.
         evaluations: lines of the log with an evaluation.
         skipped: steps that were skipped because loss or gradients were not finite.
         spread: what the batches of an epoch depend on: processes, batch size, accumulated batches, seed.
+        data: what the run was trained on so far, see [`~hf_detr.training.run_data.identify`].
+        planned_epochs: of the whole run.
+        steps_per_epoch: optimizer steps; `first_steps_per_epoch`: at the beginning of the run.
+        rate: the learning rate as a fraction of its maximum.
+        rise: (epoch, fraction of the maximum, epochs): where, from what, and how long the rate rises to the schedule,
+            since a run went on after its end.
     """
 
     def __init__(self) -> None:
@@ -39,11 +46,15 @@ class Progress:
         self.batches = 0
         self.step = 0
         self.meter: dict[str, Any] | None = None
-        self.best = -1.0
+        self.best: float | None = None
         self.best_epoch = 0
         self.evaluations: list[dict[str, float]] = []
         self.skipped = 0
         self.spread: dict[str, int] = {}
+        self.data: dict[str, Any] = {}
+        self.planned_epochs = self.steps_per_epoch = self.first_steps_per_epoch = 0
+        self.rate = 0.0
+        self.rise: tuple[float, float, float] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -57,11 +68,15 @@ class Progress:
     def add_evaluation(self, line: dict[str, float], metric: str) -> bool:
         """Whether it is at least as good as the best so far."""
         self.evaluations.append(line)
-        if line[metric] > self.best:
+        if self.best is None or line[metric] > self.best:
             self.best_epoch = int(line["epoch"])
-        is_best = line[metric] >= self.best
-        self.best = max(self.best, line[metric])
+        is_best = self.best is None or line[metric] >= self.best
+        self.best = line[metric] if self.best is None else max(self.best, line[metric])
         return is_best
+
+    def forget_best(self) -> None:
+        """What was measured on other images is not compared with what comes."""
+        self.best, self.best_epoch = None, self.epoch
 
     def evaluations_since_best(self) -> int:
         return sum(line["epoch"] > self.best_epoch for line in self.evaluations)
@@ -148,9 +163,12 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, progress: Progre
         spread: what the batches of an epoch depend on now, see [`Progress`].
 
     Raises:
-        ValueError: the checkpoint is from the middle of an epoch with other batches.
+        ValueError: the checkpoint is from the middle of an epoch with other batches, or cannot be read.
     """
-    accelerator.load_state(str(checkpoint))
+    try:
+        accelerator.load_state(str(checkpoint))
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{checkpoint} does not fit this run: {str(error).splitlines()[0][:300]}") from error
     different = ", ".join(f"{k} {v}, now {spread[k]}" for k, v in progress.spread.items() if v != spread[k])
     if different and progress.batches:
         raise ValueError(
@@ -160,6 +178,26 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, progress: Progre
         accelerator.print(f"Different from the beginning of the run: {different}")
     batches = f" and {progress.batches} batches" if progress.batches else ""
     accelerator.print(f"Resumed after epoch {progress.epoch}{batches}")
+
+
+def verify_checkpoint(checkpoint: Path) -> None:
+    """Raise ValueError if a file of a checkpoint is damaged; names it, and the checkpoint before."""
+    for path in sorted(checkpoint.iterdir()):
+        problem = None
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt") as weights:
+                    problem = None if weights.keys() else "is empty"
+            elif path.suffix in (".bin", ".pkl"):  # zip archives, as torch.save writes them
+                with zipfile.ZipFile(path) as archive:
+                    broken = archive.testzip()
+                    problem = f"is damaged in {broken}" if broken else None
+        except (OSError, SafetensorError, zipfile.BadZipFile) as error:
+            problem = f"is damaged: {error}"
+        if problem:
+            others = [other for other in checkpoints_in(checkpoint.parent) if other != checkpoint]
+            fix = f"Move {checkpoint.name} away to go on from {others[-1].name}" if others else "There is no other"
+            raise ValueError(f"{path} {problem}. {fix}. (--save_total_limit 2 keeps two checkpoints.)")
 
 
 def _cannot_save(target: Path, why: str, folder: Path) -> str:

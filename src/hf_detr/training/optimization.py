@@ -1,5 +1,6 @@
 """Parameter groups, learning rate schedules, averaged weights and precision."""
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -75,16 +76,63 @@ def build_schedule(
     return schedule
 
 
+def move_schedule(
+    schedule: torch.optim.lr_scheduler.LRScheduler, step: int, *, rises_from: float | None = None, rise: int = 0
+) -> None:
+    """Put a schedule of [`build_schedule`] at an optimizer step: the optimizer gets the rates of that step, of its own
+    base rates, whatever it had before.
+
+    Args:
+        rises_from: fraction of the base rates from which they rise linearly to those of the schedule, in `rise` steps
+            from `step` on; None: they start there.
+    """
+    assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+    if rises_from is not None:
+        schedule.lr_lambdas = [_rising(factor, step, rises_from, rise) for factor in schedule.lr_lambdas]
+    for group, rate in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+        group["initial_lr"] = rate
+        group["lr"] = rate
+    schedule.last_epoch = step - 1
+    schedule.step()
+
+
+def _rising(factor: Callable[[int], float], first: int, start: float, length: int) -> Callable[[int], float]:
+    def rising(step: int) -> float:
+        done = min(1.0, (step - first + 1) / (length + 1))
+        return start + (factor(step) - start) * done
+
+    return rising
+
+
+class _Average:
+    """How averaged weights follow the weights, see [`build_ema`]. `unit` is the number of steps that one step stands
+    for, of the steps that `decay` is meant for."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.unit = 1.0
+
+    @torch.no_grad()
+    def __call__(self, averages: Tensors, weights: Tensors, steps: Tensor | int) -> None:
+        n = int(steps) * self.unit
+        torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + n) / (10 + n)) ** self.unit)
+
+
 def build_ema(model: nn.Module, decay: float) -> AveragedModel:
     """The exponential moving average of the weights, `ema += (1 - d) (weights - ema)` after each step, as a separate
     model (`.module`). `d` grows to `decay` as `(1 + n) / (10 + n)` with the number n of steps, so that initial weights
     lose their influence soon. Buffers, such as statistics of batch norm, are copied from the model."""
-
-    @torch.no_grad()
-    def update(averages: Tensors, weights: Tensors, steps: Tensor | int) -> None:
-        d = min(decay, (1 + int(steps)) / (10 + int(steps)))
-        torch._foreach_lerp_(averages, weights, 1 - d)
-
-    ema = AveragedModel(model, multi_avg_fn=update)
+    ema = AveragedModel(model, multi_avg_fn=_Average(decay))
     ema.module.eval().requires_grad_(False)
     return ema
+
+
+def rescale_ema(ema: AveragedModel, *, first: int, before: int, now: int) -> None:
+    """Let an average forget as fast per image as before, where an epoch has another number of steps.
+
+    Args:
+        first, before, now: steps per epoch at the beginning of the run, until now, and from now on.
+    """
+    average: Any = ema.multi_avg_fn
+    average.unit = first / now
+    ema.n_averaged.copy_(torch.round(ema.n_averaged * (now / before)).to(ema.n_averaged))

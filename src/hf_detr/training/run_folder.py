@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from filelock import BaseFileLock
 
 from ..runtime import PARTIAL, acquire_lock, atomic_write
-from .checkpoints import newest_checkpoint, remove
+from .checkpoints import newest_checkpoint, remove, verify_checkpoint
 
 FINISHED = "last"  # folder of the final weights, which a run writes last
 LOCK = ".lock"
@@ -56,6 +56,7 @@ def acquire_run_dir(
         FileExistsError: the folder holds another run or other files, which are left alone, or the run has ended.
         FileNotFoundError: there is nothing to resume, or a machine does not see the files of the first one.
         TimeoutError: another process holds the lock.
+        ValueError: a file of the checkpoint to continue from is damaged.
     """
     folder = Path(output_dir) if output_dir else _next_free(name)
     accelerator.wait_for_everyone()  # all processes have looked for a free folder before one creates it
@@ -72,16 +73,25 @@ def acquire_run_dir(
             raise FileNotFoundError(
                 f"{folder} holds no checkpoint to resume from. Start without --resume, in another folder."
             )
+        if checkpoint is not None:
+            verify_checkpoint(checkpoint)
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process and (folder / FINISHED).exists():  # the run is not finished any more
-        remove(folder / FINISHED)
     same_batch_size = saved.get("batch_size") == arguments.get("batch_size")
     found = {"found": saved["found"]} if saved.get("found") and same_batch_size else {}
-    write_arguments(folder, dict(arguments) | found, accelerator)
+    if checkpoint is None:  # else `begin` writes them, when nothing can fail any more
+        write_arguments(folder, dict(arguments) | found, accelerator)
     accelerator.wait_for_everyone()
     if not (folder / "args.json").is_file():
         raise FileNotFoundError(f"This machine does not see {folder}. Name an --output_dir that all machines share.")
     return RunFolder(folder, dict(arguments) | found, checkpoint, lock)
+
+
+def begin(folder: RunFolder, accelerator: Accelerator) -> None:
+    """The run goes on: it is not finished any more, and has the arguments given now. Called once everything that can
+    be wrong has been checked."""
+    if accelerator.is_main_process and (folder.path / FINISHED).exists():
+        remove(folder.path / FINISHED)
+    write_arguments(folder.path, folder.arguments, accelerator)
 
 
 def write_arguments(folder: Path, arguments: Mapping[str, Any], accelerator: Accelerator) -> None:

@@ -25,7 +25,9 @@ from .batch_size import fit_batch_size
 from .checkpoints import Progress, any_process, load_checkpoint, save_checkpoint, trim_log, use_plain_weights
 from .meter import EpochMeter, describe_epoch, log_image
 from .model_saving import save_model
-from .run_folder import acquire_run_dir, write_arguments
+from .optimization import move_schedule, rescale_ema
+from .run_data import check_data
+from .run_folder import acquire_run_dir, begin, write_arguments
 from .run_recipe import RunRecipe
 from .setup import describe_run
 from .sharding import gather_weights
@@ -67,7 +69,9 @@ class TrainingRun:
         found = self.folder.arguments.get("found")
         if not found:
             found = list(fit_batch_size(self.recipe, model, train_set, self.processor, self.accelerator))
-            write_arguments(self.path, self.folder.arguments | {"found": found}, self.accelerator)
+            self.folder = self.folder._replace(arguments=self.folder.arguments | {"found": found})
+            if self.folder.checkpoint is None:
+                write_arguments(self.path, self.folder.arguments, self.accelerator)
         self.accelerator.print(
             f"Batches of {self.recipe.batch_size} asked for; {found[0]} fit, {found[1]} an optimizer step."
         )
@@ -89,20 +93,26 @@ class TrainingRun:
         ema: AveragedModel | None,
         scheduler: Any,
         probe: TrainingProbe,
+        data: dict[str, Any],
+        steps_per_epoch: int,
     ) -> None:
-        """Restore the newest checkpoint, if this run continues, and start the trackers.
+        """Restore the newest checkpoint, if this run continues, and start the trackers. What is given now counts from
+        here on; what the run stands for, its classes and the fraction of it that is done, remains.
 
         Args:
             recipe: with the batch size that is used.
             model: as `accelerator.prepare` returned it; `plain` is not wrapped.
             predictor: the model that is evaluated and saved: `plain`, its average or its unsharded copy.
 
+            data: see [`~hf_detr.training.run_data.identify`].
+
         Raises:
-            ValueError: the checkpoint is from the middle of an epoch with other batches.
+            ValueError: the checkpoint cannot be read, is from the middle of an epoch with other batches or images, or
+                has other classes. The folder is as before then.
         """
         self.recipe, self.model, self.predictor, self.scheduler, self.probe = recipe, model, predictor, scheduler, probe
         accelerator, progress = self.accelerator, self.progress
-        accelerator.register_for_checkpointing(scheduler, progress, probe, *([ema] if ema else []))
+        accelerator.register_for_checkpointing(progress, probe, *([ema] if ema else []))
         if not accelerator.is_fsdp2:
             use_plain_weights(accelerator, plain, (plain.config, self.processor))
         spread = {
@@ -112,14 +122,56 @@ class TrainingRun:
             "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
         }
         if self.folder.checkpoint:
+            weight_decays = [group["weight_decay"] for group in scheduler.optimizer.param_groups]
             load_checkpoint(accelerator, self.folder.checkpoint, progress, spread)
-            accelerator.print(f"Best {self.args.run.metric} so far {progress.best:.4f}")
-        progress.spread = spread
+            for sentence in check_data(progress, data, self.path):
+                accelerator.print(sentence)
+            for group, weight_decay in zip(scheduler.optimizer.param_groups, weight_decays, strict=True):
+                group["weight_decay"] = weight_decay
+            self._place_schedule(steps_per_epoch)
+            before = progress.steps_per_epoch or steps_per_epoch
+            if ema is not None:
+                first = progress.first_steps_per_epoch or before
+                rescale_ema(ema, first=first, before=before, now=steps_per_epoch)
+            if progress.best is not None:
+                accelerator.print(f"Best {self.args.run.metric} so far {progress.best:.4f}")
+            begin(self.folder, accelerator)
+        progress.spread, progress.data = spread, data
+        progress.steps_per_epoch, progress.planned_epochs = steps_per_epoch, recipe.epochs
+        progress.first_steps_per_epoch = progress.first_steps_per_epoch or steps_per_epoch
         if accelerator.is_main_process:  # without a checkpoint, lines of a run that was killed before its first one
             trim_log(self.path / "log.jsonl", progress.epoch)
         settings = {k: v for k, v in self.recipe.settings(self.args).items() if isinstance(v, (int, float, str))}
         accelerator.project_configuration.logging_dir = str(self.path)
         accelerator.init_trackers("hf_detr", config=settings)
+
+    def _place_schedule(self, steps_per_epoch: int) -> None:
+        """Put the schedule where the run is: at the same fraction of it, also if an epoch has another number of steps
+        now. A run that goes on after its rate has fallen rises to the schedule as in a warm-up."""
+        progress, scheduler, accumulated = self.progress, self.scheduler, self.recipe.gradient_accumulation_steps
+        within = math.ceil(progress.batches / accumulated)
+        step = progress.epoch * steps_per_epoch + within
+        move_schedule(scheduler, step)
+        factor, extended = self._rate(), progress.planned_epochs not in (0, self.recipe.epochs)
+        if extended and factor > progress.rate * 1.01:
+            wanted = self.recipe.warmup * (self.recipe.epochs - progress.epoch)
+            progress.rise = (progress.epoch + within / steps_per_epoch, progress.rate, max(wanted, 1 / steps_per_epoch))
+            rate = scheduler.get_last_lr()[0]
+            self.accelerator.print(
+                f"The learning rate had fallen to {rate / factor * progress.rate:.2g}. It rises to {rate:.2g} again "
+                f"within {wanted:.1f} epochs, then follows the schedule to the end of epoch {self.recipe.epochs}."
+            )
+        if progress.rise:
+            epoch, start, epochs = progress.rise
+            first, length = round(epoch * steps_per_epoch), round(epochs * steps_per_epoch)
+            if step < first + length:
+                move_schedule(scheduler, first, rises_from=start, rise=length)
+                move_schedule(scheduler, step)
+
+    def _rate(self) -> float:
+        """The learning rate as a fraction of its maximum."""
+        base = self.scheduler.base_lrs[0]
+        return float(self.scheduler.get_last_lr()[0] / base) if base else 0.0
 
     # -- an epoch -----------------------------------------------------------------------------------------------------
 
@@ -167,6 +219,7 @@ class TrainingRun:
         """Save a checkpoint to resume from; none with `--overfit`, which takes minutes only."""
         if self.args.data.overfit:
             return
+        self.progress.rate = self._rate()
         if self.progress.batches:
             self.progress.meter = self.meter.state_dict()
         save_checkpoint(self.accelerator, self.path, self.progress, keep=self.args.run.save_total_limit)

@@ -1,0 +1,59 @@
+"""What a run is trained on, so that it does not go on with other data without a word."""
+
+import hashlib
+from typing import Any
+
+from ..data.schema import id2label
+from .checkpoints import Progress
+
+COLUMNS = ("width", "height", "objects")
+ROWS = 1000  # at once
+
+
+def identify(train_set: Any, val_set: Any) -> dict[str, Any]:
+    """Class names, numbers of images, and digests of sizes and annotations of both splits."""
+    identity: dict[str, Any] = {"classes": list(id2label(train_set).values())}
+    for name, dataset in (("training", train_set), ("validation", val_set)):
+        digest = hashlib.sha256()
+        rows = dataset.select_columns([column for column in COLUMNS if column in dataset.column_names])
+        for start in range(0, len(rows), ROWS):
+            digest.update(repr(rows[start : start + ROWS]).encode())
+        identity[name] = {"images": len(dataset), "digest": digest.hexdigest()}
+    return identity
+
+
+def check_data(progress: Progress, now: dict[str, Any], folder: Any) -> list[str]:
+    """Compare the data of a run that continues with those that it was trained on.
+
+    Returns:
+        what has changed and may change, in sentences. After other validation images the best so far is forgotten.
+
+    Raises:
+        ValueError: the classes are others, or the training images, in the middle of an epoch.
+    """
+    before = progress.data
+    if not before:
+        return []
+    if before["classes"] != now["classes"]:
+        gone = [name for name in before["classes"] if name not in now["classes"]]
+        new = [name for name in now["classes"] if name not in before["classes"]]
+        what = f"{gone or 'none'} are gone and {new or 'none'} are new" if gone or new else "their order is another"
+        raise ValueError(
+            f"{folder} was trained on other classes than the data have now: {what}. Start another run from it, which "
+            f"matches classes by name: --model {folder}"
+        )
+    said = []
+    for name in ("training", "validation"):
+        if before[name] == now[name]:
+            continue
+        counts = f"{before[name]['images']} before, {now[name]['images']} now"
+        if name == "training" and progress.batches:
+            raise ValueError(
+                f"{folder} stopped in the middle of an epoch, and its training images have changed since ({counts}). "
+                f"Restore them, or start another run from it: --model {folder}"
+            )
+        said.append(f"The {name} images have changed ({counts}).")
+        if name == "validation":
+            said.append("What was the best so far is not compared with what comes.")
+            progress.forget_best()
+    return said

@@ -1,0 +1,223 @@
+"""A run that continues: what is given now counts, the fraction of the run that is done stays, its data are its data, and
+nothing is touched before everything has been checked."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from script_runner import run_script
+
+from hf_detr.data import draw_shapes_dataset
+from hf_detr.training import TrainingRun, build_schedule
+from hf_detr.training.optimization import build_ema, move_schedule, rescale_ema
+
+pytestmark = pytest.mark.xdist_group("resuming")
+EXAMPLE = Path(__file__).parents[1] / "examples" / "finetune.py"
+SMALL = [
+    "--dataset", "data", "--backbone", "test_resnet", "--backbone_weights", "none", "--image_size", "64", "--seed", "3",
+    "--num_workers", "0", "--eval_every", "2", "--epochs", "6", "--batch_size", "8", "--learning_rate", "1e-3",
+    "--set", "d_model=32", "encoder_layers=1", "decoder_layers=1", "encoder_ffn_dim=32", "decoder_ffn_dim=32",
+    "num_queries=6",
+]  # fmt: skip
+
+
+def stop_after_two_epochs():
+    end = TrainingRun.end_epoch
+
+    def end_and_stop(run, line):
+        end(run, line)
+        if run.progress.epoch == 2:
+            run.stop.end()
+            raise SystemExit(3)
+
+    TrainingRun.end_epoch = end_and_stop
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A folder with data, and a run of six epochs that was stopped after two, in `run`."""
+    folder = tmp_path_factory.mktemp("stopped")
+    draw_shapes_dataset(folder / "data", num_train=32, num_val=4, progress=False)
+    code, output = run_script(EXAMPLE, *SMALL, "--output_dir", "run", cwd=folder, setup=stop_after_two_epochs)
+    assert code == 3, output
+    return folder
+
+
+@pytest.fixture
+def again(stopped, tmp_path):
+    """A copy of it, and a function that continues the run with more arguments: exit code, output and log."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+
+    def resume(*arguments, **options):
+        code, output = run_script(EXAMPLE, "--output_dir", "run", "--resume", *arguments, cwd=tmp_path, **options)
+        lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+        return code, output, [json.loads(line) for line in lines]
+
+    return tmp_path, resume
+
+
+def rates(log):
+    return {line["epoch"]: line["learning_rate"] for line in log}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stopped):
+    code, output = run_script(EXAMPLE, *SMALL, "--output_dir", "whole", cwd=stopped)
+    assert code == 0, output
+    return rates(json.loads(line) for line in (stopped / "whole" / "log.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ((), {}),
+        (("--batch_size", "4"), {}),
+        (("--batch_size", "16"), {}),
+        (("--gradient_accumulation_steps", "2"), {}),
+        ((), {"processes": 2}),
+    ],
+    ids=["same", "batch 4", "batch 16", "accumulated", "two processes"],
+)
+def test_the_rate_keeps_its_place_in_the_run_when_an_epoch_has_other_steps(again, undisturbed, arguments, options):
+    code, output, log = again[1](*arguments, **options)
+    assert code == 0, output
+    assert rates(log) == pytest.approx(undisturbed, rel=0.02, abs=1e-6)
+    assert rates(log)[6] == 0
+
+
+def test_rates_and_decay_that_are_given_now_count_from_now_on(again, undisturbed):
+    code, output, log = again[1]("--learning_rate", "1e-5", "--backbone_learning_rate", "3e-5", "--weight_decay", "0.5")
+    assert code == 0, output
+    found = rates(log)
+    for epoch in (3, 4, 5):
+        assert found[epoch] == pytest.approx(undisturbed[epoch] / 100)
+    state = torch.load(again[0] / "run" / "checkpoint-24-epoch-6" / "optimizer.bin", weights_only=True)
+    decays = {group["weight_decay"] for group in state["param_groups"]}
+    assert decays == {0.0, 0.5}
+    assert json.loads((again[0] / "run" / "args.json").read_text())["learning_rate"] == 1e-5
+    assert "learning_rate 0.001, now 1e-05" in output
+
+
+def test_going_on_after_the_end_warms_up_and_says_so(again):
+    code, output, _ = again[1]()
+    assert code == 0, output
+    code, output, log = again[1]("--epochs", "10")
+    assert code == 0, output
+    assert "The learning rate had fallen to 0. It rises to 0.001 again" in output
+    assert rates(log)[8] > 0
+    assert rates(log)[10] == 0
+
+
+def rename_class(folder):
+    for file in (folder / "data" / "annotations").glob("*.json"):
+        file.write_text(file.read_text().replace('"ellipse"', '"oval"'))
+
+
+def more_images(folder):
+    shutil.rmtree(folder / "data")
+    draw_shapes_dataset(folder / "data", num_train=40, num_val=4, progress=False)
+
+
+def other_validation(folder):
+    file = folder / "data" / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    content["annotations"] = content["annotations"][:-1]
+    file.write_text(json.dumps(content))
+
+
+def everything(folder):
+    return {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*") if path.name != ".lock"}
+
+
+def damage_weights(folder):
+    path = next((folder / "run").glob("checkpoint-*")) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage_optimizer(folder):
+    path = next((folder / "run").glob("checkpoint-*")) / "optimizer.bin"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (rename_class, "['ellipse'] are gone and ['oval'] are new"),
+        (damage_weights, "model.safetensors is damaged"),
+        (damage_optimizer, "optimizer.bin is damaged"),
+    ],
+)
+def test_a_run_that_cannot_continue_is_left_as_it_is(again, change, message):
+    folder, resume = again
+    (folder / "run" / "last").mkdir()
+    change(folder)
+    before = everything(folder)
+    code, output, _ = resume()
+    assert code == 1
+    assert message in output
+    assert "Traceback" not in output
+    assert everything(folder) == before
+
+
+def test_other_images_are_told_between_epochs(again):
+    folder, resume = again
+    more_images(folder)
+    code, output, log = resume()
+    assert code == 0, output
+    assert "The training images have changed (32 before, 40 now)." in output
+    assert rates(log)[6] == 0
+
+
+def test_after_other_validation_images_the_best_is_found_anew(again):
+    folder, resume = again
+    other_validation(folder)
+    code, output, _ = resume()
+    assert code == 0, output
+    assert "The validation images have changed (4 before, 4 now)." in output
+    assert "not compared" in output
+    assert json.loads((folder / "run" / "metrics.json").read_text())["epoch"] > 2
+
+
+# -- the parts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["wsd", "step", "linear", "cosine", "constant"])
+def test_a_schedule_is_put_at_a_step_whatever_the_optimizer_had(kind):
+    def optimizer(rate):
+        return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+
+    walked = build_schedule(optimizer(0.1), kind, warmup=0.1, decay=0.3, total_steps=50)
+    expected = []
+    for _ in range(50):
+        expected.append(walked.get_last_lr()[0])
+        walked.optimizer.step()
+        walked.step()
+    for step in (0, 3, 17, 40, 49):
+        moved = build_schedule(optimizer(0.1), kind, warmup=0.1, decay=0.3, total_steps=50)
+        moved.optimizer.param_groups[0].update(lr=7.0, initial_lr=7.0)  # of a checkpoint
+        move_schedule(moved, step)
+        assert moved.get_last_lr()[0] == moved.optimizer.param_groups[0]["lr"] == expected[step]
+
+
+def test_an_average_forgets_as_fast_per_image_with_other_batches():
+    """Weights that stand still at 1 after they were 0: the average after two epochs of 100 steps, and of 100 and 50."""
+
+    def averaged(steps_of_epochs):
+        model = torch.nn.Linear(1, 1, bias=False)
+        model.weight.data.zero_()
+        ema = build_ema(model, 0.99)
+        before = steps_of_epochs[0]
+        model.weight.data.fill_(1.0)
+        for steps in steps_of_epochs:
+            rescale_ema(ema, first=steps_of_epochs[0], before=before, now=steps)
+            for _ in range(steps):
+                ema.update_parameters(model)
+            before = steps
+        return 1 - ema.module.weight.item()
+
+    assert averaged([100, 50]) == pytest.approx(averaged([100, 100]), rel=0.05)
+    assert averaged([100, 400]) == pytest.approx(averaged([100, 100]), rel=0.05)
