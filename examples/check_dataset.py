@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from hf_detr.dataset_check import KINDS, check_dataset, write_clean_copy, write_page
+from hf_detr.runtime import exit_on_error, prepare_output, require_source
 
 
 def main() -> int:
@@ -44,6 +45,9 @@ def main() -> int:
     for file in (args.report, args.json):
         if file is not None and file.resolve().is_relative_to(Path(args.dataset).resolve()):
             parser.error(f"{file} is inside {args.dataset}, which is never modified. Choose another file.")
+    require_source(args.dataset)
+    prepare_output(args.report)
+    prepare_output(args.json)
     files = {split: getattr(args, split) for split in ("train", "val", "test") if getattr(args, split)}
 
     try:
@@ -93,4 +97,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with exit_on_error():
+        sys.exit(main())

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hf_detr import DetrForDetection, DetrImageProcessor
 from hf_detr.interop import load_original, save_for_transformers
+from hf_detr.runtime import exit_on_error, prepare_output, require_source
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,28 +44,24 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    require_source(args.source)
+    prepare_output(args.output_dir)
     if args.is_original:
         labels = json.loads(args.labels.read_text()) if args.labels else None
         if labels is not None:
             labels = {int(i): name for i, name in (labels.items() if isinstance(labels, dict) else enumerate(labels))}
-        try:
-            model, notes = load_original(
-                args.source, dilation=args.dilation, attention_heads=args.attention_heads, id2label=labels
-            )
-        except (OSError, ValueError) as error:
-            raise SystemExit(str(error)) from error
+        model, notes = load_original(
+            args.source, dilation=args.dilation, attention_heads=args.attention_heads, id2label=labels
+        )
         processor = DetrImageProcessor()  # its defaults are the paper's
     else:
         model, info = DetrForDetection.from_pretrained(args.source, revision=args.revision, output_loading_info=True)
         processor = DetrImageProcessor.from_pretrained(args.source, revision=args.revision)
         if info["missing_keys"]:
-            raise SystemExit(f"{args.source} has no weights for {sorted(info['missing_keys'])}; nothing was written.")
+            raise ValueError(f"{args.source} has no weights for {sorted(info['missing_keys'])}; nothing was written.")
         notes = [f"{len(info['unexpected_keys'])} weights that do not belong to the model are dropped."]
     if args.to == "transformers":
-        try:
-            save_for_transformers(model, processor, args.output_dir)
-        except ValueError as error:
-            raise SystemExit(str(error)) from error
+        save_for_transformers(model, processor, args.output_dir)
     else:
         model.save_pretrained(args.output_dir)
         processor.save_pretrained(args.output_dir)
@@ -78,4 +75,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

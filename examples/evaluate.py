@@ -21,9 +21,9 @@ from hf_detr.evaluation import (
     write_report,
 )
 from hf_detr.export import is_exported, load_exported
-from hf_detr.runtime import import_extra
+from hf_detr.runtime import exit_on_error, import_extra, prepare_output, require_source
 from hf_detr.speed import prepare_for_inference
-from hf_detr.training import exit_on_error, use_all_cores
+from hf_detr.training import use_all_cores
 
 
 def main() -> None:
@@ -66,6 +66,10 @@ def main() -> None:
             f"--save_thresholds writes into the checkpoint, and {args.model} is not a local folder with a preprocessor."
         )
 
+    require_source(args.model)
+    require_source(args.dataset)
+    prepare_output(args.output)
+    prepare_output(args.report, folder=True)
     import_extra("hotcoco", "evaluation")
     accelerator = Accelerator()
     if accelerator.device.type == "cpu":

@@ -30,19 +30,16 @@ from hf_detr import DetrForDetection, DetrImageProcessor
 from hf_detr.data import DetectionCollator, load_detection_dataset
 from hf_detr.evaluation import evaluate_detection
 from hf_detr.export import export_model
-from hf_detr.runtime import import_extra
+from hf_detr.runtime import exit_on_error, import_extra, prepare_output, require_source
 from hf_detr.training import use_all_cores
 
 
 def main() -> None:
     args = parse_args()
-    try:
-        export(args)
-    except (ImportError, OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
-
-
-def export(args: argparse.Namespace) -> None:
+    require_source(args.model)
+    if args.dataset:
+        require_source(args.dataset)
+    prepare_output(args.output_dir)
     use_all_cores()
     if args.dataset:
         import_extra("hotcoco", "evaluation")
@@ -101,4 +98,5 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

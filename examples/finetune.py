@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 
+from hf_detr.runtime import exit_on_error
 from hf_detr.speed import prepare_for_training
 from hf_detr.training import (
     TrainingRun,
@@ -31,7 +32,6 @@ from hf_detr.training import (
     build_processor,
     build_schedule,
     compile_for_training,
-    exit_on_error,
     identify,
     load_data,
     parameter_groups,

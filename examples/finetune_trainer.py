@@ -6,28 +6,38 @@ accelerate launch examples/finetune_trainer.py --dataset FOLDER
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torchvision.transforms import v2
 from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor, data, training
 from hf_detr.evaluation import TrainerMetrics
+from hf_detr.runtime import exit_on_error
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help="annotated folder or Hub id; default: draw shapes into data/shapes")
     parser.add_argument("--epochs", type=int, help="default: the recipe's")
-    parser.add_argument("--output_dir", default="runs/trainer")
+    parser.add_argument(
+        "--output_dir", help="default: the next free runs/trainer-N; a run that was stopped there goes on"
+    )
     args = parser.parse_args()
     # by default it treats each of several processes without an accelerator as a launch of one process
     state = PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
     training.use_all_cores(state.num_processes)
     set_seed(0)
 
+    output_dir = args.output_dir or training.next_free_run("trainer")
+    state.wait_for_everyone()  # all processes have looked before one makes the folder
+    if (Path(output_dir) / "eval_results.json").exists():
+        raise FileExistsError(f"{output_dir} holds a run that has ended. Name another --output_dir.")
+    newest = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
     with state.main_process_first():  # the others use what the first has drawn and cached
         folder = args.dataset or data.draw_shapes_dataset("data/shapes")
         train_set = data.load_detection_dataset(folder, "train")
@@ -58,7 +68,7 @@ def main() -> None:
     trainer = training.DetrTrainer(
         model,
         TrainingArguments(
-            args.output_dir, num_train_epochs=values["epochs"], per_device_train_batch_size=values["batch_size"],
+            output_dir, num_train_epochs=values["epochs"], per_device_train_batch_size=values["batch_size"],
             per_device_eval_batch_size=values["batch_size"], bf16=training.preferred_precision() == "bf16",
             dataloader_num_workers=2 if args.dataset else 0, remove_unused_columns=False, eval_do_concat_batches=False,
             eval_strategy="steps", eval_steps=steps * min(values["eval_every"], values["epochs"]), report_to="none",
@@ -70,7 +80,7 @@ def main() -> None:
         compute_metrics=metrics, preprocess_logits_for_metrics=metrics.collect,
         optimizers=(optimizer, training.build_schedule(optimizer, values["schedule"], **schedule)),
     )  # fmt: skip
-    trainer.train()
+    trainer.train(resume_from_checkpoint=newest)
     found = trainer.evaluate()  # of the best checkpoint, which was loaded at the end
     trainer.save_model()
     trainer.log_metrics("eval", found)
@@ -79,4 +89,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -29,8 +29,7 @@ The first two are written atomically. The same command resumes after the frames 
 """
 
 import argparse
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ from hf_detr.prediction import (
     open_video_job,
     predict_batch,
 )
-from hf_detr.runtime import LongBarrier, StopRequest, end_with_launcher
+from hf_detr.runtime import LongBarrier, StopRequest, end_with_launcher, exit_on_error, require_source
 from hf_detr.speed import prepare_for_inference
 from hf_detr.training import use_all_cores
 from hf_detr.visualization import draw_detections
@@ -75,7 +74,8 @@ def main() -> None:
     use_all_cores(accelerator.num_processes)
     if is_video(args.images) and accelerator.num_processes > 1:
         raise SystemExit("A video is predicted by one process. Run without a launcher, or with --num_processes 1.")
-    with foreseeable_errors(), accelerator.main_process_first():  # the other processes load from the cache
+    require_source(args.model)
+    with accelerator.main_process_first():  # the other processes load from the cache
         model = DetrForDetection.from_pretrained(args.model)
         processor = DetrImageProcessor.from_pretrained(args.model)
     dtype = getattr(torch, args.dtype) if args.dtype else model.dtype
@@ -101,9 +101,8 @@ def predict_images(args: argparse.Namespace, accelerator: Accelerator, detector,
     barrier = LongBarrier()
     if not accelerator.is_main_process:
         barrier.wait()
-    with foreseeable_errors():
-        id2label = detector.model.config.id2label
-        job = open_job(args.output_dir, args.images, settings, id2label, process_index=accelerator.process_index)
+    id2label = detector.model.config.id2label
+    job = open_job(args.output_dir, args.images, settings, id2label, process_index=accelerator.process_index)
     if accelerator.is_main_process:
         barrier.wait()
     if job.finished:
@@ -111,8 +110,7 @@ def predict_images(args: argparse.Namespace, accelerator: Accelerator, detector,
             print(f"Already done, nothing was changed: {job.detections_file}")
         return
 
-    with foreseeable_errors():
-        images = job.pending(accelerator.num_processes, accelerator.process_index)
+    images = job.pending(accelerator.num_processes, accelerator.process_index)
     barrier.wait()  # no shard is written before all processes have listed the pending images
     stop = StopRequest()
     if detect(args, accelerator, job, detector, images, stop):
@@ -122,8 +120,7 @@ def predict_images(args: argparse.Namespace, accelerator: Accelerator, detector,
     stop.end()
     barrier.wait()  # all shards are written
     if accelerator.is_main_process:
-        with foreseeable_errors():
-            summary = merge_shards(job)
+        summary = merge_shards(job)
         print(f"{summary.objects} objects in {summary.images} images: {job.detections_file}")
         for path, reason in summary.errors:
             print(f"not read: {path}: {reason}")
@@ -163,9 +160,8 @@ def detect(
 
 
 def predict_video(args: argparse.Namespace, detector, settings: dict[str, Any]) -> None:
-    with foreseeable_errors():
-        reader = VideoReader(args.images)
-        job = open_video_job(args.output_dir, args.images, settings, pictures=args.pictures is not False)
+    reader = VideoReader(args.images)
+    job = open_video_job(args.output_dir, args.images, settings, pictures=args.pictures is not False)
     if job.result is not None:
         print(f"Already done, nothing was changed: {job.records}")
         return
@@ -208,15 +204,6 @@ def detect_in_frames(
         return output.finish()
 
 
-@contextmanager
-def foreseeable_errors() -> Iterator[None]:
-    """Turn errors about arguments, files and missing packages into one sentence and exit code 1."""
-    try:
-        yield
-    except (ImportError, OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="an image, a folder (searched recursively), or a video")
@@ -241,6 +228,8 @@ def parse_args() -> argparse.Namespace:
         args.tiling = Tiling(args.tile, args.overlap) if args.tile is not None else None
     except ValueError as error:
         parser.error(f"--tile, --overlap: {error}")
+    if not 0 <= args.threshold <= 1:
+        parser.error("--threshold is a score between 0 and 1.")
     for name in ("batch_size", "shard_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1.")
@@ -250,4 +239,5 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

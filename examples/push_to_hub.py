@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from hf_detr.hub import TEMPLATE, model_card_of, push_folder
+from hf_detr.runtime import exit_on_error, prepare_output
 
 
 def main() -> None:
@@ -37,6 +38,7 @@ def main() -> None:
     if args.card_only:
         if args.card_only.exists():
             parser.error(f"{args.card_only} already exists.")
+        prepare_output(args.card_only)
         model_card_of(args.folder, args.repo_id, **about).save(args.card_only)
         print(f"Written to {args.card_only}")
         return
@@ -54,4 +56,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

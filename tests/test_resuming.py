@@ -1,4 +1,4 @@
-"""A run that continues: what is given now counts, the fraction of the run that is done stays, its data are its data, and
+"""A run that continues: what is given now counts, the fraction of it that is done stays, its data are its data, and
 nothing is touched before everything has been checked."""
 
 import json

@@ -9,7 +9,7 @@ from pathlib import Path
 from torchvision.transforms import v2
 
 from hf_detr.data import Augmentation
-from hf_detr.training import exit_on_error
+from hf_detr.runtime import exit_on_error
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import finetune

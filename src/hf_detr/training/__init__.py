@@ -3,11 +3,11 @@
 from ..model.timm_network import feature_strides
 from ..runtime.cores import use_all_cores
 from .arguments import parse_finetune_args
-from .foreseeable_errors import exit_on_error
 from .launch import build_accelerator
 from .optimization import build_ema, build_schedule, parameter_groups, preferred_precision
 from .recipes import choose_recipe, summarize
 from .run_data import identify
+from .run_folder import next_free_run
 from .run_recipe import resolve_recipe
 from .setup import (
     build_loaders,
@@ -33,10 +33,10 @@ __all__ = [
     "build_schedule",
     "choose_recipe",
     "compile_for_training",
-    "exit_on_error",
     "feature_strides",
     "identify",
     "load_data",
+    "next_free_run",
     "parameter_groups",
     "parse_finetune_args",
     "preferred_precision",

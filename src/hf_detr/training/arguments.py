@@ -1,6 +1,7 @@
 """The command line of `examples/finetune.py` as frozen dataclasses."""
 
 import json
+import math
 import os
 from argparse import Action, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -16,6 +17,12 @@ from .optimization import SCHEDULES
 from .recipes import AUGMENTATIONS, RECIPES
 
 METRICS = ("AP", "AP50", "AP75", "AR100")
+# Fields of DetrConfig on which the shape or the meaning of trained weights depends.
+SHAPES_OF_WEIGHTS = (
+    "backbone", "backbone_kwargs", "dilation", "feature_stride", "d_model", "encoder_layers", "encoder_attention_heads",
+    "encoder_ffn_dim", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim", "activation_function",
+    "pre_norm", "position_embedding_type", "query_type", "modulate_attention",
+)  # fmt: skip
 
 
 def option(help: str, default: Any = None, **metadata: Any) -> Any:
@@ -100,7 +107,15 @@ class ModelArguments:
         _check_at_least_one(self, "lora_rank")
         if self.lora_rank and not self.model:
             raise ValueError("--lora_rank adapts a trained detector: name one with --model")
-        self.config_fields()
+        for name in ("backbone", "backbone_weights"):
+            if self.model and getattr(self, name):
+                raise ValueError(f"--{name} starts a new model, and --model names a trained one: give one of them")
+        shapes = sorted(set(self.config_fields()) & set(SHAPES_OF_WEIGHTS)) if self.model else []
+        if shapes:
+            raise ValueError(
+                f"--set {shapes[0]}=... changes the weights of --model, which would start at random. Only its classes, "
+                "num_queries, num_channels and what is not in its weights can change"
+            )
 
     def config_fields(self) -> dict[str, Any]:
         """`--set` as fields of [`DetrConfig`] and their values."""
@@ -126,6 +141,9 @@ class RecipeArguments:
 
     def __post_init__(self) -> None:
         _check_at_least_one(self, "epochs", "batch_size", "eval_every")
+        for name in ("learning_rate", "backbone_learning_rate", "weight_decay"):
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
+                raise ValueError(f"--{name} must be a number that is at least 0")
         for name in ("warmup", "decay"):
             if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise ValueError(f"--{name} is a fraction of all steps, between 0 and 1")
@@ -166,8 +184,10 @@ class RunArguments:
     def __post_init__(self) -> None:
         _check_at_least_one(self, "gradient_accumulation_steps", "save_total_limit", "logging_steps", "early_stopping")
         _check_at_least_one(self, "max_detections")
-        if self.save_minutes < 0:
-            raise ValueError("--save_minutes must not be negative")
+        if not 0 <= self.save_minutes < math.inf:
+            raise ValueError("--save_minutes must be a number that is at least 0")
+        if self.seed < 0:
+            raise ValueError("--seed must not be negative")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError("--ema is a decay between 0 and 1, such as 0.9998")
 

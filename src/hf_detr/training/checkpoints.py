@@ -169,13 +169,14 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, progress: Progre
         accelerator.load_state(str(checkpoint))
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{checkpoint} does not fit this run: {str(error).splitlines()[0][:300]}") from error
-    different = ", ".join(f"{k} {v}, now {spread[k]}" for k, v in progress.spread.items() if v != spread[k])
+    before = progress.spread
+    different = ", ".join(
+        f"{name} {value}, now {spread[name]}" for name, value in before.items() if value != spread[name]
+    )
     if different and progress.batches:
         raise ValueError(
             f"{checkpoint} was saved in the middle of an epoch, whose remaining batches depend on: {different}"
         )
-    if different:
-        accelerator.print(f"Different from the beginning of the run: {different}")
     batches = f" and {progress.batches} batches" if progress.batches else ""
     accelerator.print(f"Resumed after epoch {progress.epoch}{batches}")
 

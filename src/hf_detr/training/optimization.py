@@ -58,20 +58,21 @@ def build_schedule(
         warmup: fraction of the steps, at the beginning, in which the rate rises linearly.
         decay: fraction of the steps, at the end, in which it falls or is low.
     """
-    rising, falling = round(warmup * total_steps), round(decay * total_steps)
+    rising, falling = warmup * total_steps, decay * total_steps  # not rounded: an epoch may get other steps later
+
+    def warm(step: int) -> float:
+        return min(1.0, step / rising) if rising else 1.0
+
+    def wsd(step: int) -> float:
+        return warm(step) * (min(1.0, max(0.0, total_steps - step) / falling) if falling else 1.0)
 
     def step_schedule(step: int) -> float:
-        return min(1.0, (step + 1) / max(rising, 1)) * (1.0 if step < total_steps - falling else 0.1)
+        return warm(step + 1) * (1.0 if step < total_steps - falling else 0.1)
 
-    if kind == "step":
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, step_schedule)
-    options = {"num_decay_steps": falling, "decay_type": "linear"} if kind == "wsd" else {}
+    if kind in ("wsd", "step"):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, wsd if kind == "wsd" else step_schedule)
     schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
-        "warmup_stable_decay" if kind == "wsd" else kind,
-        optimizer,
-        num_warmup_steps=rising,
-        num_training_steps=total_steps,
-        scheduler_specific_kwargs=options,
+        kind, optimizer, num_warmup_steps=round(rising), num_training_steps=total_steps
     )
     return schedule
 

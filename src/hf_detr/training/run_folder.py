@@ -36,12 +36,14 @@ class RunFolder(NamedTuple):
     Args:
         arguments: as written to `args.json`; `found` is what the run has found with `--auto_batch_size` before.
         checkpoint: to continue from, if there is one.
+        changes: arguments that are not those of the beginning of the run, each in words.
         lock: held until it is released or the process ends. None on all processes but the main one.
     """
 
     path: Path
     arguments: dict[str, Any]
     checkpoint: Path | None
+    changes: list[str]
     lock: BaseFileLock | None
 
 
@@ -58,7 +60,7 @@ def acquire_run_dir(
         TimeoutError: another process holds the lock.
         ValueError: a file of the checkpoint to continue from is damaged.
     """
-    folder = Path(output_dir) if output_dir else _next_free(name)
+    folder = Path(output_dir) if output_dir else next_free_run(name)
     accelerator.wait_for_everyone()  # all processes have looked for a free folder before one creates it
     lock = _lock(folder) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()  # a run that was ending has written all its files
@@ -83,7 +85,8 @@ def acquire_run_dir(
     accelerator.wait_for_everyone()
     if not (folder / "args.json").is_file():
         raise FileNotFoundError(f"This machine does not see {folder}. Name an --output_dir that all machines share.")
-    return RunFolder(folder, dict(arguments) | found, checkpoint, lock)
+    changes = _differences(saved, arguments) if checkpoint is not None else []
+    return RunFolder(folder, dict(arguments) | found, checkpoint, changes, lock)
 
 
 def begin(folder: RunFolder, accelerator: Accelerator) -> None:
@@ -100,7 +103,8 @@ def write_arguments(folder: Path, arguments: Mapping[str, Any], accelerator: Acc
             json.dump(dict(arguments), file, indent=2)
 
 
-def _next_free(name: str) -> Path:
+def next_free_run(name: str) -> Path:
+    """The first of `runs/NAME-1`, `runs/NAME-2`, ... that does not exist."""
     number = 1
     while Path(f"runs/{name}-{number}").exists():
         number += 1
@@ -116,16 +120,25 @@ def _read_arguments(folder: Path) -> dict[str, Any]:
 
 
 def _check_same_run(folder: Path, saved: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
-    now = json.loads(json.dumps(dict(arguments)))
-    names = sorted({*saved, *now} - set(CHANGEABLE))
-    different = [
-        f"{name}: {saved.get(name)} there, {now.get(name)} here" for name in names if saved.get(name) != now.get(name)
-    ]
+    different = _differences(saved, arguments, "{name}: {before} there, {now} here")
     if different:
         raise FileExistsError(
             f"{folder} holds another run ({'; '.join(different)}). "
             "Name another --output_dir, or --resume the run there."
         )
+
+
+def _differences(
+    saved: Mapping[str, Any], arguments: Mapping[str, Any], form: str = "{name} {before}, now {now}"
+) -> list[str]:
+    """Arguments that matter and are not as saved, each in words."""
+    now = json.loads(json.dumps(dict(arguments)))
+    names = sorted({*saved, *now} - set(CHANGEABLE))
+    return [
+        form.format(name=name, before=saved.get(name), now=now.get(name))
+        for name in names
+        if saved.get(name) != now.get(name)
+    ]
 
 
 def _lock(folder: Path) -> BaseFileLock:

@@ -71,7 +71,7 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
         if args.data.overfit:
             given = OVERFIT | given
         if args.data.quick:
-            given |= QUICK
+            given = QUICK | given
         start: Start = "checkpoint" if args.model.model else "scratch" if random_backbone else "backbone"
         backbone = config.get("backbone") or args.model.backbone
         backbone = backbone or (EMBEDDED_BACKBONE if args.embedded else "resnet50")

@@ -27,6 +27,7 @@ from ..data.schema import learned_objects
 from ..model.configuration_hf_detr import DetrConfig
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
+from ..runtime import require_source
 from .arguments import FinetuneArguments
 from .lora import add_lora
 from .run_recipe import RunRecipe
@@ -45,6 +46,9 @@ def load_data(args: FinetuneArguments, accelerator: Accelerator) -> tuple[Any, A
         ValueError: something is wrong with the data; the message names file, record and fix.
     """
     data, progress = args.data, accelerator.is_main_process
+    for source in (data.dataset, args.model.model):
+        if source:
+            require_source(source)
     with accelerator.main_process_first():
         if data.is_drawn:
             few = {"num_train": QUICK_IMAGES, "num_val": 16} if data.quick else {}
@@ -56,8 +60,15 @@ def load_data(args: FinetuneArguments, accelerator: Accelerator) -> tuple[Any, A
                 raise ValueError(f"{data.location}: no training image has an object, so there is nothing to learn.")
             train_set = train_set.select(with_objects[: data.overfit])
             return train_set, train_set
-        names = id2label(train_set)
-        return train_set, load_detection_dataset(split="val", id2label=names, progress=progress, **data.source)
+        val_set = load_detection_dataset(split="val", id2label=id2label(train_set), progress=progress, **data.source)
+        for name, dataset in (("training", train_set), ("validation", val_set)):
+            if not any(learned_objects(objects)["bbox"] for objects in dataset["objects"]):
+                what = "learned" if name == "training" else "measured"
+                raise ValueError(
+                    f"{data.location}: none of the {len(dataset)} {name} images has an object (crowds do not count), "
+                    f"so nothing can be {what}. check_dataset.py shows what was read."
+                )
+        return train_set, val_set
 
 
 def repeat_images(args: FinetuneArguments, train_set: Any, accelerator: Accelerator) -> Any:
@@ -196,7 +207,15 @@ def describe_run(
     if args.model.lora_rank:
         start += f" LoRA adapters of rank {args.model.lora_rank} and the heads are trained."
     if recipe.data.max_objects > (queries := model.config.num_queries):
-        start += f"\nUp to {recipe.data.max_objects} objects per image, but {queries} queries: some cannot be learned."
+        start += (
+            f"\nUp to {recipe.data.max_objects} objects per image, but {queries} queries: some cannot be learned. For "
+            f"more queries: --set num_queries={round(1.25 * recipe.data.max_objects)}"
+        )
+    if recipe.data.max_objects > args.run.max_detections:
+        start += (
+            f"\nUp to {recipe.data.max_objects} objects per image: the metrics count {args.run.max_detections} "
+            f"detections per image and class. For more: --max_detections {recipe.data.max_objects}"
+        )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     device = f"{accelerator.num_processes} x {accelerator.device}"
     threads = f" with {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""

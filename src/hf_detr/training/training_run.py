@@ -124,6 +124,8 @@ class TrainingRun:
         if self.folder.checkpoint:
             weight_decays = [group["weight_decay"] for group in scheduler.optimizer.param_groups]
             load_checkpoint(accelerator, self.folder.checkpoint, progress, spread)
+            if self.folder.changes:
+                accelerator.print(f"Different from the beginning of the run: {', '.join(self.folder.changes)}")
             for sentence in check_data(progress, data, self.path):
                 accelerator.print(sentence)
             for group, weight_decay in zip(scheduler.optimizer.param_groups, weight_decays, strict=True):
