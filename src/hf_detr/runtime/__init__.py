@@ -1,6 +1,6 @@
 """What long jobs need: atomic writes, file locks, clean stops on signals, CPU threads, and optional packages."""
 
-from .errors import describe_error, exit_on_error, prepare_output, require_source
+from .errors import exit_on_error, prepare_output, require_source
 from .extras import import_extra
 from .files import PARTIAL, acquire_lock, atomic_write, sync
 from .stop import LongBarrier, StopRequest, end_with_launcher
@@ -11,7 +11,6 @@ __all__ = [
     "StopRequest",
     "acquire_lock",
     "atomic_write",
-    "describe_error",
     "end_with_launcher",
     "exit_on_error",
     "import_extra",

@@ -30,10 +30,10 @@ def exit_on_error() -> Iterator[None]:
             raise
         sys.stdout.flush()
         where = "" if _raised_by_package(error) else f" ({DEBUG} shows where.)"
-        sys.exit(describe_error(error) + where)
+        sys.exit(_describe(error) + where)
 
 
-def describe_error(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     """The message of an error, for a person: without empty lines, and with its kind where it says nothing else."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, KeyError) or not lines:

@@ -110,8 +110,8 @@ class ModelArguments:
         for name in ("backbone", "backbone_weights"):
             if self.model and getattr(self, name):
                 raise ValueError(f"--{name} starts a new model, and --model names a trained one: give one of them")
-        shapes = sorted(set(self.config_fields()) & set(SHAPES_OF_WEIGHTS)) if self.model else []
-        if shapes:
+        shapes = sorted(set(self.config_fields()) & set(SHAPES_OF_WEIGHTS))
+        if self.model and shapes:
             raise ValueError(
                 f"--set {shapes[0]}=... changes the weights of --model, which would start at random. Only its classes, "
                 "num_queries, num_channels and what is not in its weights can change"
