@@ -45,12 +45,12 @@ def main() -> int:
     for file in (args.report, args.json):
         if file is not None and file.resolve().is_relative_to(Path(args.dataset).resolve()):
             parser.error(f"{file} is inside {args.dataset}, which is never modified. Choose another file.")
-    require_source(args.dataset)
     prepare_output(args.report)
     prepare_output(args.json)
     files = {split: getattr(args, split) for split in ("train", "val", "test") if getattr(args, split)}
 
     try:
+        require_source(args.dataset)
         result = check_dataset(
             args.dataset,
             files=files or None,

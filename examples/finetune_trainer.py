@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor, data, training
 from hf_detr.evaluation import TrainerMetrics
 from hf_detr.runtime import exit_on_error
+from hf_detr.training import DetrTrainer, next_free_run
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
     training.use_all_cores(state.num_processes)
     set_seed(0)
 
-    output_dir = args.output_dir or training.next_free_run("trainer")
+    output_dir = args.output_dir or next_free_run("trainer")
     state.wait_for_everyone()  # all processes have looked before one makes the folder
     if (Path(output_dir) / "eval_results.json").exists():
         raise FileExistsError(f"{output_dir} holds a run that has ended. Name another --output_dir.")
@@ -65,7 +66,7 @@ def main() -> None:
     steps = math.ceil(len(train_set) / (values["batch_size"] * state.num_processes))  # per epoch
     schedule = {"warmup": values["warmup"], "decay": values["decay"], "total_steps": values["epochs"] * steps}
     metrics = TrainerMetrics(processor, names)
-    trainer = training.DetrTrainer(
+    trainer = DetrTrainer(
         model,
         TrainingArguments(
             output_dir, num_train_epochs=values["epochs"], per_device_train_batch_size=values["batch_size"],

@@ -546,7 +546,7 @@ def test_the_script_guards_a_pipeline_and_fixes(folder, tmp_path, monkeypatch, c
     assert run(folder, "--fix", "cleaned")[0] == 2, "an existing folder is not overwritten"
     code, output = run(tmp_path / "nowhere")
     assert code == 2
-    assert "does not exist" in output
+    assert "There is no" in output
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "train.json").write_text("{")
     code, output = run(tmp_path / "broken")
