@@ -1,22 +1,24 @@
-"""Detect objects in an image, a folder of images of any size, or a video.
+"""Detect objects in images, folders of images of any size, and videos.
 
-    python examples/predict.py IMAGE_OR_FOLDER --model CHECKPOINT
+    python examples/predict.py IMAGE_OR_FOLDER ... --model CHECKPOINT
     accelerate launch examples/predict.py FOLDER --model CHECKPOINT --output_dir DIR --batch_size 8
     python examples/predict.py FOLDER --model CHECKPOINT --tile 800 --overlap 0.25
     python examples/predict.py clip.mp4 --model CHECKPOINT
 
-Files in the output folder, for images:
+Inputs are paths or URLs; the model is a checkpoint, or what export.py has written. Files in the output folder, for
+images:
 
     detections.json    COCO results: image_id, category_id, bbox [x, y, width, height] in pixels, score
     images.json        the matching COCO images and categories, and the files that could not be read
     shards/*.parquet   the same, written during prediction: file, width, height, and lists of scores, labels, label_ids
                        and boxes (x_min, y_min, x_max, y_max in pixels); error tells why a file could not be read
-    FILE.png           pictures with boxes, by default for up to 1,000 images
+    FILE.png           pictures with boxes, by default for up to 1,000 images; never taken for input later
+    downloads/         what URLs name
 
 Image and category ids come from the folder's COCO annotations if it has any; otherwise they are positions in the sorted
 list of images, from 0, and class ids. After a kill or SIGTERM, the same command resumes the job, on any number of
-processes; only images that are in no shard are predicted again. The images of a job are fixed when it first starts. The
-number of threads and the sizes of batches and shards may change between starts; options that affect results may not.
+processes; only images that are in no shard are predicted, also those that were added since. The number of threads and
+the sizes of batches and shards may change between starts; options that affect results may not.
 
 For a video (one process only):
 
@@ -34,13 +36,15 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
-import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import pipeline
 
 from hf_detr import DetrForDetection, DetrImageProcessor
+from hf_detr.export import ExportedDetr, is_exported, load_exported
 from hf_detr.prediction import (
+    Inputs,
+    OutputFolder,
     PredictionJob,
     ShardWriter,
     Tiling,
@@ -48,13 +52,13 @@ from hf_detr.prediction import (
     VideoOutput,
     VideoReader,
     VideoSummary,
-    is_video,
     load_batches,
     load_frames,
     merge_shards,
     model_settings,
     open_job,
     open_video_job,
+    picture_of,
     predict_batch,
 )
 from hf_detr.runtime import LongBarrier, StopRequest, end_with_launcher, exit_on_error, require_source
@@ -72,42 +76,66 @@ def main() -> None:
     end_with_launcher()
     accelerator = Accelerator()
     use_all_cores(accelerator.num_processes)
-    if is_video(args.images) and accelerator.num_processes > 1:
+    inputs = Inputs(args.inputs)
+    if inputs.has_videos and accelerator.num_processes > 1:
         raise SystemExit("A video is predicted by one process. Run without a launcher, or with --num_processes 1.")
     require_source(args.model)
     with accelerator.main_process_first():  # the other processes load from the cache
-        model = DetrForDetection.from_pretrained(args.model)
         processor = DetrImageProcessor.from_pretrained(args.model)
-    dtype = getattr(torch, args.dtype) if args.dtype else model.dtype
-    name = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
-    settings = {"model": name, "threshold": args.threshold, "dtype": str(dtype).removeprefix("torch.")}
+        model, dtype = load_model(args)
+    settings = {"model": str(Path(args.model).resolve()) if Path(args.model).exists() else args.model}
+    settings |= {"threshold": args.threshold, "dtype": dtype}
     settings |= {"tile": args.tile, "overlap": args.overlap if args.tiling else None}
     settings |= model_settings(model, processor)
-    model = prepare_for_inference(model, dtype=dtype, compile=args.compile)
-    detector = pipeline(
-        "object-detection", model=model, image_processor=processor, device=args.device or accelerator.device
-    )
+    if not isinstance(model, ExportedDetr):
+        model = prepare_for_inference(model, dtype=dtype, compile=args.compile)
+    device = args.device or ("cpu" if isinstance(model, ExportedDetr) else accelerator.device)
+    detector = pipeline("object-detection", model=model, image_processor=processor, device=device)
     if args.num_workers is None:
         # on a CPU, the model uses all cores, and threads that read would slow it down
         args.num_workers = 0 if detector.device.type == "cpu" else 2
-    if is_video(args.images):
-        predict_video(args, detector, settings)
-    else:
-        predict_images(args, accelerator, detector, settings)
-    accelerator.end_training()
 
-
-def predict_images(args: argparse.Namespace, accelerator: Accelerator, detector, settings: dict[str, Any]) -> None:
     barrier = LongBarrier()
     if not accelerator.is_main_process:
         barrier.wait()
-    id2label = detector.model.config.id2label
-    job = open_job(args.output_dir, args.images, settings, id2label, process_index=accelerator.process_index)
+    plan = inputs.open(args.output_dir, settings, overwrite=args.overwrite, is_main=accelerator.is_main_process)
+    job, id2label = None, detector.model.config.id2label
+    if plan.images:
+        index = accelerator.process_index
+        job = open_job(plan.output.path, plan.images, plan.settings, id2label, process_index=index)
     if accelerator.is_main_process:
         barrier.wait()
+    if job is not None:
+        predict_images(args, accelerator, job, detector, plan.output)
+    for path, of_video in plan.videos.items():
+        predict_video(args, detector, path, of_video, plan.output)
+    barrier.wait()
+    if accelerator.is_main_process:
+        plan.output.finish()
+    accelerator.end_training()
+
+
+def load_model(args: argparse.Namespace) -> tuple[Any, str]:
+    """A checkpoint or an export, and the name of the dtype in which it computes."""
+    if not is_exported(args.model):
+        model = DetrForDetection.from_pretrained(args.model)
+        return model, args.dtype or str(model.dtype).removeprefix("torch.")
+    if args.compile or args.device not in (None, "cpu"):
+        raise ValueError(f"{args.model} is an export, which runs on the CPU: no --compile, and no --device but cpu.")
+    exported = load_exported(args.model, args.dtype)
+    return exported, args.dtype or exported.export["precision"]
+
+
+def predict_images(
+    args: argparse.Namespace, accelerator: Accelerator, job: PredictionJob, detector: Any, output: OutputFolder
+) -> None:
+    barrier = LongBarrier()
+    detections_file = output.target / job.detections_file.name
+    if accelerator.is_main_process:
+        print(*job.notes, sep="\n", end="\n" * bool(job.notes))
     if job.finished:
         if accelerator.is_main_process:
-            print(f"Already done, nothing was changed: {job.detections_file}")
+            print(f"Already done, nothing was changed: {detections_file}")
         return
 
     images = job.pending(accelerator.num_processes, accelerator.process_index)
@@ -121,11 +149,15 @@ def predict_images(args: argparse.Namespace, accelerator: Accelerator, detector,
     barrier.wait()  # all shards are written
     if accelerator.is_main_process:
         summary = merge_shards(job)
-        print(f"{summary.objects} objects in {summary.images} images: {job.detections_file}")
+        print(f"{summary.objects} objects in {summary.images} images: {detections_file}")
         for path, reason in summary.errors:
             print(f"not read: {path}: {reason}")
         if summary.unreadable > len(summary.errors):
-            print(f"{summary.unreadable - len(summary.errors)} more could not be read: {job.images_file}")
+            print(f"{summary.unreadable - len(summary.errors)} more could not be read: {job.images_file.name}")
+        if not summary.images:
+            raise ValueError(f"None of the {summary.unreadable} images could be read.")
+        if not summary.objects:
+            print(f"No score has reached --threshold {args.threshold}.")
 
 
 def detect(
@@ -149,7 +181,7 @@ def detect(
         for batch in batches:
             for prediction in predict_batch(detector, batch, args.threshold, args.tiling, args.batch_size):
                 if prediction.picture is not None:
-                    path = args.output_dir / f"{prediction.file}.png"
+                    path = picture_of(job.folder, prediction.file)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     draw_detections(prediction.picture, prediction.objects(id2label), label2id).save(path)
                 writer.add(prediction)
@@ -159,22 +191,25 @@ def detect(
     return False
 
 
-def predict_video(args: argparse.Namespace, detector, settings: dict[str, Any]) -> None:
-    reader = VideoReader(args.images)
-    job = open_video_job(args.output_dir, args.images, settings, pictures=args.pictures is not False)
+def predict_video(
+    args: argparse.Namespace, detector: Any, path: Path, settings: dict[str, Any], output: OutputFolder
+) -> None:
+    reader = VideoReader(path)
+    job = open_video_job(output.path, path, settings, pictures=args.pictures is not False)
+    records = output.target / job.records.name
     if job.result is not None:
-        print(f"Already done, nothing was changed: {job.records}")
+        print(f"Already done, nothing was changed: {records}")
         return
     stop = StopRequest()
     with reader:
         summary = detect_in_frames(args, job, detector, reader, stop)
     if summary is None:
-        print(f"Stopped; there is no video yet. The same command resumes the job: {job.records}", flush=True)
+        print(f"Stopped; there is no video yet. The same command resumes the job: {records}", flush=True)
         raise SystemExit(stop.exit_code)
     stop.end()
-    print(f"{summary.objects} objects in {summary.frames} frames: {job.records}")
+    print(f"{summary.objects} objects in {summary.frames} frames: {records}")
     for problem in summary.problems:
-        print(f"{args.images}: {problem}")
+        print(f"{path}: {problem}")
 
 
 def detect_in_frames(
@@ -204,12 +239,36 @@ def detect_in_frames(
         return output.finish()
 
 
+def threshold(text: str) -> float | str:
+    """The value of --threshold."""
+    if text == "per_class":
+        return text
+    if not 0 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError("a score between 0 and 1, or per_class")
+    return value
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", type=Path, help="an image, a folder (searched recursively), or a video")
-    parser.add_argument("--model", required=True, help="checkpoint: a folder or a Hub id")
-    parser.add_argument("--output_dir", type=Path, default=Path("predictions"))
-    parser.add_argument("--threshold", type=float, default=0.5, help="minimum score of a detection")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="images, folders (searched recursively), videos, and URLs of them"
+    )
+    parser.add_argument("--model", required=True, help="checkpoint (a folder or a Hub id), or a folder of export.py")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        metavar="DIR",
+        help="default: predictions, or the next free of predictions-2, ...; the same command continues its job",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the results in the output folder when the new ones are done"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=threshold,
+        default=0.5,
+        help="minimum score of a detection, default 0.5; per_class: what evaluate.py --save_thresholds has stored",
+    )
     parser.add_argument("--tile", type=int, help="also detect in tiles of this many pixels (for large images)")
     parser.add_argument("--overlap", type=float, default=0.25, help="overlap of tiles, as a fraction of their side")
     parser.add_argument("--batch_size", type=int, default=1, help="images, frames or tiles per forward pass")
@@ -220,7 +279,9 @@ def parse_args() -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help=f"draw boxes; default: for up to {MAX_PICTURES:,} images, and for videos",
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: that of the checkpoint")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the computation; default: that of the checkpoint"
+    )
     parser.add_argument("--compile", action="store_true", help="use torch.compile; the first images take minutes")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: an accelerator if available")
     args = parser.parse_args()
@@ -228,8 +289,6 @@ def parse_args() -> argparse.Namespace:
         args.tiling = Tiling(args.tile, args.overlap) if args.tile is not None else None
     except ValueError as error:
         parser.error(f"--tile, --overlap: {error}")
-    if not 0 <= args.threshold <= 1:
-        parser.error("--threshold is a score between 0 and 1.")
     for name in ("batch_size", "shard_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1.")

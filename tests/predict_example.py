@@ -32,7 +32,8 @@ class PredictExample:
         self.checkpoint = checkpoint
 
     def __call__(self, *arguments: Any) -> str:
-        command = [str(PREDICT), *map(str, arguments), "--model", str(self.checkpoint)]
+        command = [str(PREDICT), *map(str, arguments)]
+        command += [] if "--model" in arguments else ["--model", str(self.checkpoint)]
         command += [] if "--threshold" in arguments else ["--threshold", "0.25"]
         with _restored_state(), redirect_stdout(io.StringIO()) as output, pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", command)

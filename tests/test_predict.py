@@ -123,14 +123,23 @@ def mixed(tmp_path_factory, predict):
     content = (folder / "rgb.jpg").read_bytes()
     (folder / "truncated.jpg").write_bytes(content[: len(content) // 2])
     (folder / "gone.jpg").symlink_to(folder / "nowhere.jpg")
-    Image.new("L", (100_000, 1)).save(folder / "thread.png")  # its height is 0 after the resize
+    Image.new("L", (100_000, 1)).save(folder / "thread.png")  # 1 pixel is the least that a resize leaves
     photo(70, 70, 6).save(os.fsencode(folder) + b"/latin-\xe9.png")
     output = tmp_path_factory.mktemp("out") / "predictions"
     return folder, output, predict(folder, "--output_dir", output, "--batch_size", "3", "--shard_size", "4")
 
 
-GOOD = {"rgb.jpg", "deeper/grey.png", "cmyk.jpg", "alpha.png", "deep.png", "turned.jpg", "latin-\\xe9.png"}
-BAD = {"text.jpg", "empty.png", "truncated.jpg", "gone.jpg", "thread.png"}
+GOOD = {
+    "thread.png",
+    "rgb.jpg",
+    "deeper/grey.png",
+    "cmyk.jpg",
+    "alpha.png",
+    "deep.png",
+    "turned.jpg",
+    "latin-\\xe9.png",
+}
+BAD = {"text.jpg", "empty.png", "truncated.jpg", "gone.jpg"}
 
 
 def test_results_are_those_of_the_pipeline_image_by_image(mixed, checkpoint):

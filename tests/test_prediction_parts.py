@@ -31,7 +31,8 @@ def prediction(image_id, error=None):
 def small_job(folder, images=4, **settings):
     (folder / "images").mkdir(exist_ok=True)
     for index in range(images):
-        (folder / "images" / f"{index}.jpg").touch()
+        if not (path := folder / "images" / f"{index}.jpg").exists():
+            path.touch()
     return open_job(folder / "out", folder / "images", {"threshold": 0.5} | settings, {0: "cat", 1: "dog"})
 
 
@@ -122,10 +123,43 @@ def test_shards_are_merged_once_all_images_are_done(tmp_path):
     assert job.detections_file.read_text() == before
 
 
-def test_images_added_later_do_not_belong_to_the_job(tmp_path):
-    assert small_job(tmp_path, images=3).num_images == 3  # its lock is released with the job
+def test_what_has_changed_in_the_folder_since_the_job_started_is_told(tmp_path):
+    assert small_job(tmp_path, images=3).notes == ()  # its lock is released with the job
     again = small_job(tmp_path, images=5)
-    assert again.pending()["path"].to_pylist() == [b"0.jpg", b"1.jpg", b"2.jpg"]
+    assert again.pending()["path"].to_pylist() == [b"0.jpg", b"1.jpg", b"2.jpg", b"3.jpg", b"4.jpg"]
+    assert again.image_ids().tolist() == [0, 1, 2, 3, 4]
+    [note] = again.notes
+    assert "2 images were added since the job started, such as 3.jpg" in note
+    del again
+    (tmp_path / "images" / "a.jpg").touch()
+    (tmp_path / "images" / "1.jpg").write_bytes(b"other")
+    assert (tmp_path / "images" / "0.jpg").unlink() is None
+    job = open_job(tmp_path / "out", tmp_path / "images", {"threshold": 0.5}, {0: "cat", 1: "dog"})
+    assert job.pending()["path"].to_pylist()[-1] == b"a.jpg", "after those that have ids already"
+    assert job.source_ids()[5] == 5
+    assert [note.split(", such")[0] for note in job.notes] == [
+        "1 images were added since the job started",
+        "1 images of the job are not there any more",
+        "1 images were written again since the job started",
+    ]
+
+
+def test_added_images_have_the_ids_of_the_annotations_or_are_refused(tmp_path):
+    folder = draw_shapes_dataset(tmp_path / "drawn", num_train=2, num_val=3, progress=False)
+    last = sorted((folder / "val").iterdir())[-1]
+    last.rename(tmp_path / "later.jpg")
+    names = {0: "ellipse", 1: "triangle"}
+    job = open_job(tmp_path / "out", folder / "val", {}, names)
+    given = json.loads((folder / "annotations" / "instances_val.json").read_text())["images"]
+    assert job.source_ids() == {image["id"]: image["id"] for image in given[:2]}
+    del job  # and its lock
+    (tmp_path / "later.jpg").rename(last)
+    job = open_job(tmp_path / "out", folder / "val", {}, names)
+    assert sorted(job.source_ids().values()) == [image["id"] for image in given]
+    del job
+    photo().save(folder / "val" / "unknown.jpg")
+    with pytest.raises(ValueError, match=r"1 images were added .* unknown.jpg, and have no id in .*instances_val.json"):
+        open_job(tmp_path / "out", folder / "val", {}, names)
 
 
 def test_another_job_or_something_else_in_the_folder_is_refused(tmp_path):

@@ -358,6 +358,7 @@ def test_without_pictures_only_records_are_written(predict, tmp_path):
 def test_several_processes_are_refused(predict, monkeypatch, tmp_path):
     two = type("Two", (), {"num_processes": 2, "is_main_process": False})
     monkeypatch.setattr(predict.module, "Accelerator", two)
+    (tmp_path / "clip.mp4").touch()
     with pytest.raises(SystemExit, match="by one process"):
         predict(tmp_path / "clip.mp4")
 

@@ -1,6 +1,6 @@
 """Models as graphs for other runtimes: ONNX Runtime, OpenVINO, and `torch.export`."""
 
-from .exported_model import is_exported, load_exported
+from .exported_model import ExportedDetr, is_exported, load_exported
 from .exporting import export_model
 
-__all__ = ["export_model", "is_exported", "load_exported"]
+__all__ = ["ExportedDetr", "export_model", "is_exported", "load_exported"]

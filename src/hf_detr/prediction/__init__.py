@@ -2,15 +2,20 @@
 tiles. `examples/predict.py` combines the parts; [`DetrDetectionPipeline`] is what `pipeline("object-detection")` uses.
 """
 
+from .drawings import picture_of
+from .inputs import Inputs
 from .job import PredictionJob, model_settings, open_job
 from .merge import merge_shards
+from .output_folder import OutputFolder
 from .predict import load_batches, load_image, predict_batch
 from .shards import ShardWriter
 from .tiles import Tiling
-from .video import VideoReader, is_video, load_frames
+from .video import VideoReader, load_frames
 from .video_job import VideoJob, VideoOutput, VideoSummary, open_video_job
 
 __all__ = [
+    "Inputs",
+    "OutputFolder",
     "PredictionJob",
     "ShardWriter",
     "Tiling",
@@ -18,7 +23,6 @@ __all__ = [
     "VideoOutput",
     "VideoReader",
     "VideoSummary",
-    "is_video",
     "load_batches",
     "load_frames",
     "load_image",
@@ -26,5 +30,6 @@ __all__ = [
     "model_settings",
     "open_job",
     "open_video_job",
+    "picture_of",
     "predict_batch",
 ]

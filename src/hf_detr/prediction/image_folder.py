@@ -13,37 +13,46 @@ from ..data.formats.coco import find_coco, read_coco_file
 from ..data.image_files import IMAGE_SUFFIXES, is_litter, walk_files
 from ..data.records import AnnotatedSplit
 from ..data.split_names import name_rank, split_of
+from .drawings import is_drawing, without_drawings
 
 logger = logging.get_logger(__name__)
 
 
-def find_images(source: str | Path) -> tuple[Path, list[bytes]]:
-    """A single image, or all images below a folder, including those behind symbolic links.
+def find_images(*sources: str | Path) -> tuple[Path, list[bytes]]:
+    """Single images, and all images below folders, including those behind symbolic links. What `predict.py` drew is
+    left out.
 
     Returns:
-        the folder as an absolute path, and the sorted paths of the images relative to it, as bytes because file names
-        need not be valid text. Subfolders that cannot be listed are included, so that they are reported like unreadable
-        images.
+        the folder as an absolute path (of several sources the innermost that holds all of them), and the sorted paths
+        of the images relative to it, as bytes because file names need not be valid text. Subfolders that cannot be
+        listed are included, so that they are reported like unreadable images.
 
     Raises:
-        FileNotFoundError: the file or folder does not exist.
-        PermissionError: the folder itself cannot be listed.
-        ValueError: the folder contains no images.
+        FileNotFoundError: a file or folder does not exist.
+        PermissionError: a folder itself cannot be listed.
+        ValueError: a folder contains no images, or a file is a drawing.
     """
-    folder = Path(os.path.abspath(source))
-    if folder.is_file():
-        return folder.parent, [os.fsencode(folder.name)]
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{source} does not exist.")
-    os.listdir(folder)  # raises PermissionError
-    unlisted: list[Path] = []
-    images = (path for path in walk_files(folder, unlisted.append) if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = [Path(os.path.abspath(source)) for source in sources]
+    folder = Path(os.path.commonpath([path.parent if path.is_file() else path for path in paths]))
     start = len(os.fsencode(os.path.join(folder, "")))
-    files = [os.fsencode(path)[start:] for path in itertools.chain(images, unlisted)]
-    if not files:
-        raise ValueError(f"{source} contains no images.")
-    files.sort(key=lambda file: file.replace(os.fsencode(os.sep), b"\0"))  # the order of sorted `Path`s
-    return folder, files
+    files = {os.fsencode(file)[start:] for path in paths for file in _images_at(path)}
+    return folder, sorted(files, key=lambda file: file.replace(os.fsencode(os.sep), b"\0"))  # as `Path`s
+
+
+def _images_at(path: Path) -> list[Path]:
+    if path.is_file():
+        if is_drawing(path):
+            raise ValueError(f"{path} was drawn by predict.py. Name the image that it shows.")
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist.")
+    os.listdir(path)  # raises PermissionError
+    unlisted: list[Path] = []
+    found, drawings = without_drawings(walk_files(path, unlisted.append))
+    images = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
+    if not images and not unlisted:
+        raise ValueError(f"{path} contains no images{' but drawings of predict.py' if drawings else ''}.")
+    return [*images, *unlisted]
 
 
 def annotation_ids(folder: Path, files: Sequence[bytes]) -> tuple[list[Any], AnnotatedSplit] | None:

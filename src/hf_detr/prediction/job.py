@@ -2,7 +2,7 @@
 
 ```
 job.json           the settings that affect results, and the COCO categories
-worklist.parquet   image_id, path and the source's id of every image, fixed when the job starts
+worklist.parquet   image_id, path, the source's id, size in bytes and time of every image; a later start adds new ones
 shards/            results, see `shards`; an image is done once a shard contains it
 detections.json    COCO results, and
 images.json        the images they belong to; both are written when all images are done
@@ -11,25 +11,40 @@ images.json        the images they belong to; both are written when all images a
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ..data.records import numbered
+from ..data.records import AnnotatedSplit, numbered
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
-from ..runtime import PARTIAL, acquire_lock, atomic_write
+from ..runtime import PARTIAL, acquire_lock, atomic_write, listed, shortened
+from .drawings import WORKLIST, file_as_text
 from .image_folder import annotation_ids, category_records, find_images
 from .shards import done_ids
 
+if TYPE_CHECKING:
+    from ..export.exported_model import ExportedDetr
+
+JOB_FILE = "job.json"
+MAIN_LOCK = ".main.lock"
 # large: more than 2 GB of paths; source_id: as JSON
-WORKLIST_SCHEMA = pa.schema({"image_id": pa.int64(), "path": pa.large_binary(), "source_id": pa.large_string()})
+WORKLIST_SCHEMA = pa.schema(
+    {
+        "image_id": pa.int64(),
+        "path": pa.large_binary(),
+        "source_id": pa.large_string(),
+        "bytes": pa.int64(),
+        "modified": pa.int64(),  # nanoseconds since 1970
+    }
+)
 # fields of configurations that do not affect results
 IGNORED_FIELDS = {"transformers_version", "_name_or_path", "architectures", "auto_map", "dtype"}
 
@@ -44,7 +59,8 @@ class PredictionJob:
         categories: COCO categories in the order of class ids.
         ids_from: the annotation file that image ids were taken from; None if ids are positions in the work list.
         num_images: size of the work list.
-        finished: results had been merged before this start.
+        finished: results of all images had been merged before this start.
+        notes: what has changed in the image folder since the job started, in sentences.
     """
 
     folder: Path
@@ -53,6 +69,7 @@ class PredictionJob:
     ids_from: str | None
     num_images: int
     finished: bool
+    notes: tuple[str, ...] = ()
     _lock: Any = field(default=None, repr=False)  # held as long as the job is referenced
 
     @property
@@ -69,11 +86,11 @@ class PredictionJob:
 
     def image_ids(self) -> np.ndarray:
         """(num_images,), in the order of the work list."""
-        return pq.read_table(self.folder / "worklist.parquet", columns=["image_id"])["image_id"].to_numpy()
+        return pq.read_table(self.folder / WORKLIST, columns=["image_id"])["image_id"].to_numpy()
 
     def source_ids(self) -> dict[int, int | str]:
         """The ids of the annotations by `image_id`, for results."""
-        table = pq.read_table(self.folder / "worklist.parquet", columns=["image_id", "source_id"])
+        table = pq.read_table(self.folder / WORKLIST, columns=["image_id", "source_id"])
         pairs = zip(table["image_id"].to_pylist(), table["source_id"].to_pylist(), strict=True)
         return {image_id: json.loads(source_id) for image_id, source_id in pairs}
 
@@ -86,12 +103,12 @@ class PredictionJob:
             ValueError: see `done_ids`.
         """
         rows = np.flatnonzero(~np.isin(self.image_ids(), done_ids(self.shards)))
-        return pq.read_table(self.folder / "worklist.parquet").take(rows[process_index::num_processes])
+        return pq.read_table(self.folder / WORKLIST).take(rows[process_index::num_processes])
 
 
 def open_job(
     folder: Path,
-    images: Path,
+    images: Path | Sequence[Path],
     settings: Mapping[str, Any],
     id2label: Mapping[int, str],
     *,
@@ -99,51 +116,54 @@ def open_job(
 ) -> PredictionJob:
     """Start a job, or resume the one in the folder. Process 0 must return from this before the other processes call it.
 
-    The images of a job are fixed when it starts: images added later are ignored, and missing ones are reported. Image
-    ids come from annotations if these cover all images (see `annotation_ids`); otherwise they are positions in the
-    sorted list, from 0.
+    Image ids come from annotations if these cover all images (see `annotation_ids`); otherwise they are positions in
+    the sorted list, from 0. Images that were added since the job started join it, with the next ids; what has changed
+    otherwise is in `notes`.
 
     Args:
         folder: output folder of the job.
-        images: an image or a folder of images.
-        settings: everything that affects results, JSON-serialisable; see `model_settings`.
+        images: images, and folders of images.
+        settings: everything that affects results, JSON-serialisable; see `model_settings`. `images` among them are the
+            names of the images as the job records them; default: their absolute paths.
         id2label: class id to name.
         process_index: index of this process in the launch.
 
     Raises:
         FileNotFoundError, ValueError: there are no images, or the folder contains something else; the message tells
-            the difference.
+            the difference. Or images without an id were added to annotated ones.
         TimeoutError: processes of another launch still work on the job after a minute.
     """
-    job_file, worklist = folder / "job.json", folder / "worklist.parquet"
+    job_file, worklist = folder / JOB_FILE, folder / WORKLIST
     if process_index > 0:
         return _read_job(folder, acquire_lock(folder / f".worker-{process_index}.lock"))
-    settings = {"images": str(images.resolve())} | json.loads(json.dumps(settings, default=str))
-    _check_folder(folder, job_file, settings)
+    sources = [images] if isinstance(images, Path) else list(images)
+    settings = recorded_settings(sources, settings)
+    check_folder(folder, settings)
     (folder / "shards").mkdir(parents=True, exist_ok=True)
     try:
-        lock = acquire_lock(folder / ".main.lock")
+        lock = acquire_lock(folder / MAIN_LOCK)
         for path in folder.glob(".worker-*.lock"):  # workers outlive a main process that was killed
             acquire_lock(path).release()
     except TimeoutError as error:
         raise TimeoutError(
             f"Processes of another launch still work on {folder}. Wait for them, or end them."
         ) from error
-    _check_folder(folder, job_file, settings)  # another job may have started in the meantime
+    check_folder(folder, settings)  # another job may have started in the meantime
     for name in ("shards/*.parquet", job_file.name, worklist.name, "images.json", "detections.json"):
         for orphan in folder.glob(f"{name}.*{PARTIAL}"):  # left by a kill
             orphan.unlink()
-    if not job_file.exists():
-        image_folder, files = find_images(images)
-        annotated = annotation_ids(image_folder, files)
+    image_folder, files = find_images(*sources)
+    annotated = annotation_ids(image_folder, files)
+    notes = []
+    if job_file.exists():
+        content = json.loads(job_file.read_text(encoding="utf-8"))
+        notes = _update(worklist, content["ids_from"], image_folder, files, annotated)
+        if content["image_folder"] != str(image_folder):  # downloads are in the output folder, which may be renamed
+            with atomic_write(job_file) as file:
+                json.dump(content | {"image_folder": str(image_folder)}, file, indent=2)
+    else:
         ids, source = annotated or (list(range(len(files))), None)
-        with atomic_write(worklist, "wb") as file:
-            columns = [
-                pa.array(numbered(ids), pa.int64()),
-                pa.array(files, pa.large_binary()),
-                pa.array([json.dumps(image_id) for image_id in ids], pa.large_string()),
-            ]
-            pq.write_table(pa.Table.from_arrays(columns, schema=WORKLIST_SCHEMA), file)
+        _write_worklist(worklist, _rows(image_folder, files, numbered(ids), ids))
         content = {
             "settings": settings,
             "image_folder": str(image_folder),
@@ -152,23 +172,107 @@ def open_job(
         }
         with atomic_write(job_file) as file:
             json.dump(content, file, indent=2)
-    return _read_job(folder, lock)
+    return _read_job(folder, lock, notes)
 
 
-def _read_job(folder: Path, lock: Any) -> PredictionJob:
-    content = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    return PredictionJob(
+def _read_job(folder: Path, lock: Any, notes: Sequence[str] = ()) -> PredictionJob:
+    content = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
+    job = PredictionJob(
         folder,
         Path(content["image_folder"]),
         content["categories"],
         content["ids_from"],
-        pq.read_metadata(folder / "worklist.parquet").num_rows,
-        (folder / "detections.json").exists(),
+        pq.read_metadata(folder / WORKLIST).num_rows,
+        False,
+        tuple(notes),
         lock,
     )
+    return replace(job, finished=job.detections_file.exists() and not len(job.pending()))
 
 
-def _check_folder(folder: Path, job_file: Path, settings: Mapping[str, Any]) -> None:
+def _rows(image_folder: Path, files: Sequence[bytes], numbers: Sequence[int], ids: Sequence[Any]) -> pa.Table:
+    """Rows of a work list; a file that cannot be looked at has -1 bytes."""
+    states = [_state(image_folder / os.fsdecode(file)) for file in files]
+    columns = [
+        pa.array(numbers, pa.int64()),
+        pa.array(files, pa.large_binary()),
+        pa.array([json.dumps(image_id) for image_id in ids], pa.large_string()),
+        pa.array([size for size, _ in states], pa.int64()),
+        pa.array([modified for _, modified in states], pa.int64()),
+    ]
+    return pa.Table.from_arrays(columns, schema=WORKLIST_SCHEMA)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:  # such as a broken link; reading the image reports it
+        return -1, 0
+    return found.st_size, found.st_mtime_ns
+
+
+def _write_worklist(path: Path, rows: pa.Table) -> None:
+    with atomic_write(path, "wb") as file:
+        pq.write_table(rows, file)
+
+
+def _update(
+    worklist: Path,
+    ids_from: str | None,
+    image_folder: Path,
+    files: Sequence[bytes],
+    annotated: tuple[list[Any], AnnotatedSplit] | None,
+) -> list[str]:
+    """Add new images to the work list of a job; returns what has changed, in sentences."""
+    before = pq.read_table(worklist)
+    recorded = {row["path"]: (row["bytes"], row["modified"]) for row in before.to_pylist()}
+    added = [file for file in files if file not in recorded]
+    notes = []
+    if added:
+        first = max(before["image_id"].to_pylist(), default=-1) + 1
+        numbers = list(range(first, first + len(added)))
+        ids: list[Any] = numbers
+        if ids_from:
+            of_file = dict(zip(files, annotated[0], strict=True)) if annotated else {}
+            unknown = [file for file in added if file not in of_file]
+            if unknown:
+                raise ValueError(
+                    f"{len(unknown)} images were added to {image_folder} since the job started, such as "
+                    f"{file_as_text(unknown[0])}, and have no id in {ids_from}. Add them there, or name "
+                    "another --output_dir."
+                )
+            ids = [of_file[file] for file in added]
+        _write_worklist(worklist, pa.concat_tables([before, _rows(image_folder, added, numbers, ids)]))
+        notes.append(f"{len(added)} images were added since the job started, such as {file_as_text(added[0])}.")
+    listed = set(files)
+    gone = [file for file in recorded if file not in listed]
+    if gone:
+        notes.append(
+            f"{len(gone)} images of the job are not there any more, such as {file_as_text(gone[0])}. What was found in "
+            "them stays in the results."
+        )
+    changed = [f for f in recorded if f in listed and _state(image_folder / os.fsdecode(f)) != recorded[f]]
+    if changed:
+        notes.append(
+            f"{len(changed)} images were written again since the job started, such as {file_as_text(changed[0])}. What "
+            "is done is not predicted again; --overwrite predicts all of them."
+        )
+    return notes
+
+
+def recorded_settings(sources: Sequence[Path], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a job as its file has them."""
+    names = [str(source.resolve()) for source in sources]
+    recorded: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return {"images": names[0] if len(names) == 1 else names} | recorded
+
+
+def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: the folder has results of another job, or of none; the message tells the difference.
+    """
+    job_file = folder / JOB_FILE
     if not job_file.exists():
         for name in ("detections.json", "images.json", "shards/*.parquet"):
             for path in folder.glob(name):
@@ -186,17 +290,23 @@ def compare_settings(folder: Path, recorded: Mapping[str, Any], settings: Mappin
     """
     names = [name for name in {**recorded, **settings} if recorded.get(name) != settings.get(name)]
     if names:
-        differences = "; ".join(f"{name} was {recorded.get(name)!r} and is {settings.get(name)!r}" for name in names)
-        raise ValueError(f"{folder} contains another job: {differences}. Use another --output_dir.")
+        differences = listed(
+            f"{name} was {shortened(recorded.get(name))} and is {shortened(settings.get(name))}" for name in names
+        )
+        raise ValueError(f"{folder} contains another job: {differences}. Use another --output_dir, or --overwrite it.")
 
 
-def model_settings(model: DetrForDetection, processor: DetrImageProcessor) -> dict[str, Any]:
-    """Everything about a model and its processor that affects results: `weights` (SHA-256), `config.*` and
-    `processor.*`."""
+def model_settings(model: "DetrForDetection | ExportedDetr", processor: DetrImageProcessor) -> dict[str, Any]:
+    """Everything about a model and its processor that affects results: `weights` (SHA-256, of an export the one of its
+    graph), `config.*` and `processor.*`."""
     digest = hashlib.sha256()
-    for name, values in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    if isinstance(model, torch.nn.Module):
+        for name, values in sorted(model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    else:
+        for path in model.graph_files():
+            digest.update(path.read_bytes())
     parts = {"config": model.config.to_dict(), "processor": processor.to_dict()}
     values = {f"{part}.{k}": v for part, given in parts.items() for k, v in given.items() if k not in IGNORED_FIELDS}
     return {"weights": digest.hexdigest(), **values}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..model.image_io import Image, open_image
+from .drawings import file_as_text
 from .pipeline import DetrDetectionPipeline
 from .size_batches import run_ahead, size_sorted_batches
 from .tiles import Tiling, merge_views
@@ -104,7 +105,7 @@ def load_batches(
 def _read(
     detector: DetrDetectionPipeline, image_folder: Path, image_id: int, path: bytes, picture: bool, tiles: bool
 ) -> LoadedImage:
-    file = path.decode("utf-8", "backslashreplace")  # Parquet and JSON only store valid text
+    file = file_as_text(path)
     full_path = image_folder / os.fsdecode(path)
     try:
         if full_path.is_dir():

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from ..data.processor_size import resized_size
 from ..model.image_io import read_image_header
 from ..model.image_processing_hf_detr import DetrImageProcessor
+from ..model.processor_size import resized_size
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -61,11 +61,8 @@ def read_size(path: Path) -> Size:
 
 
 def processed_size(processor: DetrImageProcessor, size: Size) -> Size:
-    """(height, width) after the processor's resize; (0, 0) if it cannot resize an image of this size."""
-    if size == UNKNOWN or not processor.do_resize:
-        return size
-    resized = resized_size(size, processor.size)
-    return resized if min(resized) > 0 else UNKNOWN
+    """(height, width) after the processor's resize."""
+    return resized_size(size, processor.size) if processor.do_resize and size != UNKNOWN else size
 
 
 def group_by_size(sizes: Sequence[Size], batch_size: int) -> list[list[int]]:

@@ -20,6 +20,7 @@ from typing import Any
 import PIL.Image
 
 from ..runtime import PARTIAL, acquire_lock, atomic_write, sync
+from .drawings import is_drawing
 from .job import compare_settings
 from .predict import Prediction
 from .video import Frame, VideoReader
@@ -59,7 +60,8 @@ def open_video_job(folder: Path, source: Path, settings: Mapping[str, Any], pict
     Args:
         folder: of the output files.
         source: the video.
-        settings: everything that affects results, JSON-serialisable; see `model_settings`.
+        settings: everything that affects results, JSON-serialisable; see `model_settings`. `images` among them is the
+            name of the video as the job records it; default: its absolute path.
         pictures: write a video. A job that was finished without one is resumed from its records then.
 
     Raises:
@@ -69,15 +71,11 @@ def open_video_job(folder: Path, source: Path, settings: Mapping[str, Any], pict
     """
     if not source.is_file():
         raise FileNotFoundError(f"{source} does not exist.")
-    video, records, job_file = (folder / f"{source.stem}{ending}" for ending in (".mp4", ".jsonl", ".job.json"))
-    all_settings = {"images": str(source.resolve()), "bytes": source.stat().st_size, **settings}
-    recorded = json.loads(json.dumps(all_settings, default=str))
-    if not job_file.exists():
-        for path in (video, records):
-            if path.exists():
-                raise ValueError(
-                    f"{path} already exists but does not belong to a prediction job. Use another --output_dir."
-                )
+    if is_drawing(source):
+        raise ValueError(f"{source} was drawn by predict.py. Name the video that it shows.")
+    video, records, job_file = output_files(folder, source)
+    recorded = recorded_video_settings(source, settings)
+    check_video(folder, source, recorded)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = acquire_lock(folder / f".{source.stem}.lock", seconds=5)
@@ -96,6 +94,35 @@ def open_video_job(folder: Path, source: Path, settings: Mapping[str, Any], pict
         with atomic_write(job_file) as file:
             json.dump({"settings": recorded}, file, indent=2)
     return VideoJob(video, records, job_file, recorded, result, lock)
+
+
+def output_files(folder: Path, source: Path) -> tuple[Path, Path, Path]:
+    """Video, records and settings of the prediction of a video."""
+    video, records, job_file = (folder / f"{source.stem}{ending}" for ending in (".mp4", ".jsonl", ".job.json"))
+    return video, records, job_file
+
+
+def recorded_video_settings(source: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a video's job as its file has them."""
+    recorded: dict[str, Any] = json.loads(json.dumps(dict(settings), default=str))
+    size = {} if "bytes" in recorded else {"bytes": source.stat().st_size}
+    return {"images": str(source.resolve()), **size, **recorded}
+
+
+def check_video(folder: Path, source: Path, settings: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: the output files exist, and belong to another job, or to none; the message tells the difference.
+    """
+    video, records, job_file = output_files(folder, source)
+    if job_file.exists():
+        compare_settings(folder, json.loads(job_file.read_text(encoding="utf-8"))["settings"], settings)
+        return
+    for path in (video, records):
+        if path.exists():
+            raise ValueError(
+                f"{path} already exists but does not belong to a prediction job. Use another --output_dir."
+            )
 
 
 class VideoOutput:

@@ -4,6 +4,7 @@ from .errors import exit_on_error, prepare_output, require_source
 from .extras import import_extra
 from .files import PARTIAL, acquire_lock, atomic_write, sync
 from .stop import LongBarrier, StopRequest, end_with_launcher
+from .wording import listed, shortened
 
 __all__ = [
     "PARTIAL",
@@ -14,7 +15,9 @@ __all__ = [
     "end_with_launcher",
     "exit_on_error",
     "import_extra",
+    "listed",
     "prepare_output",
     "require_source",
+    "shortened",
     "sync",
 ]
