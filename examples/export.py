@@ -2,9 +2,11 @@
 
     python examples/export.py MODEL --format onnx
     python examples/export.py MODEL --format openvino --int8 --calibration IMAGES --dataset FOLDER
+    python examples/export.py MODEL --format onnx --shape 1 800 1333 --opset 18 --post_process
 
-The graph takes any batch size, height and width, and `pixel_mask` as an input. Before anything is written, its outputs
-are compared with those of PyTorch on batches of many shapes, with and without padding. Files in the output folder:
+The graph takes any batch size, height and width, or with --shape only one, and `pixel_mask` as an input. Before
+anything is written, its outputs are compared with those of PyTorch on batches of many shapes, with and without padding.
+Files in the output folder:
 
     model.onnx, or model.xml and model.bin, or model.pt2
     config.json, preprocessor_config.json    of the model and its image processor
@@ -27,7 +29,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from hf_detr import DetrForDetection, DetrImageProcessor
-from hf_detr.data import DetectionCollator, load_detection_dataset
+from hf_detr.data import DetectionCollator, load_detection_dataset, require_objects, source_of
 from hf_detr.evaluation import evaluate_detection
 from hf_detr.export import export_model
 from hf_detr.runtime import exit_on_error, import_extra, prepare_output, require_source
@@ -48,13 +50,14 @@ def main() -> None:
     evaluate = None
     if args.dataset:
         dataset = load_detection_dataset(args.dataset, args.split, id2label=model.config.id2label)
+        require_objects(dataset, source_of(dataset), "measured")
         loader = DataLoader(dataset, batch_size=args.batch_size, collate_fn=DetectionCollator(processor))
 
         def evaluate(model_or_export):
             return evaluate_detection(model_or_export, loader, dataset, processor).compute()
 
     output_dir = args.output_dir or Path(
-        "exports", f"{Path(args.model).resolve().name}-{args.format}{'-int8' * args.int8}"
+        "exports", f"{Path(args.model).resolve().name}-{args.format}{'-int8' * args.int8}{'-fp16' * args.fp16}"
     )
     content = export_model(
         model,
@@ -62,6 +65,9 @@ def main() -> None:
         output_dir,
         graph_format=args.format,
         post_process=args.post_process,
+        shape=tuple(args.shape) if args.shape else None,
+        opset=args.opset,
+        half=args.fp16,
         calibration=args.calibration,
         evaluate=evaluate,
     )
@@ -75,7 +81,9 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="checkpoint: a folder or a Hub id")
-    parser.add_argument("--format", choices=("onnx", "openvino", "torch"), default="onnx")
+    parser.add_argument(
+        "--format", choices=("onnx", "openvino", "torch"), default="onnx", help="default onnx; torch: torch.export"
+    )
     parser.add_argument(
         "--output_dir", type=Path, help="default: exports/MODEL-FORMAT; an earlier export of MODEL is replaced"
     )
@@ -84,6 +92,15 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="add the input target_sizes (height, width) and the outputs scores, labels and boxes in pixels",
     )
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs=3,
+        metavar=("BATCH", "HEIGHT", "WIDTH"),
+        help="one fixed shape, for runtimes that need it; the export's image processor resizes to it",
+    )
+    parser.add_argument("--opset", type=int, metavar="N", help="version of ONNX's operators; default: PyTorch's")
+    parser.add_argument("--fp16", action="store_true", help="float16 weights: half the size")
     parser.add_argument("--int8", action="store_true", help="quantise to int8; needs --calibration")
     parser.add_argument("--calibration", type=Path, help="folder of images for --int8; 300 are enough")
     parser.add_argument("--dataset", help="annotated folder or Hub data set to measure AP on, before and after")
@@ -92,8 +109,15 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.int8 != bool(args.calibration):
         parser.error("--int8 and --calibration FOLDER must be used together.")
-    if args.int8 and args.format == "torch":
-        parser.error("--int8 needs --format onnx or openvino.")
+    for name in ("int8", "fp16"):
+        if getattr(args, name) and args.format == "torch":
+            parser.error(f"--{name} needs --format onnx or openvino.")
+    if args.int8 and args.fp16:
+        parser.error("--int8 and --fp16 exclude each other.")
+    if args.opset is not None and args.format != "onnx":
+        parser.error("--opset is for --format onnx.")
+    if args.shape and min(args.shape) < 1:
+        parser.error("--shape must be at least 1 in each place.")
     return args
 
 

@@ -96,7 +96,7 @@ def use_export(monkeypatch):
     """Let `export_model` copy the graph of an export in place of tracing and writing one."""
 
     def use(export):
-        def copy_graph(*args):
+        def copy_graph(*args, **options):
             for path in export.folder.glob("model.*"):
                 shutil.copy(path, args[-1])
 
@@ -459,3 +459,98 @@ def test_inputs_that_do_not_fit_are_refused(export_of):
         loaded(torch.zeros(1, 3, 4, 64))
     with pytest.raises(ValueError, match="trained"):
         loaded.train()
+
+
+# -- fixed shapes, float16, opsets -------------------------------------------------------------------------------------
+
+
+def small_model(**config):
+    torch.manual_seed(0)
+    return spread(tiny_model(**(SMALL | {"query_type": "anchor"} | config)))
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_graph_of_one_shape_gives_what_the_model_gives_on_images_that_fit(kind, tmp_path):
+    model, messages = small_model(), []
+    content = export_model(
+        model, processor(), tmp_path / "fixed", graph_format=kind, shape=(2, 96, 128), report=messages.append
+    )
+    assert content["shape"] == [2, 96, 128]
+    assert "3 cases" in messages[0]
+    if kind == "onnx":
+        graph = onnx.load(tmp_path / "fixed" / "model.onnx").graph
+        sizes = [[d.dim_value for d in entry.type.tensor_type.shape.dim] for entry in graph.input]
+        assert sizes == [[2, 3, 96, 128], [2, 96, 128]]
+    if kind == "openvino":
+        graph = openvino.Core().read_model(tmp_path / "fixed" / "model.xml")
+        assert [list(entry.shape) for entry in graph.inputs] == [[2, 3, 96, 128], [2, 96, 128]]
+    loaded = load_exported(tmp_path / "fixed")
+    with torch.no_grad():
+        for sizes in ([(96, 128)], [(60, 100), (96, 40), (33, 47)], [(96, 128), (96, 128)]):
+            assert_equal(loaded(*padded_batch(sizes)), model(*padded_batch(sizes)))
+    with pytest.raises(ValueError, match=r"images of up to 96 x 128 pixels, got 97 x 128. Its own image processor"):
+        loaded(torch.zeros(1, 3, 97, 128))
+
+    images = [photo(500, 375, 1), photo(300, 700, 2), photo(64, 64, 3)]
+    fitting = DetrImageProcessor.from_pretrained(tmp_path / "fixed")
+    detector = pipeline("object-detection", model=loaded, image_processor=fitting, device="cpu")
+    expected = pipeline("object-detection", model=model, image_processor=fitting, device="cpu")
+    for found, wanted in zip(detector(images, threshold=0.1), expected(images, threshold=0.1), strict=True):
+        assert [row["label"] for row in found] == [row["label"] for row in wanted]
+        assert [row["score"] for row in found] == pytest.approx([row["score"] for row in wanted], abs=1e-4)
+
+
+def test_where_padding_matters_a_graph_of_one_shape_takes_only_images_of_this_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "plan_masks", lambda *args: None)
+    model = small_model()
+    content = export_model(
+        model, processor(), tmp_path / "fixed", graph_format="torch", shape=(1, 96, 64), report=lambda text: None
+    )
+    assert not content["padding_exact"]
+    assert DetrImageProcessor.from_pretrained(tmp_path / "fixed").size == {"height": 96, "width": 64}
+    loaded = load_exported(tmp_path / "fixed")
+    with torch.no_grad():
+        assert_equal(loaded(torch.ones(3, 3, 96, 64)), model(torch.ones(3, 3, 96, 64)))
+    with pytest.raises(ValueError, match="exactly 96 x 64 pixels, got 90 x 64"):
+        loaded(torch.ones(1, 3, 90, 64))
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_float16_halves_the_file_and_hardly_changes_results(kind, tmp_path, few_cases):
+    model, messages = small_model(), []
+    options = {"graph_format": kind, "report": messages.append}
+    export_model(model, processor(), tmp_path / "single", **options)
+    content = export_model(model, processor(), tmp_path / "half", half=True, **options)
+    assert (content["precision"], content["check"]["tolerance"]) == ("float16", 1e-4)
+    assert 0 < content["float16_check"]["largest_difference"] < 0.05
+    assert "float16 against PyTorch" in messages[-1]
+    weights = "model.onnx" if kind == "onnx" else "model.bin"
+    single, half = (tmp_path / name / weights for name in ("single", "half"))
+    assert half.stat().st_size < 0.75 * single.stat().st_size
+    found = load_exported(tmp_path / "half")(*padded_batch(BATCHES[0]))
+    with torch.no_grad():
+        expected = model(*padded_batch(BATCHES[0]))
+    assert found.logits.dtype == torch.float32
+    torch.testing.assert_close(found.pred_boxes, expected.pred_boxes, rtol=0, atol=0.02)
+
+
+def test_a_model_that_overflows_in_float16_is_refused(tmp_path, few_cases):
+    model = small_model()
+    with torch.no_grad():
+        model.class_labels_classifier.weight.mul_(1e6)
+    with pytest.raises(ValueError, match=r"In float16 the results differ by more than 0.05.* Nothing was written"):
+        export_model(model, processor(), tmp_path / "half", half=True, report=lambda text: None)
+    assert not (tmp_path / "half").exists()
+
+
+@pytest.mark.parametrize("opset", [18, 20])
+def test_the_opset_is_the_requested_one(opset, tmp_path, few_cases):
+    content = export_model(small_model(), processor(), tmp_path / "out", opset=opset, report=lambda text: None)
+    assert content["opset"] == opset
+    assert onnx.load(tmp_path / "out" / "model.onnx").opset_import[0].version == opset
+
+
+def test_an_opset_that_cannot_be_made_is_refused(tmp_path, few_cases):
+    with pytest.raises(ValueError, match=r"cannot be exported as onnx.*opset"):
+        export_model(small_model(), processor(), tmp_path / "out", opset=9, report=lambda text: None)
+    assert not (tmp_path / "out").exists()

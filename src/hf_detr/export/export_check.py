@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .exported_model import ExportedDetr
 
 TOLERANCE = 1e-4  # for float32
+TOLERANCE_FLOAT16 = 0.05  # its usual differences are 0.001 to 0.005
 COMPARED = ("logits", "pred_boxes", "scores", "boxes")
 
 
@@ -40,13 +41,19 @@ class Case:
         return pixel_values * pixel_mask[:, None], pixel_mask
 
 
-def check_cases(stride: int, working_size: tuple[int, int]) -> list[Case]:
+def check_cases(stride: int, working_size: tuple[int, int], shape: tuple[int, int, int] | None = None) -> list[Case]:
     """Small sizes of a few feature map locations, most of them not multiples of the stride, and the working size.
 
     Args:
         stride: of the backbone.
         working_size: (height, width) of a typical image after the processor's resize.
+        shape: the only batch size, height and width of the graph: then this one, and smaller and larger batches of
+            smaller images, which the export pads.
     """
+    if shape is not None:
+        batch, height, width = shape
+        smaller = (max(1, height * 4 // 5), max(1, width * 2 // 3))
+        return [Case(batch, height, width, False), Case(batch, height, width, True), Case(batch + 1, *smaller, True)]
     unit = max(stride, 32)
     sizes = [(5 * unit, 3 * unit), (3 * unit - 5, 7 * unit + 1), (6 * unit + 9, 5 * unit - 3)]
     cases = [Case(n, *size, padded) for size in sizes for n in (1, 2, 3) for padded in (False, True)]

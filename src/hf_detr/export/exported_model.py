@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..model.backbone import image_sizes
 from ..model.configuration_hf_detr import DetrConfig
@@ -72,6 +73,10 @@ class ExportedDetr:
     def __repr__(self) -> str:
         return f"ExportedDetr({self.config.name_or_path!r}, {self.export['format']}, {self.export['precision']})"
 
+    def graph_files(self) -> list[Path]:
+        """The files of the graph and its weights."""
+        return sorted(Path(self.config.name_or_path).glob("model.*"))
+
     def can_generate(self) -> bool:
         """False; called by transformers' pipelines."""
         return False
@@ -116,7 +121,7 @@ class ExportedDetr:
             if target_sizes is None:
                 target_sizes = torch.ones(len(pixel_values), 2)
             inputs["target_sizes"] = target_sizes.long().cpu()
-        outputs = self._run(inputs) if self.export["padding_exact"] else self._by_size(inputs)
+        outputs = self._run_graph(inputs) if self.export["padding_exact"] else self._by_size(inputs)
         names = output_names(self.export["post_processing"])
         found: dict[str, Any] = dict(zip(names, (value.to(pixel_values.device) for value in outputs), strict=True))
         return ExportedOutput(**found)
@@ -132,7 +137,32 @@ class ExportedDetr:
             )
         self._check_size(pixel_values.shape[2], pixel_values.shape[3])
 
+    def _run_graph(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """Run the graph; one with a fixed shape in batches of its size, padded to it."""
+        if self.export["shape"] is None:
+            return self._run(inputs)
+        batch, height, width = self.export["shape"]
+        count, _, rows, columns = inputs["pixel_values"].shape
+        padding = (0, width - columns, 0, height - rows)
+        inputs = inputs | {name: functional.pad(inputs[name], padding) for name in ("pixel_values", "pixel_mask")}
+        parts = []
+        for start in range(0, count, batch):
+            part = {name: value[start : start + batch] for name, value in inputs.items()}
+            missing = batch - len(part["pixel_mask"])
+            if missing:  # the last image again
+                part = {n: torch.cat([v, v[-1:].expand(missing, *v.shape[1:])]) for n, v in part.items()}
+            parts.append([value[: batch - missing] for value in self._run(part)])
+        return [torch.cat(values) for values in zip(*parts, strict=True)]
+
     def _check_size(self, height: int, width: int) -> None:
+        if self.export["shape"] is not None:
+            _, rows, columns = self.export["shape"]
+            exact = not self.export["padding_exact"] and (height, width) != (rows, columns)
+            if exact or height > rows or width > columns:
+                raise ValueError(
+                    f"This export takes images of {'exactly' if exact else 'up to'} {rows} x {columns} pixels, got "
+                    f"{height} x {width}. Its own image processor, in its folder, resizes to that."
+                )
         smallest = self.export["smallest_side"]
         if min(height, width) < smallest:
             raise ValueError(
@@ -152,7 +182,7 @@ class ExportedDetr:
             part = {name: value[indices] for name, value in inputs.items()}
             part["pixel_values"] = part["pixel_values"][:, :, :height, :width].contiguous()
             part["pixel_mask"] = part["pixel_mask"][:, :height, :width].contiguous()
-            found = self._run(part)
+            found = self._run_graph(part)
             outputs = outputs or [value.new_empty(len(sizes), *value.shape[1:]) for value in found]
             for output, value in zip(outputs, found, strict=True):
                 output[indices] = value
@@ -200,7 +230,7 @@ def _read_export(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / EXPORT_FILE} is damaged: {error}") from error
     if not isinstance(export, dict) or export.get("format") not in GRAPH_FILES:
         raise ValueError(f"{folder / EXPORT_FILE} was not written by hf_detr, or by a newer version.")
-    missing = {"precision", "post_processing", "padding_exact", "smallest_side"} - export.keys()
+    missing = {"precision", "post_processing", "padding_exact", "smallest_side", "shape"} - export.keys()
     if missing:
         raise ValueError(f"{folder / EXPORT_FILE} is damaged: it has no {', '.join(sorted(missing))}.")
     files = [GRAPH_FILES[export["format"]], "config.json", *(["model.bin"] if export["format"] == "openvino" else [])]

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
-from .export_check import TOLERANCE, Case, CheckResult, check_cases, compare
+from .export_check import TOLERANCE, TOLERANCE_FLOAT16, Case, CheckResult, check_cases, compare
 from .export_folder import atomic_folder, check_folder, model_source
 from .exported_model import EXPORT_FILE, ExportedDetr, input_names, load_exported, output_names
-from .graph import trace, write_graph
+from .graph import halve_graph, trace, write_graph
 from .masked_backbone import plan_masks
 from .quantize import CalibrationImages, quantize_graph
 from .runtimes import GRAPH_FILES, check_packages
@@ -33,11 +33,15 @@ def export_model(
     *,
     graph_format: str = "onnx",
     post_process: bool = False,
+    shape: tuple[int, int, int] | None = None,
+    opset: int | None = None,
+    half: bool = False,
     calibration: str | Path | None = None,
     evaluate: Evaluate | None = None,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Write `model` as a graph for any batch size, height and width, with its configuration and image processor.
+    """Write `model` as a graph with its configuration and image processor, for any batch size, height and width, or for
+    one.
 
     The graph's outputs are compared with PyTorch's on batches of many shapes, with and without padding; if they differ
     by more than 1e-4, nothing is written. The graph masks padding before the backbone's convolutions, so that the
@@ -49,16 +53,22 @@ def export_model(
         output_dir: a new or empty folder, or an earlier export of the same model, which is replaced.
         graph_format: "onnx", "openvino" or "torch".
         post_process: see [`~hf_detr.export.graph.ExportGraph`].
-        calibration: a folder of images for quantisation to int8 (weights and activations). The float32 graph is checked
-            as above; the differences of the int8 graph are only reported.
+        shape: batch size, height and width, for runtimes that need them fixed. The image processor of the export then
+            makes images that fit: with the aspect ratio of the image, and padding, where `padding_exact`; otherwise of
+            exactly this height and width.
+        opset: version of ONNX's operators; None: that of `torch.onnx.export`.
+        half: float16 weights, and of ONNX also computation. The float32 graph is checked as above; the differences of
+            the float16 graph are reported, and above 0.05 nothing is written.
+        calibration: a folder of images for quantisation to int8 (weights and activations), with reports but
+            no limit.
         evaluate: computes COCO metrics, including "AP"; called with `model` and with the exported model.
         report: called with each message about the progress.
 
     Returns:
         the contents of `export.json`: `model` (its origin), `format`, `precision`, `opset`, `inputs`, `outputs`,
-        `post_processing`, `padding_exact`, `smallest_side` in pixels, `versions`, `check` (of float32: `tolerance`,
-        `cases`, `largest_difference`), and if applicable `int8_check`, `calibration`, `evaluation` (`before`, `after`,
-        and `drop` of AP).
+        `post_processing`, `padding_exact`, `shape` (null: any), `smallest_side` in pixels, `versions`, `check` (of
+        float32: `tolerance`, `cases`, `largest_difference`), and if applicable `float16_check`, `int8_check`,
+        `calibration`, `evaluation` (`before`, `after`, and `drop` of AP).
 
     Raises:
         ValueError: an argument is invalid, the backbone cannot be exported, or the comparison failed.
@@ -67,19 +77,24 @@ def export_model(
         ImportError: a package is missing; the message names the extra that installs it.
     """
     output_dir = Path(os.path.abspath(output_dir))
-    images = _check_request(output_dir, model, processor, graph_format, calibration)
+    images = _check_request(output_dir, model, processor, graph_format, calibration, shape, opset, half)
     was_training = model.training
     reference = (model if model.device.type == "cpu" else copy.deepcopy(model).cpu()).eval()
     try:
         with atomic_folder(output_dir) as folder:
             check_folder(output_dir, model)  # again, now that the folder is locked
-            job = _Job(
-                folder, reference, check_cases(model.model.backbone.strides[-1], _working_size(processor)), report
-            )
+            cases = check_cases(model.model.backbone.strides[-1], _working_size(processor), shape)
+            job = _Job(folder, reference, cases, report, shape, opset)
             model.config.to_json_file(folder / "config.json", use_diff=True)
-            processor.to_json_file(folder / "preprocessor_config.json")
             export = {"model": model_source(model)} | job.make_float32(graph_format, post_process)
+            if shape is not None:
+                processor = _fit_processor(processor, shape, export["padding_exact"])
+                report(f"Images are resized to {processor.size}, which the image processor of the export does.")
+            processor.to_json_file(folder / "preprocessor_config.json")
+            if half:
+                export |= job.make_half(export)
             if images is not None:
+                images.fit(processor, shape)
                 export |= job.make_int8(export, images)
             if evaluate is not None:
                 export["evaluation"] = job.evaluate(export, evaluate)
@@ -98,6 +113,8 @@ class _Job:
     model: DetrForDetection
     cases: list[Case]
     report: Callable[[str], None]
+    shape: tuple[int, int, int] | None
+    opset: int | None
 
     def make_float32(self, graph_format: str, post_process: bool) -> dict[str, Any]:
         """Write the graph, with padding masked if possible."""
@@ -135,8 +152,9 @@ class _Job:
 
     def _make(self, graph_format: str, post_process: bool, mask_padding: bool) -> tuple[dict[str, Any], CheckResult]:
         """Write one graph, and compare it with the model."""
-        program = trace(self.model, mask_padding=mask_padding, post_process=post_process)
-        write_graph(program, graph_format, post_process, self.folder)
+        program = trace(self.model, mask_padding=mask_padding, post_process=post_process, shape=self.shape)
+        fixed = self.shape is not None
+        write_graph(program, graph_format, post_process, self.folder, fixed=fixed, opset=self.opset)
         export: dict[str, Any] = {
             "format": graph_format,
             "precision": "float32",
@@ -145,9 +163,22 @@ class _Job:
             "outputs": output_names(post_process),
             "post_processing": post_process,
             "padding_exact": mask_padding,
-            "smallest_side": _smallest_side(program) if graph_format == "torch" else 1,
+            "shape": list(self.shape) if self.shape else None,
+            "smallest_side": _smallest_side(program) if graph_format == "torch" and not fixed else 1,
         }
         return export, self.check(export)
+
+    def make_half(self, export: dict[str, Any]) -> dict[str, Any]:
+        """Turn the float32 graph in the folder into float16."""
+        halve_graph(export["format"], self.folder)
+        result = self.check(export)
+        self.report(f"{export['format']}, float16 against PyTorch, on random images: {result.summary()}.")
+        if max(result.unpadded, result.padded) > TOLERANCE_FLOAT16:
+            raise ValueError(
+                f"In float16 the results differ by more than {TOLERANCE_FLOAT16}: {result.summary()}. Some values of "
+                "this model are too large or too small for it. Nothing was written. Export it without float16."
+            )
+        return {"precision": "float16", "float16_check": result.record(None)}
 
     def make_int8(self, export: dict[str, Any], images: CalibrationImages) -> dict[str, Any]:
         """Quantise the float32 graph in the folder."""
@@ -168,7 +199,10 @@ class _Job:
         return {"before": before, "after": after, "drop": drop}
 
     def check(self, export: dict[str, Any]) -> CheckResult:
-        return compare(self.open(export), self.model, self.cases)
+        cases = self.cases
+        if self.shape is not None and not export["padding_exact"]:  # images of exactly this size
+            cases = [case for case in cases if (case.height, case.width) == self.shape[1:] and not case.padded]
+        return compare(self.open(export), self.model, cases)
 
     def open(self, export: dict[str, Any]) -> ExportedDetr:
         """Through `load_exported`, so that users get exactly what was compared."""
@@ -185,6 +219,9 @@ def _check_request(
     processor: DetrImageProcessor,
     graph_format: str,
     calibration: str | Path | None,
+    shape: tuple[int, int, int] | None,
+    opset: int | None,
+    half: bool,
 ) -> CalibrationImages | None:
     """Raise all errors that can be found before anything is computed."""
     if graph_format not in GRAPH_FILES:
@@ -195,10 +232,28 @@ def _check_request(
         raise ValueError(f"Only float32 models can be exported, got {', '.join(map(str, types))}. Call model.float().")
     if calibration is not None and graph_format == "torch":
         raise ValueError('int8 needs the format "onnx" or "openvino".')
+    if half and graph_format == "torch":
+        raise ValueError('float16 needs the format "onnx" or "openvino".')
+    if half and calibration is not None:
+        raise ValueError("float16 and int8 exclude each other.")
+    if opset is not None and graph_format != "onnx":
+        raise ValueError(f'An opset is for the format "onnx", not "{graph_format}".')
+    if shape is not None and (len(shape) != 3 or min(shape) < 1):
+        raise ValueError(f"A fixed shape is a batch size, a height and a width of at least 1, got {shape}.")
     check_packages(graph_format, quantize=calibration is not None)
     if calibration is None:
         return None
     return CalibrationImages(calibration, processor)
+
+
+def _fit_processor(
+    processor: DetrImageProcessor, shape: tuple[int, int, int], padding_exact: bool
+) -> DetrImageProcessor:
+    """A copy whose images fit the graph."""
+    names = ("max_height", "max_width") if padding_exact else ("height", "width")
+    fields = processor.to_dict() | {"size": dict(zip(names, shape[1:], strict=True)), "do_resize": True}
+    fitting: DetrImageProcessor = type(processor).from_dict(fields)
+    return fitting
 
 
 def _working_size(processor: DetrImageProcessor) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,8 +62,13 @@ class ExportGraph(nn.Module):
         return logits, pred_boxes, scores, labels, box_convert(pred_boxes, "cxcywh", "xyxy").clamp(0, 1) * scale
 
 
-def trace(model: "DetrForDetection", *, mask_padding: bool, post_process: bool) -> torch.export.ExportedProgram:
+def trace(
+    model: "DetrForDetection", *, mask_padding: bool, post_process: bool, shape: tuple[int, int, int] | None = None
+) -> torch.export.ExportedProgram:
     """The graph of a copy of the model, for any batch size, height and width.
+
+    Args:
+        shape: the only batch size, height and width, instead of any.
 
     Raises:
         ValueError: this backbone cannot be traced; the message gives the reason.
@@ -71,11 +77,11 @@ def trace(model: "DetrForDetection", *, mask_padding: bool, post_process: bool) 
     graph = ExportGraph(prepared, mask_padding=mask_padding, post_process=post_process)
     stride = model.model.backbone.strides[-1]
     # sizes that occur nowhere else in the model, so that none is mistaken for one of its constants
-    height, width = 4 * stride + 3, 5 * stride + 7
+    batch, height, width = shape or (2, 4 * stride + 3, 5 * stride + 7)
     inputs = {
-        "pixel_values": torch.zeros(2, model.config.num_channels, height, width),
-        "pixel_mask": torch.ones(2, height, width, dtype=torch.int64),
-        "target_sizes": torch.tensor([[height, width]] * 2),
+        "pixel_values": torch.zeros(batch, model.config.num_channels, height, width),
+        "pixel_mask": torch.ones(batch, height, width, dtype=torch.int64),
+        "target_sizes": torch.tensor([[height, width]] * batch),
     }
     free = torch.export.Dim.DYNAMIC
     shapes = {
@@ -90,12 +96,13 @@ def trace(model: "DetrForDetection", *, mask_padding: bool, post_process: bool) 
                 graph,
                 (),
                 kwargs={name: inputs[name] for name in names},
-                dynamic_shapes={name: shapes[name] for name in names},
+                dynamic_shapes=None if shape else {name: shapes[name] for name in names},
                 strict=False,
             )
     except Exception as error:  # layers raise errors of any kind
+        what = f"images of {height} x {width}" if shape else "any image size"
         raise ValueError(
-            f'"{model.model.backbone.name}" cannot be exported for any image size: {str(error).strip() or repr(error)}'
+            f'"{model.model.backbone.name}" cannot be exported for {what}: {str(error).strip() or repr(error)}'
         ) from error
 
 
@@ -116,23 +123,38 @@ def quiet(*names: str) -> Iterator[None]:
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
-def write_graph(program: torch.export.ExportedProgram, graph_format: str, post_process: bool, folder: Path) -> None:
+def write_graph(
+    program: torch.export.ExportedProgram,
+    graph_format: str,
+    post_process: bool,
+    folder: Path,
+    *,
+    fixed: bool = False,
+    opset: int | None = None,
+) -> None:
     """Write the graph as `model.onnx`, `model.xml` with `model.bin`, or `model.pt2`.
+
+    Args:
+        fixed: the program was traced for one shape.
+        opset: version of ONNX's operators; None: that of `torch.onnx.export`.
 
     Raises:
         ImportError: a package is missing; the message names the extra that installs it.
+        ValueError: there is no graph of this opset.
     """
     check_packages(graph_format)
     path = folder / GRAPH_FILES[graph_format]
     if graph_format == "torch":
         torch.export.save(program, path)
     elif graph_format == "onnx":
-        _write_onnx(program, post_process, path)
+        _write_onnx(program, post_process, path, fixed, opset)
     else:
-        _write_openvino(program, post_process, path)
+        _write_openvino(program, post_process, path, fixed)
 
 
-def _write_onnx(program: torch.export.ExportedProgram, post_process: bool, path: Path) -> None:
+def _write_onnx(
+    program: torch.export.ExportedProgram, post_process: bool, path: Path, fixed: bool, opset: int | None
+) -> None:
     shapes = {
         "pixel_values": {0: "batch", 2: "height", 3: "width"},
         "pixel_mask": {0: "batch", 1: "height", 2: "width"},
@@ -145,23 +167,54 @@ def _write_onnx(program: torch.export.ExportedProgram, post_process: bool, path:
             program,
             input_names=names,
             output_names=output_names(post_process),
-            dynamic_shapes={name: shapes[name] for name in names},
+            dynamic_shapes=None if fixed else {name: shapes[name] for name in names},
+            opset_version=opset,
             dynamo=True,
             verbose=False,
         )
     if written is None:
         raise RuntimeError("torch.onnx.export returned no graph.")
+    made = written.model.opset_imports[""]
+    if opset is not None and made != opset:
+        raise ValueError(f"the graph has opset {made} and cannot be converted to {opset}.")
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     written.save(path, external_data=size > MAX_ONE_FILE)
 
 
-def _write_openvino(program: torch.export.ExportedProgram, post_process: bool, path: Path) -> None:
+def _write_openvino(program: torch.export.ExportedProgram, post_process: bool, path: Path, fixed: bool) -> None:
     openvino = importlib.import_module("openvino")
     # not through ONNX: in PyTorch's graph attention is one node
     graph = openvino.convert_model(program)
-    channels = program.example_inputs[1]["pixel_values"].shape[1]
+    examples = program.example_inputs[1]
+    channels = examples["pixel_values"].shape[1]
     shapes = {"pixel_values": [-1, channels, -1, -1], "pixel_mask": [-1, -1, -1], "target_sizes": [-1, 2]}
+    if fixed:
+        shapes = {name: list(example.shape) for name, example in examples.items()}
     graph.reshape({name: shapes[name] for name in input_names(post_process)})
     for output, name in zip(graph.outputs, output_names(post_process), strict=True):
         output.get_tensor().set_names({name})
     openvino.save_model(graph, path, compress_to_fp16=False)
+
+
+def halve_graph(graph_format: str, folder: Path) -> None:
+    """Make a float32 graph in a folder one with float16 weights: of ONNX all of it but inputs and outputs, of OpenVINO
+    the weights in the file; the type of its computation is chosen when it is loaded.
+
+    Raises:
+        ImportError: a package is missing; the message names the extra that installs it.
+    """
+    path = folder / GRAPH_FILES[graph_format]
+    if graph_format == "openvino":
+        openvino = importlib.import_module("openvino")
+        with TemporaryDirectory(dir=folder) as temporary:
+            openvino.save_model(openvino.Core().read_model(path), Path(temporary, path.name), compress_to_fp16=True)
+            for name in (path.name, path.with_suffix(".bin").name):
+                Path(temporary, name).replace(path.with_name(name))
+        return
+    onnx, convert = importlib.import_module("onnx"), importlib.import_module("onnxruntime.transformers.float16")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the float32 number")  # tiny weights become 0, as they should
+        halved = convert.convert_float_to_float16(onnx.load(path), keep_io_types=True)
+    for left in folder.glob(f"{path.name}.data"):
+        left.unlink()
+    onnx.save(halved, path, save_as_external_data=halved.ByteSize() > MAX_ONE_FILE, location=f"{path.name}.data")

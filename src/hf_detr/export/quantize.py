@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..data.image_files import image_files
 from ..model.image_processing_hf_detr import DetrImageProcessor
@@ -45,6 +46,11 @@ class CalibrationImages:
         self.files = [files[index * self.found // count] for index in range(count)]
         self.unread: dict[Path, str] = {}
         self.processor = processor
+        self.shape: tuple[int, int, int] | None = None
+
+    def fit(self, processor: DetrImageProcessor, shape: tuple[int, int, int] | None) -> None:
+        """Take the image processor of the export, and pad to its batch size, height and width."""
+        self.processor, self.shape = processor, shape
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for path, inputs in zip(self.files, run_ahead(self._read, self.files, 1), strict=True):
@@ -61,11 +67,17 @@ class CalibrationImages:
             return str(error) or type(error).__name__
         pixel_values: Tensor = inputs["pixel_values"]
         batch, _, height, width = pixel_values.shape
-        return {
+        read = {
             "pixel_values": pixel_values.float(),
             "pixel_mask": torch.ones(batch, height, width, dtype=torch.int64),
             "target_sizes": torch.tensor([[height, width]]),
         }
+        if self.shape is not None:
+            count, rows, columns = self.shape
+            for name in ("pixel_values", "pixel_mask"):
+                read[name] = functional.pad(read[name], (0, columns - width, 0, rows - height))
+            read = {name: value.repeat(count, *[1] * (value.ndim - 1)) for name, value in read.items()}
+        return read
 
 
 def quantize_graph(graph_format: str, folder: Path, names: Sequence[str], images: CalibrationImages) -> None:
