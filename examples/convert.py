@@ -22,7 +22,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a .pth file of facebookresearch/detr, a checkpoint folder or a Hub id")
     parser.add_argument("output_dir", type=Path, help="a new or empty folder")
-    parser.add_argument("--to", choices=("hf_detr", "transformers"), default="hf_detr")
+    parser.add_argument(
+        "--to", choices=("hf_detr", "transformers"), default="hf_detr", help="whose format is written; default hf_detr"
+    )
     parser.add_argument("--dilation", action=argparse.BooleanOptionalAction, help=".pth: whether the backbone is DC5")
     parser.add_argument(
         "--attention_heads", type=int, help=".pth: number of attention heads; default: 8, as in the paper"

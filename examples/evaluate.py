@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from hf_detr import DetrForDetection, DetrImageProcessor
-from hf_detr.data import DetectionCollator, load_detection_dataset, source_of
+from hf_detr.data import DetectionCollator, load_detection_dataset, require_objects, source_of
 from hf_detr.evaluation import (
     best_thresholds,
     evaluate_detection,
@@ -32,13 +32,13 @@ def main() -> None:
         "--model", required=True, help="checkpoint (a folder or a Hub id), or a folder written by export.py"
     )
     parser.add_argument("--dataset", help="annotated folder, or data set on the Hub")
-    parser.add_argument("--split", default="val")
+    parser.add_argument("--split", default="val", help="which images; default val")
     parser.add_argument("--annotations", metavar="FILE", help="annotation file of the split, if it is not found")
     parser.add_argument("--images", metavar="FOLDER", help="folder of the images, if it is not beside the annotations")
     parser.add_argument("--bbox_format", choices=("xywh", "xyxy"), help="xyxy: boxes are stored as corners")
     parser.add_argument("--crowds_as_objects", action="store_true", help="count objects that are marked as crowds")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--num_workers", type=int, default=1)
+    parser.add_argument("--batch_size", type=int, default=8, help="images per process and forward pass, default 8")
+    parser.add_argument("--num_workers", type=int, default=1, help="processes that load images, default 1")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -91,6 +91,7 @@ def main() -> None:
             crowds_as_objects=args.crowds_as_objects,
             progress=accelerator.is_main_process,
         )
+    require_objects(dataset, source_of(dataset), "measured")
     loader = DataLoader(
         dataset, batch_size=args.batch_size, collate_fn=DetectionCollator(processor), num_workers=args.num_workers
     )
@@ -109,9 +110,12 @@ def main() -> None:
             f1 = f1_by_threshold(evaluator.annotations, evaluator.predictions(), evaluator.id2label)
             path = save_class_thresholds(args.model, best_thresholds(f1))
             print(f'\n{path} has a threshold for each class now; threshold="per_class" uses them:')
-            for name, row in f1["best"].items():
+            rows = list(f1["best"].items())
+            for name, row in rows[:100]:
                 found = row["threshold"] is not None
                 print(f"  {name}: {row['threshold']:.3f}" if found else f"  {name}: 0.500 (no true positive)")
+            if len(rows) > 100:
+                print(f"  and {len(rows) - 100} more classes")
     accelerator.end_training()
 
 

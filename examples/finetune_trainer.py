@@ -44,6 +44,8 @@ def main() -> None:
         train_set = data.load_detection_dataset(folder, "train")
         names = data.id2label(train_set)
         val_set = data.load_detection_dataset(folder, "val", id2label=names)
+    data.require_objects(train_set, f"{folder}, training", "learned")
+    data.require_objects(val_set, f"{folder}, validation", "measured")
     size, backbone, start = {"height": 96, "width": 96}, "test_resnet", "scratch"
     if args.dataset:
         size, backbone, start = {"shortest_edge": 800, "longest_edge": 1333}, "resnet50", "backbone"

@@ -25,8 +25,8 @@ from hf_detr.data.batching import (
     padding_fraction,
 )
 from hf_detr.data.collate import DetectionCollator
-from hf_detr.data.processor_size import resized_sizes
 from hf_detr.data.schema import detection_features
+from hf_detr.model.processor_size import resized_sizes
 
 COUNTS = [(1, 1, 1), (100, 32, 1), (100, 32, 2), (101, 4, 3), (7, 16, 2), (5, 1, 2), (64, 8, 4), (11, 1, 8), (4, 2, 4)]
 

@@ -34,6 +34,16 @@ def drawn(tmp_path_factory):
 # -- recipes ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_checkpoint_gets_queries_for_all_objects_of_an_image():
+    crowded = dataclasses.replace(PHOTOS, max_objects=130)
+    recipe = choose_recipe("auto", crowded, "checkpoint", (800, 1333), num_queries=100)
+    assert recipe.values("model", {}) == {"num_queries": 163}  # 1.25 * 130, rounded up
+    assert "the 100 of the checkpoint keep their weights" in recipe.describe({})
+    assert choose_recipe("auto", crowded, "checkpoint", (800, 1333), num_queries=130).model == {}
+    huge = dataclasses.replace(PHOTOS, max_objects=5000)
+    assert choose_recipe("auto", huge, "checkpoint", (800, 1333), num_queries=100).model["num_queries"].value == 1000
+
+
 def test_the_summary_is_of_the_annotations(drawn):
     dataset = drawn
     summary = summarize(dataset)

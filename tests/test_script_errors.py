@@ -1,5 +1,6 @@
 """What goes wrong in a script is one sentence and an exit code, before anything is computed; outputs are not lost."""
 
+import ast
 import json
 from pathlib import Path
 
@@ -108,6 +109,9 @@ def test_outputs_that_cannot_be_written_are_told_before_anything_is_computed(pla
         (("--seed", "-1"), "--seed must not be negative"),
         (("--save_minutes", "nan"), "--save_minutes must be"),
         (("--model", "runs/shapes-1", "--backbone", "resnet18"), "give one of them"),
+        (("--freeze_backbone", "--backbone_weights", "none"), "would keep the random weights"),
+        (("--freeze_backbone", "--backbone_learning_rate", "1e-5"), "for a backbone that trains"),
+        (("--freeze_backbone", "--lora_rank", "2", "--model", "runs/shapes-1"), "omit --freeze_backbone"),
         (("--model", "runs/shapes-1", "--backbone_weights", "none"), "give one of them"),
         (("--model", "runs/shapes-1", "--set", "d_model=64"), "changes the weights of --model"),
         (("--model", "runs/shapes-1", "--set", "query_type=anchor"), "changes the weights of --model"),
@@ -145,3 +149,10 @@ def test_quick_takes_other_epochs(tmp_path):
     code, output = run_script(EXAMPLES / "finetune.py", "--quick", "--epochs", "1", "--output_dir", "out", cwd=tmp_path)
     assert code == 0, output
     assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.rglob("*.py")), ids=lambda path: path.name)
+def test_every_option_has_a_text_in_the_help(script):
+    calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
+    options = [c for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr == "add_argument"]
+    assert [ast.unparse(c.args[0]) for c in options if "help" not in {k.arg for k in c.keywords}] == []

@@ -4,6 +4,7 @@
 
     step 1  image_io                     any image -> RGB tensor
             annotations                  COCO records -> labels, and the check of their boxes
+            processor_size               the size of a resized image
             image_processing_hf_detr     images + annotations -> pixel_values, pixel_mask, labels
     step 2  timm_network                 a timm network: build, freeze, load
             backbone                     pixel_values -> feature maps and their masks

@@ -1,13 +1,13 @@
 """Datasets in any format, augmentation, and batches for training."""
 
+from ..model.processor_size import resized_sizes
 from .augmentation import Augmentation, flip_rotate_augmentation, paper_augmentation
 from .augmented_dataset import AugmentedDataset
 from .batching import build_loader, image_sizes, padding_fraction
 from .coco_export import export_coco
 from .collate import DetectionCollator
 from .load import load_detection_dataset
-from .processor_size import resized_sizes
-from .schema import category_ids, detection_features, id2label, source_of
+from .schema import category_ids, detection_features, id2label, require_objects, source_of
 from .shapes import draw_shapes_dataset
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "load_detection_dataset",
     "padding_fraction",
     "paper_augmentation",
+    "require_objects",
     "resized_sizes",
     "source_of",
 ]

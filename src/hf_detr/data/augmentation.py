@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ..model.annotations import box_problem
 from ..model.image_io import to_image_tensor
-from .processor_size import size_fields
+from ..model.processor_size import size_fields
 
 Row = dict[str, Any]
 
@@ -111,13 +111,23 @@ def paper_augmentation(size: Mapping[str, int | None] | None = None) -> "Augment
     if shortest:
         longest = given.get("longest_edge")
         scales = [round(scale * shortest / PAPER_SHORTEST_EDGE) for scale in PAPER_SCALES]
-        steps.append(v2.RandomChoice([_resize(scale, longest) for scale in scales]))
+        steps.append(v2.RandomChoice([_Resize(scale, longest) for scale in scales]))
     return Augmentation(v2.Compose(steps), resizes=bool(shortest))
 
 
-def _resize(shortest: int, longest: int | None) -> v2.Transform:
-    # torchvision rejects a limit that is not above the shortest edge; then the limit alone defines the size
-    return v2.Resize(None if longest and shortest >= longest else shortest, max_size=longest)
+class _Resize(v2.Resize):
+    """To a shortest edge, or less where the longest would exceed its limit, but at least 1 pixel."""
+
+    def __init__(self, shortest: int, longest: int | None) -> None:
+        # torchvision rejects a limit that is not above the shortest edge; then the limit alone defines the size
+        super().__init__(None if longest and shortest >= longest else shortest, max_size=longest)
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        height, width = F.get_size(inpt)
+        if self.max_size and min(height, width) * self.max_size < max(height, width):
+            size = [1, self.max_size] if height < width else [self.max_size, 1]
+            return F.resize(inpt, size, interpolation=self.interpolation, antialias=self.antialias)
+        return super().transform(inpt, params)
 
 
 class Augmentation:

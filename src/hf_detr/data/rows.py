@@ -50,7 +50,9 @@ def _match_by_id(source: AnnotatedSplit, id2label: dict[int, str]) -> Classes:
     """The classes of a model for a source whose categories are only numbers."""
     unknown = [number for number in source.category_ids if number not in id2label]
     if unknown:
-        raise ValueError(f"{source.file} has a category {unknown[0]}, which is none of the classes {id2label}.")
+        raise ValueError(
+            f"{source.file} has a category {unknown[0]}, which is none of the classes {list(id2label.items())[:20]}."
+        )
     names = [id2label[class_id] for class_id in sorted(id2label)]
     positions = {class_id: position for position, class_id in enumerate(sorted(id2label))}
     class_ids = {index: positions[number] for index, number in enumerate(source.category_ids)}

@@ -81,6 +81,23 @@ def learned_objects(objects: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     return {name: [values[index] for index in kept] for name, values in objects.items()}
 
 
+def require_objects(dataset: Any, source: str, verb: str) -> None:
+    """Refuse images of which none has an object.
+
+    Args:
+        source: where they are from, for the message.
+        verb: what cannot be done with them, such as "learned" or "measured".
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not any(learned_objects(objects)["bbox"] for objects in dataset["objects"]):
+        raise ValueError(
+            f"{source}: none of the {len(dataset)} images has an object (crowds do not count), so nothing can be "
+            f"{verb}. check_dataset.py shows what was read."
+        )
+
+
 def category_ids(dataset: DetectionDataset) -> dict[int, Any]:
     """Category ids of the source by class id; 0 ... N-1 if the source has only names."""
     return dict(enumerate(_description(dataset).get("category_ids") or range(len(id2label(dataset)))))

@@ -13,11 +13,11 @@ from ..data.checks import numeric_boxes, quick_checks
 from ..data.findings import KINDS, Finding
 from ..data.image_files import image_files
 from ..data.load import find_source
-from ..data.processor_size import resized_size
 from ..data.records import AnnotatedSplit
 from ..data.rows import reinterpret
 from ..data.similarity import Appearance, appearances
 from ..data.split_source import Progress, SplitSource
+from ..model.processor_size import resized_size
 from .duplicates import find_duplicates
 
 SPLITS = ("train", "val", "test")
@@ -188,6 +188,10 @@ def _class_problems(splits: dict[str, AnnotatedSplit]) -> Iterator[Finding]:
         elif count < RARE * largest:
             message = f"has {count} boxes; the most frequent class has {largest}"
             yield Finding("class-rare", "train", str(train.file), record, message)
+    if "val" in splits and not counts["val"]:
+        images = len(splits["val"].images)
+        message = f"none of the {images} images has a box that counts, so nothing can be measured"
+        yield Finding("boxes-missing", "val", str(splits["val"].file), "validation", message)
     for split in ("val", "test"):
         for name in sorted(counts.get(split, ())):
             if not counts["train"][name]:

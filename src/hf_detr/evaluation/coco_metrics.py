@@ -27,6 +27,8 @@ DESCRIPTIONS = {
     "ARl": "average recall, large objects",
 }
 METRICS = tuple(DESCRIPTIONS)
+NOTHING = -1.0  # COCO's mark for a number that has nothing to measure
+MANY_CLASSES, FEW_CLASSES = 100, 20  # from how many on a table of classes shows only so many of the best and worst
 MAX_DETECTIONS = 100  # per image and class, by score; COCO's
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}  # areas, both ends included, as in COCO
 Record = Mapping[str, Any]
@@ -212,14 +214,22 @@ def _area(record: Record) -> float:
 
 
 def _mean(values: Floats) -> float:
-    """Mean of the values that exist; -1 marks those that do not."""
-    values = values[values > -1]
-    return float(values.mean()) if values.size else -1.0
+    """Mean of the values that exist; `NOTHING` marks those that do not."""
+    values = values[values > NOTHING]
+    return float(values.mean()) if values.size else NOTHING
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """The twelve numbers and the AP of each class as a table to print."""
-    lines = [f"{name:6} {metrics[name]:7.4f}  {text}" for name, text in DESCRIPTIONS.items()]
-    width = max((len(name) for name in metrics["per_class"]), default=0)
-    lines += ["", "AP of each class", *(f"  {name:{width}} {ap:7.4f}" for name, ap in metrics["per_class"].items())]
-    return "\n".join(lines)
+    """The twelve numbers and the AP of each class as a table to print; of over 100 classes the best and worst."""
+    lines = [f"{name:6} {_number(metrics[name])}  {text}" for name, text in DESCRIPTIONS.items()]
+    rows, title = list(metrics["per_class"].items()), "AP of each class"
+    if len(rows) > MANY_CLASSES:
+        rows = sorted((row for row in rows if row[1] != NOTHING), key=lambda row: -row[1])
+        title = f"AP of the {FEW_CLASSES} best and the {FEW_CLASSES} worst of {len(rows)} classes with objects"
+        rows = rows[:FEW_CLASSES] + rows[max(FEW_CLASSES, len(rows) - FEW_CLASSES) :]
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join([*lines, "", title, *(f"  {name:{width}} {_number(ap)}" for name, ap in rows)])
+
+
+def _number(value: float) -> str:
+    return f"{'–':>7}" if value == NOTHING else f"{value:7.4f}"

@@ -307,14 +307,16 @@ class DetrConfig(PreTrainedConfig):
         if self.id2label is not None and len(self.id2label) == 0:
             raise ValueError("A detector needs at least one class.")
         if self.id2label is not None and sorted(map(int, self.id2label)) != list(range(len(self.id2label))):
-            raise ValueError(f"The ids of `id2label` must be 0 to {len(self.id2label) - 1}, got {list(self.id2label)}.")
+            raise ValueError(
+                f"The ids of `id2label` must be 0 to {len(self.id2label) - 1}, got {list(self.id2label)[:10]}."
+            )
 
     def validate_class_weights(self) -> None:
         names = set(self.id2label.values()) if self.id2label else set()
         for name, weight in (self.class_weights or {}).items():
             if name not in names:
                 nearest = difflib.get_close_matches(name, names, 1)
-                hint = f" Did you mean {nearest[0]!r}?" if nearest else f" The classes are {', '.join(sorted(names))}."
+                hint = f" Did you mean {nearest[0]!r}?" if nearest else f" Classes are {', '.join(sorted(names)[:10])}."
                 raise ValueError(f"`class_weights` has {name!r}, which is no class of `id2label`.{hint}")
             if not 0 < weight < math.inf:
                 raise ValueError(f"`class_weights` must be positive, got {weight} for {name!r}.")

@@ -24,6 +24,7 @@ from .configuration_hf_detr import refuse_unknown
 from .foreign import import_interop
 from .image_io import Image, allocate_batch, flat_list_of_images, to_image_tensor
 from .post_processing import post_process_detection
+from .processor_size import resized_size
 
 logger = logging.get_logger(__name__)
 MAX_SIZE = 1333  # longest edge beside a shortest edge that is given as a number, as in the paper
@@ -273,10 +274,13 @@ class HfDetrImageProcessor(TorchvisionBackend):
         return batch
 
     def _resized(self, image: Tensor, size: SizeDict, resample: Any) -> Tensor:
+        height, width = _height_width(image)
+        resized = resized_size((height, width), size)
+        if 1 in resized:  # transformers would make 0 pixels of a very thin image
+            size = SizeDict(height=resized[0], width=resized[1])
         try:
             return self.resize(image, size, resample)
         except RuntimeError as error:
-            height, width = _height_width(image)
             raise ValueError(f"An image of {width} x {height} pixels cannot be resized: {error}") from error
 
     def pad(  # type: ignore[override]

@@ -13,7 +13,7 @@ def size_fields(size: Mapping[str, int | None] | Any) -> dict[str, int]:
 
 
 def resized_size(image_size: tuple[int, int], size: Mapping[str, int | None] | Any) -> tuple[int, int]:
-    """(height, width) of an image of this (height, width) after a processor's resize, in pixels."""
+    """(height, width) of an image of this (height, width) after a processor's resize, in pixels, at least 1."""
     given = size_fields(size)
     if "shortest_edge" in given:
         resized = get_size_with_aspect_ratio(image_size, given["shortest_edge"], given.get("longest_edge"))
@@ -21,7 +21,7 @@ def resized_size(image_size: tuple[int, int], size: Mapping[str, int | None] | A
         resized = get_image_size_for_max_height_width(image_size, given["max_height"], given["max_width"])
     else:
         resized = given["height"], given["width"]
-    return int(resized[0]), int(resized[1])
+    return max(1, int(resized[0])), max(1, int(resized[1]))
 
 
 def resized_sizes(

@@ -56,7 +56,11 @@ def acquire_lock(path: Path, *, seconds: float = 60.0) -> BaseFileLock:
     # filelock's soft locks are files, which survive a kill
     lock: BaseFileLock = FileLock(path, thread_local=False, fallback_to_soft=False)
     try:
-        lock.acquire(timeout=seconds)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.warning(f"{path.parent} is in use by another process. Waiting up to {seconds:.0f} s for its end.")
+            lock.acquire(timeout=seconds)
     except Timeout:
         raise TimeoutError(f"{path} is locked by another process.") from None
     except OSError as error:

@@ -99,6 +99,7 @@ class ModelArguments:
     backbone: str | None = option("without --model: timm network to start from, default resnet50")
     backbone_weights: str | None = option('a local file, or "none" for random weights; default: from the Hub')
     set: list[str] | None = field(default=None, metadata={"help": "fields of DetrConfig", "metavar": "FIELD=VALUE"})
+    freeze_backbone: bool = option("train everything but the backbone, whose weights stay as they are", False)
     lora_rank: int | None = option("train LoRA adapters of this rank and the heads only", metavar="R")
     gradient_checkpointing: bool = option("recompute activations: less memory, more time", False)
     compile: bool = option("torch.compile backbone, encoder and decoder", False)
@@ -107,6 +108,10 @@ class ModelArguments:
         _check_at_least_one(self, "lora_rank")
         if self.lora_rank and not self.model:
             raise ValueError("--lora_rank adapts a trained detector: name one with --model")
+        if self.freeze_backbone and self.backbone_weights == "none":
+            raise ValueError("--freeze_backbone would keep the random weights of --backbone_weights none")
+        if self.freeze_backbone and self.lora_rank:
+            raise ValueError("--lora_rank trains no weight of the backbone already; omit --freeze_backbone")
         for name in ("backbone", "backbone_weights"):
             if self.model and getattr(self, name):
                 raise ValueError(f"--{name} starts a new model, and --model names a trained one: give one of them")
@@ -209,6 +214,10 @@ class FinetuneArguments:
     def __post_init__(self) -> None:
         if self.data.overfit and self.run.push_to_hub:
             raise ValueError("--overfit memorizes a few images; there is nothing to push")
+        if self.model.freeze_backbone and self.recipe.backbone_learning_rate and not self.saved:
+            raise ValueError("--backbone_learning_rate is for a backbone that trains; omit --freeze_backbone")
+        if self.embedded and self.model.freeze_backbone:
+            raise ValueError("--freeze_backbone needs trained weights: name --model, or --dataset or --backbone")
 
     @property
     def embedded(self) -> bool:
@@ -272,7 +281,7 @@ class _HelpFormatter(RawDescriptionHelpFormatter):
 def _check_unchanged(args: FinetuneArguments) -> None:
     """Raise ValueError where an argument cannot change within a run."""
     saved, now = args.saved, args.to_dict()
-    changed = [name for name in ("ema", "overfit") if bool(saved.get(name)) != bool(now[name])]
+    changed = [name for name in ("ema", "freeze_backbone", "overfit") if bool(saved.get(name)) != bool(now[name])]
     changed += [name for name in ("lora_rank", "metric", "model", "repeat_threshold") if saved.get(name) != now[name]]
     if changed:
         raise ValueError(f"--{changed[0]} cannot change within a run. Start another from its checkpoint with --model")

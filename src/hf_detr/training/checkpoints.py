@@ -36,6 +36,7 @@ class Progress:
         data: what the run was trained on so far, see [`~hf_detr.training.run_data.identify`].
         planned_epochs: of the whole run.
         steps_per_epoch: optimizer steps; `first_steps_per_epoch`: at the beginning of the run.
+        columns: names in the lines of the log.
         rate: the learning rate as a fraction of its maximum.
         rise: (epoch, fraction of the maximum, epochs): where, from what, and how long the rate rises to the schedule,
             since a run went on after its end.
@@ -53,6 +54,7 @@ class Progress:
         self.spread: dict[str, int] = {}
         self.data: dict[str, Any] = {}
         self.planned_epochs = self.steps_per_epoch = self.first_steps_per_epoch = 0
+        self.columns: list[str] = []
         self.rate = 0.0
         self.rise: tuple[float, float, float] | None = None
 

@@ -71,7 +71,7 @@ class EpochMeter(Meter):
         means, seconds = self.means(), self.seconds
         images = means.pop("images", 0.0) * self.steps * self.accelerator.num_processes
         rates = scheduler.get_last_lr()
-        line = {"learning_rate": rates[0]} | ({"backbone_learning_rate": rates[-1]} if rates[-1] != rates[0] else {})
+        line = {"learning_rate": rates[0], "backbone_learning_rate": rates[-1]}
         return line | {"images_per_second": round(images / seconds, 1)} | {n: round(v, 4) for n, v in means.items()}
 
 
@@ -87,12 +87,25 @@ def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int
             tracker.log_images({name: np.asarray(image)[None]}, step=step, **layout)
 
 
-def describe_epoch(line: Mapping[str, float], epochs: int) -> str:
-    """A line of the log for the console."""
+def describe_epoch(line: Mapping[str, float], epochs: int, *, left: float, best: str) -> str:
+    """A line of the log for the console.
+
+    Args:
+        left: seconds until the end of the last epoch.
+        best: the best evaluation so far, in words; empty before the first one.
+    """
     text = f"epoch {line['epoch']:3}/{epochs}  {line['seconds']:6.1f} s  loss {line.get('loss', math.nan):7.4f}"
     terms = (name for name in ("loss_ce", "loss_bbox", "loss_giou") if name in line)
     text += "".join(f"  {name.removeprefix('loss_')} {line[name]:.3f}" for name in terms)
     if "AP" in line:
         text += f"  AP {line['AP']:.4f}  AP50 {line['AP50']:.4f}  IoU {line['matched_iou']:.2f}"
         text += f"  changed matches {line['changed_matches']:.0%}" if "changed_matches" in line else ""
-    return text
+    return f"{text}  {f'best {best}  ' if best else ''}{describe_duration(left)} left"
+
+
+def describe_duration(seconds: float) -> str:
+    """In the unit that a person would say: `45 s`, `12 min`, `3 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

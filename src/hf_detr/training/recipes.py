@@ -14,6 +14,7 @@ RECIPES = ("auto", "paper", "paper-500", "small-data", "finetune")
 AUGMENTATIONS = ("paper", "flip", "turns", "none")
 
 IMAGES_SEEN = {"checkpoint": 30_000, "backbone": 60_000, "scratch": 100_000}
+MAX_QUERIES = 1000  # of a checkpoint that gets more; the cost of the decoder grows with their square
 MAX_TOKENS = 1500  # locations of the feature map; the cost of self-attention grows with their square
 STRIDES = (8, 16, 32)  # of most backbones
 SMALL_IMAGE = 200  # pixels of the longest side up to which batches of 32 fit anywhere
@@ -68,7 +69,7 @@ class Recipe:
     Args:
         name: one of `RECIPES`, but not `"auto"`.
         why: one line on why this recipe was chosen, and for which data.
-        model: fields of [`DetrConfig`]; empty if a checkpoint brings its own.
+        model: fields of [`DetrConfig`]; of a checkpoint only `num_queries`, where it has too few.
         training: `epochs`, `batch_size` (images per process and batch), `learning_rate`, `backbone_learning_rate`,
             `weight_decay`, `schedule` (`"wsd"`: warm-up, stable, decay to 0; `"step"`: a tenth after two thirds),
             `warmup` and `decay` (fractions of all steps), `augmentation`, `eval_every` (epochs).
@@ -104,6 +105,7 @@ def choose_recipe(
     *,
     strides: Sequence[int] = STRIDES,
     upright: bool = True,
+    num_queries: int | None = None,
 ) -> Recipe:
     """The recipe of this name for this data set and starting point.
 
@@ -117,6 +119,7 @@ def choose_recipe(
         image_size: shortest and longest side of the images after the resize, in pixels.
         strides: of the feature levels of the backbone, in pixels.
         upright: whether the images have an up and a down, as photographs do.
+        num_queries: of the checkpoint; images with more objects get more queries.
 
     Raises:
         ValueError: there is no such recipe, or it does not fit the starting point.
@@ -141,7 +144,7 @@ def choose_recipe(
         "backbone": "from a pretrained backbone, everything else is random",
         "scratch": "all weights are random",
     }[start]
-    model = {} if start == "checkpoint" else _model(data, start, image_size, strides)
+    model = _more_queries(data, num_queries) if start == "checkpoint" else _model(data, start, image_size, strides)
     name = "finetune" if start == "checkpoint" else "small-data"
     return Recipe(name, f"{chosen}; {size}, {begins}", model, _training(data, start, image_size, upright))
 
@@ -151,6 +154,15 @@ def _random_backbone() -> dict[str, Choice]:
         "freeze_batch_norm": Choice(False, "a random backbone has no statistics to preserve"),
         "frozen_stages": Choice(-1, "all stages of a random backbone have to be trained"),
     }
+
+
+def _more_queries(data: DataSummary, num_queries: int | None) -> dict[str, Choice]:
+    """More queries for a checkpoint that has fewer than an image has objects."""
+    if num_queries is None or data.max_objects <= num_queries:
+        return {}
+    wanted = min(MAX_QUERIES, math.ceil(1.25 * data.max_objects))
+    why = f"up to {data.max_objects} objects per image; the {num_queries} of the checkpoint keep their weights"
+    return {"num_queries": Choice(wanted, why)} if wanted > num_queries else {}
 
 
 def _model(data: DataSummary, start: Start, image_size: tuple[int, int], strides: Sequence[int]) -> dict[str, Choice]:

@@ -4,6 +4,7 @@ import hashlib
 from typing import Any
 
 from ..data.schema import id2label
+from ..runtime import listed
 from .checkpoints import Progress
 
 COLUMNS = ("width", "height", "objects")
@@ -37,7 +38,8 @@ def check_data(progress: Progress, now: dict[str, Any], folder: Any) -> list[str
     if before["classes"] != now["classes"]:
         gone = [name for name in before["classes"] if name not in now["classes"]]
         new = [name for name in now["classes"] if name not in before["classes"]]
-        what = f"{gone or 'none'} are gone and {new or 'none'} are new" if gone or new else "their order is another"
+        moved = f"gone are {listed(gone) or 'none'}, new are {listed(new) or 'none'}"
+        what = moved if gone or new else "their order is another"
         raise ValueError(
             f"{folder} was trained on other classes than the data have now: {what}. Start another run from it, which "
             f"matches classes by name: --model {folder}"

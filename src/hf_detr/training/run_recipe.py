@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..data.processor_size import size_range
+from ..model.configuration_hf_detr import DetrConfig
 from ..model.image_processing_hf_detr import DetrImageProcessor
+from ..model.processor_size import size_range
 from ..model.timm_network import feature_strides
 from .arguments import FinetuneArguments
 from .recipes import DataSummary, Start, choose_recipe, summarize
@@ -82,10 +83,13 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
             size_range(processor.size),
             strides=[] if start == "checkpoint" else feature_strides(backbone),
             upright=not args.data.is_drawn,
+            num_queries=_queries_of(args.model.model) if args.model.model else None,
         )
         description = recipe.describe(config | given)
         given = recipe.values("training", given)
-        if start != "checkpoint":
+        if start == "checkpoint":
+            config = recipe.values("model", config)
+        else:
             small = {"attn_implementation": "eager"} if args.embedded else {}  # the fastest at so few locations
             config = recipe.values("model", {"backbone": backbone} | small | config)
     return RunRecipe(
@@ -96,3 +100,10 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
         data=data,
         description=description,
     )
+
+
+def _queries_of(checkpoint: str) -> int:
+    """The number of object queries of a checkpoint, ours or transformers'."""
+    stored, _ = DetrConfig.get_config_dict(checkpoint)
+    queries: int = stored.get("num_queries", DetrConfig().num_queries)
+    return queries

@@ -22,12 +22,12 @@ from ..data import (
     resized_sizes,
 )
 from ..data.class_balance import describe_repeats, repeat_rare_classes
-from ..data.processor_size import keeps_aspect_ratio, size_fields
-from ..data.schema import learned_objects
+from ..data.schema import learned_objects, require_objects
 from ..model.configuration_hf_detr import DetrConfig
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
-from ..runtime import require_source
+from ..model.processor_size import keeps_aspect_ratio, size_fields
+from ..runtime import listed, require_source
 from .arguments import FinetuneArguments
 from .lora import add_lora
 from .run_recipe import RunRecipe
@@ -61,13 +61,8 @@ def load_data(args: FinetuneArguments, accelerator: Accelerator) -> tuple[Any, A
             train_set = train_set.select(with_objects[: data.overfit])
             return train_set, train_set
         val_set = load_detection_dataset(split="val", id2label=id2label(train_set), progress=progress, **data.source)
-        for name, dataset in (("training", train_set), ("validation", val_set)):
-            if not any(learned_objects(objects)["bbox"] for objects in dataset["objects"]):
-                what = "learned" if name == "training" else "measured"
-                raise ValueError(
-                    f"{data.location}: none of the {len(dataset)} {name} images has an object (crowds do not count), "
-                    f"so nothing can be {what}. check_dataset.py shows what was read."
-                )
+        require_objects(train_set, f"{data.location}, training", "learned")
+        require_objects(val_set, f"{data.location}, validation", "measured")
         return train_set, val_set
 
 
@@ -113,6 +108,8 @@ def build_model(args: FinetuneArguments, recipe: RunRecipe, train_set: Any) -> D
             model = DetrForDetection(config)
         else:
             model = DetrForDetection.from_pretrained_backbone(config, args.model.backbone_weights)
+    if args.model.freeze_backbone:
+        model.freeze_backbone()
     if args.model.lora_rank:
         add_lora(model, args.model.lora_rank)
     if args.model.gradient_checkpointing:
@@ -194,9 +191,7 @@ def describe_run(
     accelerator: Accelerator,
 ) -> str:
     """What is trained on what, where it starts from, and on which hardware: a few lines to print."""
-    images = (
-        f"{len(train_set)} training and {len(val_set)} validation images of {', '.join(id2label(train_set).values())}"
-    )
+    images = f"{len(train_set)} training and {len(val_set)} validation images of {listed(id2label(train_set).values())}"
     if args.model.model:
         start = f"Model: {args.model.model}."
     elif recipe.random_backbone:
@@ -206,6 +201,8 @@ def describe_run(
         start = f"Model: DETR, backbone {model.config.backbone} from {source}, everything else random."
     if args.model.lora_rank:
         start += f" LoRA adapters of rank {args.model.lora_rank} and the heads are trained."
+    if args.model.freeze_backbone:
+        start += " The backbone is frozen."
     if recipe.data.max_objects > (queries := model.config.num_queries):
         start += (
             f"\nUp to {recipe.data.max_objects} objects per image, but {queries} queries: some cannot be learned. For "

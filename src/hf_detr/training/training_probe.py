@@ -15,6 +15,9 @@ MIN_SCORE = 0.3  # of predictions that are checked for duplicates
 DUPLICATE_IOU = 0.6  # from which two predictions of a class are duplicates
 
 
+FIGURES = ("matched_iou", "class_error", "never_matched", "duplicates", "changed_matches")
+
+
 class TrainingProbe:
     """Measures a model on the same training images, without augmentation, again and again.
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
-from ..data.processor_size import size_range
 from ..evaluation import CocoEvaluator, evaluate_detection, format_metrics
 from ..hub import prepare_repo, push_folder
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
+from ..model.processor_size import size_range
 from ..runtime import StopRequest, atomic_write
 from ..visualization import compare_with_ground_truth
 from .arguments import FinetuneArguments
@@ -33,7 +33,7 @@ from .setup import describe_run
 from .sharding import gather_weights
 from .step import Batch, TrainStep, in_groups, share_buffers
 from .training_advice import describe_overfit, has_memorized, training_advice
-from .training_probe import TrainingProbe
+from .training_probe import FIGURES, TrainingProbe
 
 
 class TrainingRun:
@@ -138,6 +138,8 @@ class TrainingRun:
             if progress.best is not None:
                 accelerator.print(f"Best {self.args.run.metric} so far {progress.best:.4f}")
             begin(self.folder, accelerator)
+        within = progress.batches / (steps_per_epoch * recipe.gradient_accumulation_steps)
+        self.began, self.began_with = time.monotonic(), progress.epoch + within  # in epochs
         progress.spread, progress.data = spread, data
         progress.steps_per_epoch, progress.planned_epochs = steps_per_epoch, recipe.epochs
         progress.first_steps_per_epoch = progress.first_steps_per_epoch or steps_per_epoch
@@ -245,11 +247,16 @@ class TrainingRun:
         """Write the line to the log, the trackers and the console, and save a checkpoint."""
         self.progress.end_epoch()
         self.accelerator.log(line, step=self.progress.step)
+        progress, metric = self.progress, self.args.run.metric
+        progress.columns = list(dict.fromkeys([*progress.columns, *line, *FIGURES, "AP", "AP50", metric]))
         if self.accelerator.is_main_process:
-            with (self.path / "log.jsonl").open("a") as log:
-                log.write(json.dumps(line) + "\n")
+            with (self.path / "log.jsonl").open("a") as log:  # null: not measured in this epoch
+                log.write(json.dumps({name: line.get(name) for name in progress.columns}) + "\n")
             if "AP" in line or not self.args.data.overfit:
-                tqdm.write(describe_epoch(line, self.recipe.epochs))
+                best = "" if progress.best is None else f"{metric} {progress.best:.4f} (epoch {progress.best_epoch})"
+                per_epoch = (time.monotonic() - self.began) / (progress.epoch - self.began_with)
+                left = per_epoch * (self.recipe.epochs - progress.epoch)
+                tqdm.write(describe_epoch(line, self.recipe.epochs, left=left, best=best))
             if "AP" in line and not self.args.data.overfit:
                 stride, query_type = self.predictor.model.backbone.strides[-1], self.predictor.config.query_type
                 advice = training_advice(self.progress.evaluations, query_type=query_type, stride=stride)
