@@ -107,8 +107,14 @@ def main() -> None:
         barrier.wait()
     if job is not None:
         predict_images(args, accelerator, job, detector, plan.output)
+    failed = []
     for path, of_video in plan.videos.items():
-        predict_video(args, detector, path, of_video, plan.output)
+        try:
+            predict_video(args, detector, path, of_video, plan.output)
+        except (ValueError, OSError) as error:  # the other videos are predicted nevertheless
+            failed.append(str(error))
+    if failed:
+        raise ValueError("\n".join(failed))
     barrier.wait()
     if accelerator.is_main_process:
         plan.output.finish()
@@ -210,6 +216,8 @@ def predict_video(
     print(f"{summary.objects} objects in {summary.frames} frames: {records}")
     for problem in summary.problems:
         print(f"{path}: {problem}")
+    if not summary.frames:
+        raise ValueError(f"{path}: no frame could be read.")
 
 
 def detect_in_frames(

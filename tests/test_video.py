@@ -259,6 +259,20 @@ def test_a_truncated_video_is_predicted_to_its_end_and_reported(predict, tmp_pat
     assert any("it ends after" in problem for problem in about["result"]["problems"])
 
 
+def test_a_video_that_cannot_be_read_is_an_error_after_the_others_are_done(predict, tmp_path):
+    clip, broken = make_clip(tmp_path / "clip.mp4", frames=3, audio=False), tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    with pytest.raises(ValueError, match=r"broken.mp4 cannot be read as a video"):
+        predict(broken, clip, "--output_dir", tmp_path / "out")
+    assert len(records_of(tmp_path / "out" / "clip.jsonl")) == 3
+    with pytest.raises(ValueError, match=r"clip.mp4 was drawn by predict.py"):
+        predict(tmp_path / "out" / "clip.mp4", "--output_dir", tmp_path / "more")
+    (tmp_path / "other").mkdir()
+    same = clip.rename(tmp_path / "other" / "broken.mp4")
+    with pytest.raises(ValueError, match="Two of the videos have the same name"):
+        predict(broken, same)
+
+
 def test_the_end_of_a_truncated_matroska_is_reported(tmp_path):
     clip = make_clip(tmp_path / "clip.mkv", frames=60, audio=False)
     content = clip.read_bytes()
