@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--num_workers", type=int, help="threads that read images; default: one per CPU core")
     parser.add_argument("--strict", action="store_true", help="exit with 1 for warnings as well")
     parser.add_argument("--show", type=int, default=3, help="number of examples to print per kind of finding")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     if args.dataset is None and args.train is None:
         parser.error("name a DATASET, or its annotations with --train FILE")

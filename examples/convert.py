@@ -4,9 +4,10 @@
     python examples/convert.py facebook/detr-resnet-50 OUT
     python examples/convert.py CHECKPOINT OUT --to transformers
 
-`from_pretrained` reads transformers' checkpoints, too; a converted one only loads faster. The paper's files do not
-contain the number of attention heads, the class names, and whether the backbone is DC5. Options set them; the defaults
-are 8 heads, COCO's names if there are 91 classes, and DC5 if the file name contains "dc5".
+`from_pretrained` reads transformers' checkpoints, too; a converted one only loads faster. For transformers, the model
+has to have learned queries, as those fine-tuned from a published checkpoint have. The paper's files do not contain the
+number of attention heads, the class names, and whether the backbone is DC5. Options set them; the defaults are 8 heads,
+COCO's names if there are 91 classes, and DC5 if the file name contains "dc5".
 """
 
 import argparse
@@ -31,6 +32,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--labels", type=Path, help='.pth: JSON with the class names, ["cat", "dog"] or {"0": "cat"}')
     parser.add_argument("--revision", default="main", help="Hub: branch, tag or commit")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
         parser.error(f"{args.output_dir} already exists and is not an empty folder.")

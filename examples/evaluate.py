@@ -57,6 +57,7 @@ def main() -> None:
         action="store_true",
         help='store the best threshold of each class in the checkpoint (a local folder), for threshold="per_class"',
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     if not args.dataset and not args.annotations:
         parser.error("name a --dataset, or --annotations FILE")

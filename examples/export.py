@@ -106,6 +106,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dataset", help="annotated folder or Hub data set to measure AP on, before and after")
     parser.add_argument("--split", default="val", help="of --dataset")
     parser.add_argument("--batch_size", type=int, default=4, help="of --dataset")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     if args.int8 != bool(args.calibration):
         parser.error("--int8 and --calibration FOLDER must be used together.")

@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument(
         "--output_dir", help="default: the next free runs/trainer-N; a run that was stopped there goes on"
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     # by default it treats each of several processes without an accelerator as a launch of one process
     state = PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))

@@ -292,6 +292,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--compile", action="store_true", help="use torch.compile; the first images take minutes")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: an accelerator if available")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     try:
         args.tiling = Tiling(args.tile, args.overlap) if args.tile is not None else None

@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="+", help="Hub ids or names of the training data; default: from args.json")
     parser.add_argument("--template", type=Path, default=TEMPLATE, help="Jinja template of the model card")
     parser.add_argument("--card_only", type=Path, metavar="FILE", help="write the card to this file and push nothing")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     if not args.folder.is_dir():
         parser.error(f"There is no folder {args.folder}.")

@@ -2,8 +2,8 @@
 
 Each page has a folder in which its placeholders exist: `FOLDER` is a data set, `CHECKPOINT` a checkpoint, and so on.
 Its commands run there in the order of the page, then its Python blocks, which share their variables. The Hub is one on
-the loopback. Training gets options that make it short, and exports are compared on few shapes; the
-commands themselves are not changed.
+the loopback. Training gets options that make it short, and exports are compared on few shapes; the commands themselves
+are not changed.
 """
 
 import ast
@@ -121,9 +121,9 @@ AROUND = {
         "model(torch.rand(1, 3, 64, 64))",
     ),
 }
-NOT_IN_HELP = {  # options of launchers and of pytest, and one that all scripts take
+NOT_IN_HELP = {  # options of launchers and of pytest
     "--config_file", "--num_processes", "--machine_rank", "--main_process_ip", "--standalone", "--nproc_per_node",
-    "--dist", "--debug",
+    "--dist",
 }  # fmt: skip
 RUN = """
 import os, runpy, sys, traceback
@@ -151,7 +151,8 @@ exporting.check_cases = lambda *args: check_cases(*args)[2:6]
 """
 REUSE_GRAPH = """
 exporting.trace = lambda *args, **kwargs: None
-exporting.write_graph = lambda *args: [shutil.copy(path, args[-1]) for path in Path("exports/r50").glob("model.*")]
+graph = [*Path("exports/r50").glob("model.*")]
+exporting.write_graph = lambda *args, **options: [shutil.copy(path, args[-1]) for path in graph]
 """
 
 

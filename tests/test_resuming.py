@@ -221,3 +221,28 @@ def test_an_average_forgets_as_fast_per_image_with_other_batches():
 
     assert averaged([100, 50]) == pytest.approx(averaged([100, 100]), rel=0.05)
     assert averaged([100, 400]) == pytest.approx(averaged([100, 100]), rel=0.05)
+
+
+def stop_in_the_evaluation():
+    def stop(run, *arguments):
+        raise SystemExit(9)
+
+    TrainingRun.evaluate = stop
+
+
+@pytest.mark.parametrize("minutes", ["0", "15"])
+def test_a_run_that_was_stopped_in_its_evaluation_may_go_on_with_other_batches(stopped, tmp_path, undisturbed, minutes):
+    (tmp_path / "data").symlink_to(stopped / "data")
+    command = [*SMALL, "--output_dir", "run", "--save_minutes", minutes]
+    code, output = run_script(EXAMPLE, *command, cwd=tmp_path, setup=stop_in_the_evaluation)
+    assert code == 9, output
+    code, output = run_script(
+        EXAMPLE, "--output_dir", "run", "--resume", "--batch_size", "4", "--gradient_accumulation_steps", "1",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert code == 0, output
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [4, 8, 16, 24, 32, 40], "8 a step in two epochs, then 4"
+    assert rates(log) == pytest.approx(undisturbed, rel=1e-6)
+    assert log[1]["AP"] is not None
+    assert log[1]["loss"] is not None

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
@@ -67,7 +68,20 @@ def run_child(job: dict) -> None:
     os.chdir(job["cwd"])
     sys.argv = job["argv"]
     sys.path[0] = ""
-    exec(compile(job["code"], "<code>", "exec"), {"__name__": "__main__"})
+    code: object = 0
+    try:
+        exec(compile(job["code"], "<code>", "exec"), {"__name__": "__main__"})
+    except SystemExit as stop:
+        code = stop.code
+        if code is not None and not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)  # a fork of so many modules takes seconds to clean up
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ class TrainerMetrics:
 
         metrics = TrainerMetrics(processor, model.config.id2label)
         Trainer(
-            args=TrainingArguments(..., eval_do_concat_batches=False),
+            args=TrainingArguments(output_dir, remove_unused_columns=False, eval_do_concat_batches=False),
+            data_collator=DetectionCollator(processor),
             compute_metrics=metrics,
             preprocess_logits_for_metrics=metrics.collect,
         )

@@ -242,7 +242,11 @@ def parse_finetune_args(description: str | None, argv: Sequence[str] | None = No
     """Parse the command line, by default that of this process. With `--resume` the defaults are the arguments with
     which the run was started. Mistakes end the process with a message, as `argparse` does."""
     parser = HfArgumentParser(
-        PARTS, description=description, formatter_class=_HelpFormatter, usage="%(prog)s [options]"
+        PARTS,
+        description=description,
+        formatter_class=_HelpFormatter,
+        usage="%(prog)s [options]",
+        epilog="--debug shows the traceback of an error.",
     )
     saved: dict[str, Any] = {}
     first, _ = parser.parse_known_args(argv)

@@ -26,7 +26,8 @@ class Progress:
 
     Attributes:
         epoch: completed epochs.
-        batches: batches of the current epoch that each process has trained on.
+        batches: batches of the current epoch that each process has trained on; `trained`: they are all, and the rest
+            of the epoch is its evaluation.
         step: optimizer steps so far.
         meter: figures of the current epoch, see [`EpochMeter.state_dict`].
         best: highest value of the metric so far, None before the first evaluation; `best_epoch`: its epoch.
@@ -45,6 +46,7 @@ class Progress:
     def __init__(self) -> None:
         self.epoch = 0
         self.batches = 0
+        self.trained = False
         self.step = 0
         self.meter: dict[str, Any] | None = None
         self.best: float | None = None
@@ -65,7 +67,11 @@ class Progress:
         vars(self).update(state)
 
     def end_epoch(self) -> None:
-        self.epoch, self.batches, self.meter = self.epoch + 1, 0, None
+        self.epoch, self.batches, self.trained, self.meter = self.epoch + 1, 0, False, None
+
+    def within_epoch(self) -> bool:
+        """Whether batches of the current epoch remain, out of those that some have been trained on."""
+        return self.batches > 0 and not self.trained
 
     def add_evaluation(self, line: dict[str, float], metric: str) -> bool:
         """Whether it is at least as good as the best so far."""
@@ -175,7 +181,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, progress: Progre
     different = ", ".join(
         f"{name} {value}, now {spread[name]}" for name, value in before.items() if value != spread[name]
     )
-    if different and progress.batches:
+    if different and progress.within_epoch():
         raise ValueError(
             f"{checkpoint} was saved in the middle of an epoch, whose remaining batches depend on: {different}"
         )

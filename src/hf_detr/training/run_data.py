@@ -49,7 +49,7 @@ def check_data(progress: Progress, now: dict[str, Any], folder: Any) -> list[str
         if before[name] == now[name]:
             continue
         counts = f"{before[name]['images']} before, {now[name]['images']} now"
-        if name == "training" and progress.batches:
+        if name == "training" and progress.within_epoch():
             raise ValueError(
                 f"{folder} stopped in the middle of an epoch, and its training images have changed since ({counts}). "
                 f"Restore them, or start another run from it: --model {folder}"

@@ -138,7 +138,7 @@ class TrainingRun:
             if progress.best is not None:
                 accelerator.print(f"Best {self.args.run.metric} so far {progress.best:.4f}")
             begin(self.folder, accelerator)
-        within = progress.batches / (steps_per_epoch * recipe.gradient_accumulation_steps)
+        within = 1.0 if progress.trained else progress.batches / (steps_per_epoch * recipe.gradient_accumulation_steps)
         self.began, self.began_with = time.monotonic(), progress.epoch + within  # in epochs
         progress.spread, progress.data = spread, data
         progress.steps_per_epoch, progress.planned_epochs = steps_per_epoch, recipe.epochs
@@ -153,7 +153,7 @@ class TrainingRun:
         """Put the schedule where the run is: at the same fraction of it, also if an epoch has another number of steps
         now. A run that goes on after its rate has fallen rises to the schedule as in a warm-up."""
         progress, scheduler, accumulated = self.progress, self.scheduler, self.recipe.gradient_accumulation_steps
-        within = math.ceil(progress.batches / accumulated)
+        within = steps_per_epoch if progress.trained else math.ceil(progress.batches / accumulated)
         step = progress.epoch * steps_per_epoch + within
         move_schedule(scheduler, step)
         factor, extended = self._rate(), progress.planned_epochs not in (0, self.recipe.epochs)
@@ -183,12 +183,15 @@ class TrainingRun:
         """Batches of what remains of the current epoch, one list per optimizer step, with a progress bar."""
         progress, count = self.progress, self.recipe.gradient_accumulation_steps
         loader.set_epoch(progress.epoch + 1)
+        self.batches_per_epoch = len(loader)
         loader.batch_sampler.skip(progress.batches)
         self.meter.clear()
         self.recent.clear()
         if progress.meter:
             self.meter.load_state_dict(progress.meter)
         self.last_save = time.monotonic()
+        if progress.trained:  # by a run that was stopped in the evaluation
+            return
         yield from tqdm(
             in_groups(loader, count),
             total=math.ceil(len(loader) / count),
@@ -202,6 +205,7 @@ class TrainingRun:
         progress, accelerator, run = self.progress, self.accelerator, self.args.run
         progress.step += 1
         progress.batches += len(batches)
+        progress.trained = progress.batches >= self.batches_per_epoch
         progress.skipped = step.skipped
         while step.reports:
             tqdm.write(step.reports.pop())
