@@ -2,7 +2,7 @@
 
     python examples/export.py MODEL --format onnx
     python examples/export.py MODEL --format openvino --int8 --calibration IMAGES --dataset FOLDER
-    python examples/export.py MODEL --format onnx --shape 1 800 1333 --opset 18 --post_process
+    python examples/export.py MODEL --format onnx --shape 1 320 320 --opset 18 --post_process
 
 The graph takes any batch size, height and width, or with --shape only one, and `pixel_mask` as an input. Before
 anything is written, its outputs are compared with those of PyTorch on batches of many shapes, with and without padding.

@@ -40,6 +40,9 @@ def main() -> None:
     if (Path(output_dir) / "eval_results.json").exists():
         raise FileExistsError(f"{output_dir} holds a run that has ended. Name another --output_dir.")
     newest = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    own = newest is not None and (Path(newest) / "trainer_state.json").exists()
+    if not own and Path(output_dir).is_dir() and any(Path(output_dir).iterdir()):
+        raise FileExistsError(f"{output_dir} is not empty and holds no run of this script. Name another --output_dir.")
     with state.main_process_first():  # the others use what the first has drawn and cached
         folder = args.dataset or data.draw_shapes_dataset("data/shapes")
         train_set = data.load_detection_dataset(folder, "train")

@@ -1,6 +1,6 @@
 """Detect objects in images, folders of images of any size, and videos.
 
-    python examples/predict.py IMAGE_OR_FOLDER ... --model CHECKPOINT
+    python examples/predict.py IMAGE_OR_FOLDER --model CHECKPOINT
     accelerate launch examples/predict.py FOLDER --model CHECKPOINT --output_dir DIR --batch_size 8
     python examples/predict.py FOLDER --model CHECKPOINT --tile 800 --overlap 0.25
     python examples/predict.py clip.mp4 --model CHECKPOINT
@@ -15,10 +15,10 @@ images:
     FILE.png           pictures with boxes, by default for up to 1,000 images; never taken for input later
     downloads/         what URLs name
 
-Image and category ids come from the folder's COCO annotations if it has any; otherwise they are positions in the sorted
-list of images, from 0, and class ids. After a kill or SIGTERM, the same command resumes the job, on any number of
-processes; only images that are in no shard are predicted, also those that were added since. The number of threads and
-the sizes of batches and shards may change between starts; options that affect results may not.
+Image and category ids come from the COCO annotations of the folder, if it has any and is the only input; otherwise they
+are positions in the sorted list of images, from 0, and class ids. After a kill or SIGTERM, the same command resumes the
+job, on any number of processes; only images that are in no shard are predicted, also those that were added since. The
+number of threads and the sizes of batches and shards may change between starts; options that affect results may not.
 
 For a video (one process only):
 
@@ -45,6 +45,7 @@ from hf_detr.export import ExportedDetr, is_exported, load_exported
 from hf_detr.prediction import (
     Inputs,
     OutputFolder,
+    PlannedJobs,
     PredictionJob,
     ShardWriter,
     Tiling,
@@ -52,6 +53,7 @@ from hf_detr.prediction import (
     VideoOutput,
     VideoReader,
     VideoSummary,
+    is_unreadable,
     load_batches,
     load_frames,
     merge_shards,
@@ -60,6 +62,7 @@ from hf_detr.prediction import (
     open_video_job,
     picture_of,
     predict_batch,
+    save_picture,
 )
 from hf_detr.runtime import LongBarrier, StopRequest, end_with_launcher, exit_on_error, require_source
 from hf_detr.speed import prepare_for_inference
@@ -105,20 +108,29 @@ def main() -> None:
         job = open_job(plan.output.path, plan.images, plan.settings, id2label, process_index=index)
     if accelerator.is_main_process:
         barrier.wait()
-    if job is not None:
-        predict_images(args, accelerator, job, detector, plan.output)
-    failed = []
+    predict(args, accelerator, detector, job, plan)
+    accelerator.end_training()
+
+
+def predict(
+    args: argparse.Namespace, accelerator: Accelerator, detector: Any, job: PredictionJob | None, plan: PlannedJobs
+) -> None:
+    """All jobs, whether or not another one fails."""
+    output, failed = plan.output, list[Exception]()
+    if job is not None and not predict_images(args, accelerator, job, detector, output):
+        failed.append(ValueError("None of the images could be read."))
     for path, of_video in plan.videos.items():
         try:
-            predict_video(args, detector, path, of_video, plan.output)
-        except (ValueError, OSError) as error:  # the other videos are predicted nevertheless
-            failed.append(str(error))
+            predict_video(args, detector, path, of_video, output)
+        except (ValueError, OSError) as error:
+            failed.append(error)
+    if failed and output.replaces:
+        print(f"The results in {output.target} were not replaced; the new ones are in {output.path}.")
     if failed:
-        raise ValueError("\n".join(failed))
-    barrier.wait()
+        raise failed[0] if len(failed) == 1 else ValueError("\n".join(map(str, failed)))
+    LongBarrier().wait()
     if accelerator.is_main_process:
-        plan.output.finish()
-    accelerator.end_training()
+        output.finish()
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, str]:
@@ -134,7 +146,8 @@ def load_model(args: argparse.Namespace) -> tuple[Any, str]:
 
 def predict_images(
     args: argparse.Namespace, accelerator: Accelerator, job: PredictionJob, detector: Any, output: OutputFolder
-) -> None:
+) -> bool:
+    """Predict what is not done. False if no image could be read."""
     barrier = LongBarrier()
     detections_file = output.target / job.detections_file.name
     if accelerator.is_main_process:
@@ -142,12 +155,15 @@ def predict_images(
     if job.finished:
         if accelerator.is_main_process:
             print(f"Already done, nothing was changed: {detections_file}")
-        return
+        return not is_unreadable(job)
 
     images = job.pending(accelerator.num_processes, accelerator.process_index)
+    pictures = job.num_images <= MAX_PICTURES if args.pictures is None else args.pictures
+    if pictures:
+        job.check_pictures(images)
     barrier.wait()  # no shard is written before all processes have listed the pending images
     stop = StopRequest()
-    if detect(args, accelerator, job, detector, images, stop):
+    if detect(args, accelerator, job, detector, images, pictures, stop):
         if accelerator.is_main_process:
             print("Stopped; results so far are in the shards. The same command resumes the job.", flush=True)
         raise SystemExit(stop.exit_code)
@@ -160,19 +176,24 @@ def predict_images(
             print(f"not read: {path}: {reason}")
         if summary.unreadable > len(summary.errors):
             print(f"{summary.unreadable - len(summary.errors)} more could not be read: {job.images_file.name}")
-        if not summary.images:
-            raise ValueError(f"None of the {summary.unreadable} images could be read.")
-        if not summary.objects:
+        if summary.images and not summary.objects:
             print(f"No score has reached --threshold {args.threshold}.")
+        return summary.images > 0
+    return True
 
 
 def detect(
-    args: argparse.Namespace, accelerator: Accelerator, job: PredictionJob, detector, images, stop: StopRequest
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    job: PredictionJob,
+    detector: Any,
+    images: Any,
+    pictures: bool,
+    stop: StopRequest,
 ) -> bool:
     """Predict this process' part of the pending images. True if it was asked to stop before the end."""
     id2label = detector.model.config.id2label
     label2id = {name: index for index, name in id2label.items()}
-    pictures = job.num_images <= MAX_PICTURES if args.pictures is None else args.pictures
     if accelerator.is_main_process:
         print(f"{job.num_images} images; ids from {job.ids_from or 'sorted order'}; pictures: {pictures}", flush=True)
     batches = load_batches(
@@ -187,9 +208,8 @@ def detect(
         for batch in batches:
             for prediction in predict_batch(detector, batch, args.threshold, args.tiling, args.batch_size):
                 if prediction.picture is not None:
-                    path = picture_of(job.folder, prediction.file)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    draw_detections(prediction.picture, prediction.objects(id2label), label2id).save(path)
+                    picture = draw_detections(prediction.picture, prediction.objects(id2label), label2id)
+                    save_picture(picture, picture_of(job.folder, prediction.file))
                 writer.add(prediction)
             bar.update(len(batch))
             if stop.requested:
@@ -259,7 +279,10 @@ def threshold(text: str) -> float | str:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="images, folders (searched recursively), videos, and URLs of them"
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="images, folders of images (searched recursively), videos, and URLs of images and videos",
     )
     parser.add_argument("--model", required=True, help="checkpoint (a folder or a Hub id), or a folder of export.py")
     parser.add_argument(
@@ -301,6 +324,8 @@ def parse_args() -> argparse.Namespace:
     for name in ("batch_size", "shard_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1.")
+    if args.output_dir is not None and args.output_dir.is_file():
+        parser.error(f"--output_dir {args.output_dir} is a file.")
     if args.num_workers is not None and args.num_workers < 0:
         parser.error("--num_workers must not be negative.")
     return args

@@ -52,6 +52,7 @@ NOT_RUN = {
     'pip install ".[test]"': NEEDS_INDEX,
     'pip install ".[evaluation]"': NEEDS_INDEX,
     'pip install ".[onnx]"': NEEDS_INDEX,
+    'pip install ".[openvino]"': NEEDS_INDEX,
     'pip install ".[openvino,evaluation]"': NEEDS_INDEX,
     'pip install ".[video]"': NEEDS_INDEX,
     'pip install ".[lora]"': NEEDS_INDEX,

@@ -67,7 +67,10 @@ def test_files_folders_and_urls_are_one_job(here, predict, address):
     loaded = ["predictions/downloads/a b-2.jpg", "predictions/downloads/a b.jpg"]
     assert files_of(out) == ["images/0.jpg", "images/deeper/1.jpg", "more/2.jpg", *loaded]
     assert (out / "images" / "deeper" / "1.jpg.png").is_file()
-    assert json.loads((out / "job.json").read_text())["settings"]["images"][2:] == list(arguments[2:])
+    assert set(arguments[2:]) < set(json.loads((out / "job.json").read_text())["settings"]["images"])
+    assert "Already done" in predict(*reversed(arguments), "./more/2.jpg")
+    predict(*arguments, "--overwrite", "--output_dir", "predictions")
+    assert files_of(out) == ["images/0.jpg", "images/deeper/1.jpg", "more/2.jpg", *loaded]
     assert "Already done" in predict(*arguments)
 
     predict(arguments[2], "--output_dir", "one")
@@ -140,20 +143,57 @@ def test_results_are_overwritten_when_the_new_ones_are_complete(here, predict, m
     before = (here / "predictions" / "detections.json").read_text()
     monkeypatch.setattr(predict.module, "merge_shards", lambda job: 1 / 0)  # stopped before the end
     with pytest.raises(ZeroDivisionError):
-        predict("more", "images", "--overwrite")
+        predict("more", "images", "--overwrite", "--output_dir", "predictions")
     assert (here / "predictions" / "detections.json").read_text() == before
     monkeypatch.undo()
     monkeypatch.chdir(here)
-    predict("more", "images", "--overwrite", "--threshold", "0.3")  # another command, which forgets that one
+    out = ("--output_dir", "predictions")
+    predict("more", "images", "--overwrite", "--threshold", "0.3", *out)  # another command, which forgets that one
     assert files_of(here / "predictions") == ["images/0.jpg", "images/deeper/1.jpg", "more/2.jpg"]
     assert not (here / "predictions" / "0.jpg.png").exists(), "drawings of the job before"
     assert [path.name for path in here.iterdir() if path.name.startswith(".")] == []
 
     (here / "predictions" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"more than the results to overwrite: notes.txt. Nothing was changed"):
-        predict("more", "--overwrite")
+        predict("more", "--overwrite", *out)
     assert len(files_of(here / "predictions")) == 3
     assert "3 images" not in predict("more", "--output_dir", "new", "--overwrite"), "there is nothing to overwrite"
+
+
+def test_overwriting_replaces_no_other_job(here, predict):
+    predict("images")
+    predict("more")
+    before = (here / "predictions" / "job.json").read_text()
+    predict("more", "--overwrite")
+    assert (here / "predictions" / "job.json").read_text() == before
+    assert files_of(here / "predictions-2") == ["2.jpg"]
+    (here / "predictions" / "clip.job.json").write_text("{}")  # of a video that this command does not name
+    with pytest.raises(ValueError, match="more than the results to overwrite"):
+        predict("more", "--overwrite", "--output_dir", "predictions")
+
+
+def test_a_drawing_replaces_no_file_of_the_user(here, predict):
+    photo(50, 40, 3).save(here / "images" / "0.jpg.png")
+    mine = (here / "images" / "0.jpg.png").read_bytes()
+    with pytest.raises(ValueError, match=r"0.jpg.png would be replaced by the drawing of 0.jpg"):
+        predict("images", "--output_dir", "images")
+    assert (here / "images" / "0.jpg.png").read_bytes() == mine
+    predict("images", "--output_dir", "out")
+    assert files_of(here / "out") == ["0.jpg", "0.jpg.png", "deeper/1.jpg"], "it is no drawing"
+
+
+def test_links_keep_their_names(here, predict):
+    (here / "blobs").mkdir()
+    (here / "images" / "0.jpg").rename(here / "blobs" / "abc")
+    (here / "link.jpg").symlink_to(here / "blobs" / "abc")
+    predict("link.jpg")
+    assert files_of(here / "predictions") == ["link.jpg"]
+
+
+def test_files_of_others_beside_the_input_are_no_job_files(here, predict):
+    (here / "images" / "worklist.parquet").write_text("mine")
+    (here / "images" / "clip.job.json").write_text("[]")
+    assert "2 images" in predict("images")
 
 
 def test_drawings_are_never_taken_for_input(here, predict):
@@ -165,8 +205,9 @@ def test_drawings_are_never_taken_for_input(here, predict):
     assert files_of(here / "again") == ["images/0.jpg", "images/deeper/1.jpg", "more/2.jpg"]
     with pytest.raises(ValueError, match=r"images/images/0.jpg.png was drawn by predict.py"):
         predict("images/images/0.jpg.png")
-    with pytest.raises(ValueError, match=r"again contains no images but drawings of predict.py"):
-        predict("again")
+    for folder in ("again", "again/images"):
+        with pytest.raises(ValueError, match=rf"{folder} contains no images but drawings of predict.py"):
+            predict(folder)
 
 
 def test_images_added_after_the_end_are_predicted(here, predict):
@@ -187,8 +228,9 @@ def test_images_added_after_the_end_are_predicted(here, predict):
 def test_the_ends_that_are_empty(here, predict):
     (here / "broken").mkdir()
     (here / "broken" / "1.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="None of the 1 images could be read"):
-        predict("broken", "--output_dir", "out")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"None of the images could be read\."):
+            predict("broken", "--output_dir", "out")
     assert len(json.loads((here / "out" / "images.json").read_text())["unreadable"]) == 1
     assert "No score has reached --threshold 1.0." in predict("images", "--output_dir", "none", "--threshold", "1")
     assert json.loads((here / "none" / "detections.json").read_text()) == []

@@ -157,6 +157,12 @@ def test_added_images_have_the_ids_of_the_annotations_or_are_refused(tmp_path):
     job = open_job(tmp_path / "out", folder / "val", {}, names)
     assert sorted(job.source_ids().values()) == [image["id"] for image in given]
     del job
+    file = folder / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"images": [i | {"id": i["id"] + 1} for i in content["images"]]}))
+    with pytest.raises(ValueError, match=r"The ids in .*instances_val.json have changed .*000000.jpg had 1 and has 2"):
+        open_job(tmp_path / "out", folder / "val", {}, names)
+    file.write_text(json.dumps(content))
     photo().save(folder / "val" / "unknown.jpg")
     with pytest.raises(ValueError, match=r"1 images were added .* unknown.jpg, and have no id in .*instances_val.json"):
         open_job(tmp_path / "out", folder / "val", {}, names)

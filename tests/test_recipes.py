@@ -323,8 +323,8 @@ def test_a_resumed_run_has_its_arguments_and_takes_changes(tmp_path, drawn):
     assert args.embedded
     assert dataclasses.replace(same, description=recipe.description) == recipe
     assert (same.config["num_queries"], same.config["d_model"], same.epochs, same.learning_rate) == (7, 64, 5, 0.5)
-    args, changed = resolve(drawn, [*again, "--epochs", "9", "--set", "num_queries=8"])
-    assert (changed.config, changed.epochs) == (recipe.config | {"num_queries": 8}, 9)
+    args, changed = resolve(drawn, [*again, "--epochs", "9", "--set", "dropout=0.1", "num_queries=7"])
+    assert (changed.config, changed.epochs) == (recipe.config | {"dropout": 0.1}, 9)
     for wrong in (["--ema", "0.9"], ["--metric", "AP50"]):
         with pytest.raises(SystemExit):
             parse_finetune_args("", [*again, *wrong])

@@ -335,7 +335,6 @@ def test_annotations_may_be_a_row_of_a_dataset(name):
     ("image", "message"),
     [
         (np.full((4, 5, 3), np.nan), "NaN"),
-        (Image.new("RGB", (3000, 1)), "An image of 3000 x 1 pixels cannot be resized"),
         (np.zeros((9, 5, 7), dtype=np.uint8), "channels"),
         (b"no image", "8 bytes cannot be read as an image"),
         ({"url": "x"}, "must have bytes or a path"),

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 from script_runner import run_script
@@ -143,10 +144,23 @@ def damage_optimizer(folder):
     path.write_bytes(bytes(content))
 
 
+def lose_optimizer(folder):
+    (next((folder / "run").glob("checkpoint-*")) / "optimizer.bin").unlink()
+
+
+def flip_a_bit_of_the_weights(folder):
+    path = next((folder / "run").glob("checkpoint-*")) / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(bytes(content))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (rename_class, "['ellipse'] are gone and ['oval'] are new"),
+        (lose_optimizer, "optimizer.bin is missing"),
+        (flip_a_bit_of_the_weights, "model.safetensors is damaged"),
+        (rename_class, "gone are ellipse, new are oval"),
         (damage_weights, "model.safetensors is damaged"),
         (damage_optimizer, "optimizer.bin is damaged"),
     ],
@@ -161,6 +175,39 @@ def test_a_run_that_cannot_continue_is_left_as_it_is(again, change, message):
     assert message in output
     assert "Traceback" not in output
     assert everything(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--epochs", "2"), "has done 2 epochs. To go on, --epochs must be more"),
+        (("--epochs", "1"), "has done 2 epochs"),
+        (("--backbone", "resnet18"), "--backbone cannot change within a run"),
+        (("--recipe", "paper"), "--recipe cannot change within a run"),
+        (("--set", "d_model=64"), "--set d_model cannot change within a run"),
+        (("--set", "num_queries=7"), "--set num_queries cannot change within a run"),
+        (("--set", "dropout=5"), "--set: "),
+    ],
+)
+def test_what_cannot_change_within_a_run_is_refused_before_anything_is_touched(again, arguments, message):
+    folder, resume = again
+    before = everything(folder)
+    code, output, _ = resume(*arguments)
+    assert code in (1, 2)
+    assert message in output
+    assert "Traceback" not in output
+    assert everything(folder) == before
+
+
+def test_other_pixels_are_told(again):
+    folder, resume = again
+    path = sorted((folder / "data" / "train").iterdir())[0]
+    with PIL.Image.open(path) as image:
+        size = image.size
+    PIL.Image.new("RGB", size).save(path)
+    code, output, _ = resume()
+    assert code == 0, output
+    assert "The training images have changed (32 before, 32 now)." in output
 
 
 def test_other_images_are_told_between_epochs(again):
@@ -204,23 +251,26 @@ def test_a_schedule_is_put_at_a_step_whatever_the_optimizer_had(kind):
 
 
 def test_an_average_forgets_as_fast_per_image_with_other_batches():
-    """Weights that stand still at 1 after they were 0: the average after two epochs of 100 steps, and of 100 and 50."""
+    """Weights that stand still at 1 after they were 0: the average after 200 steps of 8 images, and after as many
+    images in other steps. A number of images that changes makes no difference."""
 
-    def averaged(steps_of_epochs):
+    def averaged(*phases):
         model = torch.nn.Linear(1, 1, bias=False)
         model.weight.data.zero_()
         ema = build_ema(model, 0.99)
-        before = steps_of_epochs[0]
+        before = phases[0][1]
         model.weight.data.fill_(1.0)
-        for steps in steps_of_epochs:
-            rescale_ema(ema, first=steps_of_epochs[0], before=before, now=steps)
+        for steps, images in phases:
+            rescale_ema(ema, first=phases[0][1], before=before, now=images)
             for _ in range(steps):
                 ema.update_parameters(model)
-            before = steps
+            before = images
         return 1 - ema.module.weight.item()
 
-    assert averaged([100, 50]) == pytest.approx(averaged([100, 100]), rel=0.05)
-    assert averaged([100, 400]) == pytest.approx(averaged([100, 100]), rel=0.05)
+    expected = averaged((200, 8))
+    assert averaged((100, 8), (50, 16)) == pytest.approx(expected, rel=0.05)
+    assert averaged((100, 8), (400, 2)) == pytest.approx(expected, rel=0.05)
+    assert averaged((50, 8), (150, 8)) == expected
 
 
 def stop_in_the_evaluation():

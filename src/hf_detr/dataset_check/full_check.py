@@ -188,7 +188,7 @@ def _class_problems(splits: dict[str, AnnotatedSplit]) -> Iterator[Finding]:
         elif count < RARE * largest:
             message = f"has {count} boxes; the most frequent class has {largest}"
             yield Finding("class-rare", "train", str(train.file), record, message)
-    if "val" in splits and not counts["val"]:
+    if "val" in splits and splits["val"].images and not counts["val"]:
         images = len(splits["val"].images)
         message = f"none of the {images} images has a box that counts, so nothing can be measured"
         yield Finding("boxes-missing", "val", str(splits["val"].file), "validation", message)

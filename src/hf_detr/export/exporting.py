@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
+from ..model.processor_size import size_fields
 from .export_check import TOLERANCE, TOLERANCE_FLOAT16, Case, CheckResult, check_cases, compare
 from .export_folder import atomic_folder, check_folder, model_source
 from .exported_model import EXPORT_FILE, ExportedDetr, input_names, load_exported, output_names
@@ -23,6 +24,7 @@ from .masked_backbone import plan_masks
 from .quantize import CalibrationImages, quantize_graph
 from .runtimes import GRAPH_FILES, check_packages
 
+MIN_OPSET = 18  # the oldest that PyTorch's exporter makes
 Evaluate = Callable[[Any], Mapping[str, Any]]
 
 
@@ -89,7 +91,7 @@ def export_model(
             export = {"model": model_source(model)} | job.make_float32(graph_format, post_process)
             if shape is not None:
                 processor = _fit_processor(processor, shape, export["padding_exact"])
-                report(f"Images are resized to {processor.size}, which the image processor of the export does.")
+                report(f"The image processor of the export resizes to {size_fields(processor.size)}.")
             processor.to_json_file(folder / "preprocessor_config.json")
             if half:
                 export |= job.make_half(export)
@@ -238,9 +240,12 @@ def _check_request(
         raise ValueError("float16 and int8 exclude each other.")
     if opset is not None and graph_format != "onnx":
         raise ValueError(f'An opset is for the format "onnx", not "{graph_format}".')
+    check_packages(graph_format, quantize=calibration is not None)
+    newest = importlib.import_module("onnx").defs.onnx_opset_version() if opset is not None else 0
+    if opset is not None and not MIN_OPSET <= opset <= newest:
+        raise ValueError(f"The opset must be between {MIN_OPSET} and {newest}, got {opset}.")
     if shape is not None and (len(shape) != 3 or min(shape) < 1):
         raise ValueError(f"A fixed shape is a batch size, a height and a width of at least 1, got {shape}.")
-    check_packages(graph_format, quantize=calibration is not None)
     if calibration is None:
         return None
     return CalibrationImages(calibration, processor)

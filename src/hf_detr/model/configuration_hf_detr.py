@@ -316,7 +316,11 @@ class DetrConfig(PreTrainedConfig):
         for name, weight in (self.class_weights or {}).items():
             if name not in names:
                 nearest = difflib.get_close_matches(name, names, 1)
-                hint = f" Did you mean {nearest[0]!r}?" if nearest else f" Classes are {', '.join(sorted(names)[:10])}."
+                hint = (
+                    f" Did you mean {nearest[0]!r}?"
+                    if nearest
+                    else f" The classes are {', '.join(sorted(names)[:10])}."
+                )
                 raise ValueError(f"`class_weights` has {name!r}, which is no class of `id2label`.{hint}")
             if not 0 < weight < math.inf:
                 raise ValueError(f"`class_weights` must be positive, got {weight} for {name!r}.")

@@ -2,10 +2,10 @@
 tiles. `examples/predict.py` combines the parts; [`DetrDetectionPipeline`] is what `pipeline("object-detection")` uses.
 """
 
-from .drawings import picture_of
-from .inputs import Inputs
+from .drawings import picture_of, save_picture
+from .inputs import Inputs, PlannedJobs
 from .job import PredictionJob, model_settings, open_job
-from .merge import merge_shards
+from .merge import is_unreadable, merge_shards
 from .output_folder import OutputFolder
 from .predict import load_batches, load_image, predict_batch
 from .shards import ShardWriter
@@ -16,6 +16,7 @@ from .video_job import VideoJob, VideoOutput, VideoSummary, open_video_job
 __all__ = [
     "Inputs",
     "OutputFolder",
+    "PlannedJobs",
     "PredictionJob",
     "ShardWriter",
     "Tiling",
@@ -23,6 +24,7 @@ __all__ = [
     "VideoOutput",
     "VideoReader",
     "VideoSummary",
+    "is_unreadable",
     "load_batches",
     "load_frames",
     "load_image",
@@ -32,4 +34,5 @@ __all__ = [
     "open_video_job",
     "picture_of",
     "predict_batch",
+    "save_picture",
 ]

@@ -1,13 +1,20 @@
-"""Which files `predict.py` drew, so that they are never taken for its input."""
+"""What `predict.py` draws, marked so that it is never taken for input, and nothing else is replaced by it."""
 
 import json
 import os
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import pyarrow.parquet as pq
+from PIL import Image, PngImagePlugin
 
-WORKLIST = "worklist.parquet"
+from ..data.image_files import IMAGE_SUFFIXES
+
+MARK = b"drawn by hf_detr"
+MARK_WITHIN = 200  # bytes: it comes before the pixels
+
+
+def file_as_text(path: bytes) -> str:
+    """A file name, which need not be valid text, as Parquet and JSON can store it."""
+    return path.decode("utf-8", "backslashreplace")
 
 
 def picture_of(folder: Path, file: str) -> Path:
@@ -20,31 +27,27 @@ def picture_of(folder: Path, file: str) -> Path:
     return folder / f"{file}.png"
 
 
-def file_as_text(path: bytes) -> str:
-    """A file name, which need not be valid text, as Parquet and JSON can store it."""
-    return path.decode("utf-8", "backslashreplace")
-
-
-def pictures_of_job(worklist: Path) -> Iterator[Path]:
-    """The drawings that the job with this work list has made or may make."""
-    for path in pq.read_table(worklist, columns=["path"])["path"].to_pylist():
-        yield picture_of(worklist.parent, file_as_text(path))
-
-
-def without_drawings(files: Iterable[Path]) -> tuple[list[Path], int]:
-    """Files below a folder without drawings of jobs whose folders are among them; and how many were left out."""
-    listed = list(files)
-    drawings = {os.fspath(p) for path in listed if path.name == WORKLIST for p in pictures_of_job(path)}
-    kept = [path for path in listed if os.fspath(path) not in drawings]
-    return kept, len(listed) - len(kept)
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Save a drawing with its mark."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", MARK.decode())
+    picture.save(path, "PNG", pnginfo=info)
 
 
 def is_drawing(path: Path) -> bool:
-    """Whether a file is an image or a video that a prediction job drew, by the job's files beside or above it."""
-    path = Path(os.path.abspath(path))
+    """Whether a file is an image or a video that `predict.py` drew: by the mark in it, or the job file beside it."""
+    if path.suffix == ".png" and Path(path.stem).suffix.lower() in IMAGE_SUFFIXES:
+        try:
+            with path.open("rb") as file:
+                return MARK in file.read(MARK_WITHIN)
+        except OSError:  # reading the image reports it
+            return False
     record = path.with_name(f"{path.stem}.job.json")
-    if record.is_file() and path.suffix == ".mp4":
-        source: str = json.loads(record.read_text(encoding="utf-8"))["settings"]["images"]
-        return source != str(path.resolve())
-    worklists = (folder / WORKLIST for folder in path.parents)
-    return any(path in pictures_of_job(worklist) for worklist in worklists if worklist.is_file())
+    if path.suffix != ".mp4" or not record.is_file():
+        return False
+    try:
+        source = json.loads(record.read_text(encoding="utf-8"))["settings"]["images"]
+    except (ValueError, KeyError, TypeError):  # of another program
+        return False
+    return source not in (str(path.resolve()), os.path.abspath(path))

@@ -13,14 +13,14 @@ from ..data.formats.coco import find_coco, read_coco_file
 from ..data.image_files import IMAGE_SUFFIXES, is_litter, walk_files
 from ..data.records import AnnotatedSplit
 from ..data.split_names import name_rank, split_of
-from .drawings import is_drawing, without_drawings
+from .drawings import is_drawing
 
 logger = logging.get_logger(__name__)
 
 
 def find_images(*sources: str | Path) -> tuple[Path, list[bytes]]:
     """Single images, and all images below folders, including those behind symbolic links. What `predict.py` drew is
-    left out.
+    left out, see `is_drawing`.
 
     Returns:
         the folder as an absolute path (of several sources the innermost that holds all of them), and the sorted paths
@@ -48,10 +48,10 @@ def _images_at(path: Path) -> list[Path]:
         raise FileNotFoundError(f"{path} does not exist.")
     os.listdir(path)  # raises PermissionError
     unlisted: list[Path] = []
-    found, drawings = without_drawings(walk_files(path, unlisted.append))
-    images = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
+    found = [file for file in walk_files(path, unlisted.append) if file.suffix.lower() in IMAGE_SUFFIXES]
+    images = [file for file in found if not is_drawing(file)]
     if not images and not unlisted:
-        raise ValueError(f"{path} contains no images{' but drawings of predict.py' if drawings else ''}.")
+        raise ValueError(f"{path} contains no images{' but drawings of predict.py' if found else ''}.")
     return [*images, *unlisted]
 
 

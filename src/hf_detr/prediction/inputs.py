@@ -1,5 +1,6 @@
 """What `predict.py` is asked to look at: paths and URLs of images, folders and videos."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -10,7 +11,7 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 from ..runtime import atomic_write
 from .job import recorded_settings
-from .output_folder import DOWNLOADS, OutputFolder
+from .output_folder import OutputFolder
 from .video import is_video
 from .video_job import recorded_video_settings
 
@@ -35,7 +36,8 @@ class Inputs:
         missing = [text for text in given if not _is_url(text) and not Path(text).exists()]
         if missing:
             raise FileNotFoundError(f"There is no {missing[0]}.")
-        self.names = [text if _is_url(text) else str(Path(text).resolve()) for text in dict.fromkeys(given)]
+        # not resolved: behind a symbolic link a file may have a name that tells nothing
+        self.names = sorted({text if _is_url(text) else os.path.abspath(text) for text in given})
         stems = [path.stem for path in self._paths(Path()) if is_video(path)]
         if len(set(stems)) < len(stems):
             raise ValueError("Two of the videos have the same name, and so would their results. Predict them in turn.")
@@ -66,7 +68,7 @@ class Inputs:
         }
         recorded = recorded_settings((), of_images) if images else None
         output = OutputFolder(output_dir, recorded, of_videos, overwrite=overwrite, lock=is_main)
-        paths = self._paths(output.path / DOWNLOADS)
+        paths = self._paths(output.downloads)
         for name, path in zip(self.names, paths, strict=True):
             if _is_url(name) and not path.exists():
                 _download(name, path)
@@ -80,7 +82,8 @@ class Inputs:
             if not _is_url(name):
                 paths.append(Path(name))
                 continue
-            wanted = PurePosixPath(unquote(urlsplit(name).path)).name or "image"
+            wanted = PurePosixPath(unquote(urlsplit(name).path)).name
+            wanted = "image" if wanted in ("", ".", "..") else wanted
             path, number = downloads / wanted, 2
             while path in paths:
                 path, number = downloads / f"{Path(wanted).stem}-{number}{Path(wanted).suffix}", number + 1
@@ -104,7 +107,7 @@ class PlannedJobs:
 
 
 def _is_url(text: str) -> bool:
-    return text.startswith(("http://", "https://"))
+    return text.lower().startswith(("http://", "https://"))
 
 
 def _download(url: str, path: Path) -> None:

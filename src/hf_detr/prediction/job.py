@@ -25,8 +25,8 @@ import torch
 from ..data.records import AnnotatedSplit, numbered
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
-from ..runtime import PARTIAL, acquire_lock, atomic_write, listed, shortened
-from .drawings import WORKLIST, file_as_text
+from ..runtime import PARTIAL, acquire_lock, atomic_write, shortened
+from .drawings import file_as_text, is_drawing, picture_of
 from .image_folder import annotation_ids, category_records, find_images
 from .shards import done_ids
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ..export.exported_model import ExportedDetr
 
 JOB_FILE = "job.json"
+WORKLIST = "worklist.parquet"
 MAIN_LOCK = ".main.lock"
 # large: more than 2 GB of paths; source_id: as JSON
 WORKLIST_SCHEMA = pa.schema(
@@ -94,6 +95,16 @@ class PredictionJob:
         pairs = zip(table["image_id"].to_pylist(), table["source_id"].to_pylist(), strict=True)
         return {image_id: json.loads(source_id) for image_id, source_id in pairs}
 
+    def check_pictures(self, images: pa.Table) -> None:
+        """Raise ValueError if the drawing of one of these images would replace a file that is none."""
+        for path in images["path"].to_pylist():
+            picture = picture_of(self.folder, file_as_text(path))
+            if picture.exists() and not is_drawing(picture):
+                raise ValueError(
+                    f"{picture} would be replaced by the drawing of {file_as_text(path)}. Name another --output_dir, "
+                    "or draw nothing with --no-pictures."
+                )
+
     def pending(self, num_processes: int = 1, process_index: int = 0) -> pa.Table:
         """The rows of the work list for this process, out of those that are in no shard: every `num_processes`-th.
 
@@ -116,9 +127,9 @@ def open_job(
 ) -> PredictionJob:
     """Start a job, or resume the one in the folder. Process 0 must return from this before the other processes call it.
 
-    Image ids come from annotations if these cover all images (see `annotation_ids`); otherwise they are positions in
-    the sorted list, from 0. Images that were added since the job started join it, with the next ids; what has changed
-    otherwise is in `notes`.
+    Image ids come from annotations if these cover all images of one folder (see `annotation_ids`); otherwise they are
+    positions in the sorted list, from 0. Images that were added since the job started join it, with the next ids; what
+    has changed otherwise is in `notes`.
 
     Args:
         folder: output folder of the job.
@@ -130,7 +141,7 @@ def open_job(
 
     Raises:
         FileNotFoundError, ValueError: there are no images, or the folder contains something else; the message tells
-            the difference. Or images without an id were added to annotated ones.
+            the difference. Or annotations have other ids than before, or none for new images.
         TimeoutError: processes of another launch still work on the job after a minute.
     """
     job_file, worklist = folder / JOB_FILE, folder / WORKLIST
@@ -153,14 +164,12 @@ def open_job(
         for orphan in folder.glob(f"{name}.*{PARTIAL}"):  # left by a kill
             orphan.unlink()
     image_folder, files = find_images(*sources)
-    annotated = annotation_ids(image_folder, files)
+    # several sources may have nothing in common but the root of the file system
+    annotated = annotation_ids(image_folder, files) if len(sources) == 1 else None
     notes = []
     if job_file.exists():
         content = json.loads(job_file.read_text(encoding="utf-8"))
         notes = _update(worklist, content["ids_from"], image_folder, files, annotated)
-        if content["image_folder"] != str(image_folder):  # downloads are in the output folder, which may be renamed
-            with atomic_write(job_file) as file:
-                json.dump(content | {"image_folder": str(image_folder)}, file, indent=2)
     else:
         ids, source = annotated or (list(range(len(files))), None)
         _write_worklist(worklist, _rows(image_folder, files, numbered(ids), ids))
@@ -228,12 +237,19 @@ def _update(
     recorded = {row["path"]: (row["bytes"], row["modified"]) for row in before.to_pylist()}
     added = [file for file in files if file not in recorded]
     notes = []
+    of_file = dict(zip(files, annotated[0], strict=True)) if ids_from and annotated else {}
+    ids_before = {row["path"]: json.loads(row["source_id"]) for row in before.to_pylist()}
+    moved = [file for file, image_id in of_file.items() if ids_before.get(file, image_id) != image_id]
+    if moved:
+        raise ValueError(
+            f"The ids in {ids_from} have changed since the job started: {file_as_text(moved[0])} had "
+            f"{ids_before[moved[0]]!r} and has {of_file[moved[0]]!r}. Name another --output_dir, or --overwrite it."
+        )
     if added:
         first = max(before["image_id"].to_pylist(), default=-1) + 1
         numbers = list(range(first, first + len(added)))
         ids: list[Any] = numbers
         if ids_from:
-            of_file = dict(zip(files, annotated[0], strict=True)) if annotated else {}
             unknown = [file for file in added if file not in of_file]
             if unknown:
                 raise ValueError(
@@ -290,7 +306,7 @@ def compare_settings(folder: Path, recorded: Mapping[str, Any], settings: Mappin
     """
     names = [name for name in {**recorded, **settings} if recorded.get(name) != settings.get(name)]
     if names:
-        differences = listed(
+        differences = "; ".join(
             f"{name} was {shortened(recorded.get(name))} and is {shortened(settings.get(name))}" for name in names
         )
         raise ValueError(f"{folder} contains another job: {differences}. Use another --output_dir, or --overwrite it.")

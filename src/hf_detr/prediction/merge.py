@@ -11,6 +11,8 @@ from ..runtime import atomic_write
 from .job import PredictionJob
 from .shards import done_ids, read_shards
 
+NO_IMAGES = '{"images": []'  # how `images.json` begins then
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -27,6 +29,12 @@ class Summary:
     images: int
     unreadable: int
     errors: list[tuple[str, str]]
+
+
+def is_unreadable(job: PredictionJob) -> bool:
+    """Whether no image of a finished job could be read."""
+    with job.images_file.open(encoding="utf-8") as file:
+        return file.read(len(NO_IMAGES)) == NO_IMAGES
 
 
 def merge_shards(job: PredictionJob, max_errors: int = 100) -> Summary:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime import PARTIAL, acquire_lock
-from .drawings import WORKLIST, pictures_of_job
-from .job import JOB_FILE, MAIN_LOCK, check_folder
+from .drawings import is_drawing
+from .job import JOB_FILE, MAIN_LOCK, WORKLIST, check_folder
 from .video_job import check_video, output_files
 
 DEFAULT = "predictions"
@@ -35,7 +35,7 @@ class OutputFolder:
         target: where their results are in the end.
 
     Raises:
-        ValueError: what would be overwritten is more than the results of these jobs.
+        ValueError: there is more in the folder than the results that these jobs replace.
         TimeoutError: another process works on it.
     """
 
@@ -48,30 +48,45 @@ class OutputFolder:
         overwrite: bool = False,
         lock: bool = True,
     ) -> None:
-        self.target = given or (Path(DEFAULT) if overwrite else _choose(images, videos))
-        self._new, self._old = (self.target.with_name(f".{self.target.name}{end}") for end in (".new", ".old"))
-        if self._old.exists() and not self.target.exists():  # killed between the two steps of `finish`
-            self._old.rename(self.target)
-        self.path = self._new if overwrite and _holds_jobs(self.target, videos) else self.target
-        if self.path == self.target:
+        self.target = given or _choose(images, videos)
+        place = Path(os.path.abspath(self.target))
+        self._new, self._old = (place.with_name(f".{place.name}{end}") for end in (".new", ".old"))
+        if self._old.exists() and lock:  # killed in `finish`
+            if self.target.exists():
+                shutil.rmtree(self._old)
+            else:
+                self._old.rename(self.target)
+        self.path = self._new if overwrite and _holds_jobs(self.target, images, videos) else self.target
+        if not self.replaces or not lock:
             return
-        foreign = _foreign_files(self.target, videos)
+        foreign = _foreign_files(self.target, images, videos)
         if foreign:
             raise ValueError(
                 f"{self.target} has more than the results to overwrite: {foreign[0].relative_to(self.target)}. Nothing "
                 "was changed. Use another --output_dir."
             )
-        self._lock = acquire_lock(self.target / MAIN_LOCK) if lock else None
+        self._lock = acquire_lock(self.target / MAIN_LOCK)
         try:
             _check_jobs(self.path, images, videos)
         except ValueError:  # left by another command that was killed, before it replaced anything
             shutil.rmtree(self.path)
 
+    @property
+    def replaces(self) -> bool:
+        """Whether the results are to replace others."""
+        return self.path != self.target
+
+    @property
+    def downloads(self) -> Path:
+        """Where what URLs name is kept, also while results are replaced, so that it has one path."""
+        return self.target / DOWNLOADS
+
     def finish(self) -> None:
         """Put results that replace others in their place; for the main process, when all jobs are done."""
-        if self.path == self.target:
+        if not self.replaces:
             return
-        shutil.rmtree(self._old, ignore_errors=True)
+        if self.downloads.exists():
+            self.downloads.rename(self.path / DOWNLOADS)
         self.target.rename(self._old)
         self.path.rename(self.target)
         shutil.rmtree(self._old, ignore_errors=True)
@@ -87,15 +102,17 @@ def _choose(images: Mapping[str, Any] | None, videos: Mapping[Path, Mapping[str,
             _check_jobs(folder, images, videos)
         except ValueError:
             continue
-        if _holds_jobs(folder, videos):
+        if _holds_jobs(folder, images, videos):
             return folder
         free = free or folder
     raise AssertionError  # there are enough numbers
 
 
-def _holds_jobs(folder: Path, videos: Iterable[Path]) -> bool:
-    """Whether a folder has results of a job on images, or of one on a video of these names."""
-    return (folder / JOB_FILE).exists() or any(output_files(folder, video)[2].exists() for video in videos)
+def _holds_jobs(folder: Path, images: Mapping[str, Any] | None, videos: Iterable[Path]) -> bool:
+    """Whether a folder has results of a job on images, if these have some, or of one on a video of these names."""
+    return (images is not None and (folder / JOB_FILE).exists()) or any(
+        output_files(folder, video)[2].exists() for video in videos
+    )
 
 
 def _check_jobs(folder: Path, images: Mapping[str, Any] | None, videos: Mapping[Path, Mapping[str, Any]]) -> None:
@@ -109,21 +126,21 @@ def _check_jobs(folder: Path, images: Mapping[str, Any] | None, videos: Mapping[
         check_video(folder, video, settings)
 
 
-def _foreign_files(folder: Path, videos: Iterable[Path]) -> list[Path]:
-    """Files that belong neither to the job on images in a folder nor to those on these videos."""
-    own = {folder / name for name in (JOB_FILE, WORKLIST, "images.json", "detections.json")}
-    if (folder / WORKLIST).exists():
-        own |= set(pictures_of_job(folder / WORKLIST))
-    for video in videos:
-        own |= set(output_files(folder, video))
+def _foreign_files(folder: Path, images: Mapping[str, Any] | None, videos: Iterable[Path]) -> list[Path]:
+    """Files in a folder that these jobs do not make."""
+    own = {path for video in videos for path in output_files(folder, video)}
+    if images is not None:
+        own |= {folder / name for name in (JOB_FILE, WORKLIST, "images.json", "detections.json")}
+    found = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
     return [
-        Path(root, name)
-        for root, folders, names in os.walk(folder)
-        for name in names
+        path
+        for path in found
         if not (
-            Path(root, name) in own
-            or name.endswith(PARTIAL)
-            or (name.startswith(".") and name.endswith(".lock"))
-            or Path(root) in (folder / "shards", folder / DOWNLOADS)
+            path in own
+            or path.name.endswith(PARTIAL)
+            or (path.name.startswith(".") and path.name.endswith(".lock"))
+            or path.parent == folder / DOWNLOADS
+            or (images is not None and path.parent == folder / "shards" and path.suffix == ".parquet")
+            or (images is not None and is_drawing(path))
         )
     ]

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from opcode import opmap
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 PACKAGE = Path(__file__).parents[1]
-FORESEEABLE = (OSError, ValueError, ImportError, SafetensorError)
+FORESEEABLE = (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError)
 DEBUG = "--debug"
 
 
@@ -20,16 +21,17 @@ def exit_on_error() -> Iterator[None]:
     """End a script with a sentence on stderr and exit code 1 where files, arguments, data or packages are not as they
     have to be, or this package raises an error on purpose. Other errors keep their traceback, and all of them do with
     `--debug`, which scripts take at any place of the command line."""
-    debug = DEBUG in sys.argv[1:]
-    if debug:
-        sys.argv.remove(DEBUG)
+    given = [text for text in sys.argv[1:] if len(text) > 4 and DEBUG.startswith(text)]  # argparse allows --deb
+    debug = bool(given)
+    for text in given:
+        sys.argv.remove(text)
     try:
         yield
     except Exception as error:
-        if debug or not (isinstance(error, FORESEEABLE) or _raised_by_package(error)):
+        if debug or not (isinstance(error, FORESEEABLE) or _raised_on_purpose(error)):
             raise
         sys.stdout.flush()
-        where = "" if _raised_by_package(error) else f" ({DEBUG} shows where.)"
+        where = "" if _raised_on_purpose(error) else f" ({DEBUG} shows where.)"
         sys.exit(_describe(error) + where)
 
 
@@ -41,15 +43,17 @@ def _describe(error: Exception) -> str:
     return "\n".join(lines)
 
 
-def _raised_by_package(error: Exception) -> bool:
-    """Whether the error was raised by a `raise` statement in a file of this package."""
+def _raised_on_purpose(error: Exception) -> bool:
+    """Whether the error was raised by a `raise` statement in a file of this package, or in the script."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     if trace is None:
         return False
     code = trace.tb_frame.f_code
-    return code.co_code[trace.tb_lasti] == opmap["RAISE_VARARGS"] and PACKAGE in Path(code.co_filename).parents
+    file = Path(code.co_filename).resolve()
+    own = PACKAGE in file.parents or file == Path(sys.argv[0]).resolve()
+    return own and code.co_code[trace.tb_lasti] == opmap["RAISE_VARARGS"]
 
 
 def require_source(source: str | os.PathLike[str]) -> None:
@@ -69,7 +73,10 @@ def require_source(source: str | os.PathLike[str]) -> None:
     if is_id:
         return
     beside = sorted(entry.name for entry in path.parent.glob("*"))[:5] if path.parent.is_dir() else []
-    there = f" In {path.parent} are {', '.join(beside)}." if beside else f" There is no {path.parent} either."
+    if beside:
+        there = f" In {path.parent} are {', '.join(beside)}."
+    else:
+        there = f" {path.parent} is empty." if path.parent.is_dir() else f" There is no {path.parent} either."
     raise FileNotFoundError(f"There is no {text}.{there}")
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
@@ -23,6 +24,10 @@ SHAPES_OF_WEIGHTS = (
     "encoder_ffn_dim", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim", "activation_function",
     "pre_norm", "position_embedding_type", "query_type", "modulate_attention",
 )  # fmt: skip
+
+
+# More of them, which a checkpoint may get anew, but not within a run.
+PARTS_OF_MODEL = ("num_queries", "num_channels", "query_groups", "denoising_groups", "dense_loss_coefficient")
 
 
 def option(help: str, default: Any = None, **metadata: Any) -> Any:
@@ -115,6 +120,11 @@ class ModelArguments:
         for name in ("backbone", "backbone_weights"):
             if self.model and getattr(self, name):
                 raise ValueError(f"--{name} starts a new model, and --model names a trained one: give one of them")
+        apart = ("query_type", "class_weights", *PARTS_OF_MODEL)  # these depend on what the recipe chooses
+        try:
+            DetrConfig(**{name: value for name, value in self.config_fields().items() if name not in apart})
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            raise ValueError(f"--set: {' '.join(str(error).split())}") from error
         shapes = sorted(set(self.config_fields()) & set(SHAPES_OF_WEIGHTS))
         if self.model and shapes:
             raise ValueError(
@@ -286,7 +296,13 @@ def _check_unchanged(args: FinetuneArguments) -> None:
     """Raise ValueError where an argument cannot change within a run."""
     saved, now = args.saved, args.to_dict()
     changed = [name for name in ("ema", "freeze_backbone", "overfit") if bool(saved.get(name)) != bool(now[name])]
-    changed += [name for name in ("lora_rank", "metric", "model", "repeat_threshold") if saved.get(name) != now[name]]
+    fixed = ("backbone", "backbone_weights", "lora_rank", "metric", "model", "recipe", "repeat_threshold")
+    changed += [name for name in fixed if saved.get(name) != now[name]]
+    before = DetrConfig().to_dict() | saved.get("set", {})
+    fields_now = args.model.config_fields()
+    changed += [
+        f"set {n}" for n in (*SHAPES_OF_WEIGHTS, *PARTS_OF_MODEL) if n in fields_now and fields_now[n] != before[n]
+    ]
     if changed:
         raise ValueError(f"--{changed[0]} cannot change within a run. Start another from its checkpoint with --model")
 

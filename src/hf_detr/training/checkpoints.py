@@ -1,23 +1,24 @@
 """Checkpoints to resume from, written atomically."""
 
 import errno
+import hashlib
 import json
 import re
 import shutil
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..runtime import PARTIAL, atomic_write, sync
 
 WEIGHTS = "model.safetensors"
+DIGESTS = "digests.json"  # of the other files of a checkpoint
 _NAME = re.compile(r"checkpoint-(\d+)(-epoch-\d+)?$")
 
 
@@ -36,7 +37,7 @@ class Progress:
         spread: what the batches of an epoch depend on: processes, batch size, accumulated batches, seed.
         data: what the run was trained on so far, see [`~hf_detr.training.run_data.identify`].
         planned_epochs: of the whole run.
-        steps_per_epoch: optimizer steps; `first_steps_per_epoch`: at the beginning of the run.
+        step_images: images of an optimizer step; `first_step_images`: at the beginning of the run.
         columns: names in the lines of the log.
         rate: the learning rate as a fraction of its maximum.
         rise: (epoch, fraction of the maximum, epochs): where, from what, and how long the rate rises to the schedule,
@@ -55,7 +56,7 @@ class Progress:
         self.skipped = 0
         self.spread: dict[str, int] = {}
         self.data: dict[str, Any] = {}
-        self.planned_epochs = self.steps_per_epoch = self.first_steps_per_epoch = 0
+        self.planned_epochs = self.step_images = self.first_step_images = 0
         self.columns: list[str] = []
         self.rate = 0.0
         self.rise: tuple[float, float, float] | None = None
@@ -141,7 +142,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
         for left in folder.glob(f"checkpoint-*{PARTIAL}"):  # of a run that was killed while saving
             shutil.rmtree(left, ignore_errors=True)
     accelerator.wait_for_everyone()
-    for write, everywhere in ((accelerator.save_state, True), (sync_all, False)):
+    for write, everywhere in ((accelerator.save_state, True), (seal, False)):
         failure = None
         try:
             if everywhere or accelerator.is_main_process:
@@ -176,7 +177,8 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, progress: Progre
     try:
         accelerator.load_state(str(checkpoint))
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{checkpoint} does not fit this run: {str(error).splitlines()[0][:300]}") from error
+        reason = " ".join(str(error).split())[:400]
+        raise ValueError(f"{checkpoint} does not fit this run: {reason}") from error
     before = progress.spread
     different = ", ".join(
         f"{name} {value}, now {spread[name]}" for name, value in before.items() if value != spread[name]
@@ -189,24 +191,37 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, progress: Progre
     accelerator.print(f"Resumed after epoch {progress.epoch}{batches}")
 
 
+def seal(checkpoint: Path) -> None:
+    """Note the digests of all files of a checkpoint in it, and wait until they are on the disk."""
+    digests = {name: _digest(checkpoint / name) for name in _files_of(checkpoint)}
+    (checkpoint / DIGESTS).write_text(json.dumps(digests, indent=2))
+    sync_all(checkpoint)
+
+
 def verify_checkpoint(checkpoint: Path) -> None:
-    """Raise ValueError if a file of a checkpoint is damaged; names it, and the checkpoint before."""
-    for path in sorted(checkpoint.iterdir()):
-        problem = None
-        try:
-            if path.suffix == ".safetensors":
-                with safe_open(path, "pt") as weights:
-                    problem = None if weights.keys() else "is empty"
-            elif path.suffix in (".bin", ".pkl"):  # zip archives, as torch.save writes them
-                with zipfile.ZipFile(path) as archive:
-                    broken = archive.testzip()
-                    problem = f"is damaged in {broken}" if broken else None
-        except (OSError, SafetensorError, zipfile.BadZipFile) as error:
-            problem = f"is damaged: {error}"
-        if problem:
-            others = [other for other in checkpoints_in(checkpoint.parent) if other != checkpoint]
-            fix = f"Move {checkpoint.name} away to go on from {others[-1].name}" if others else "There is no other"
-            raise ValueError(f"{path} {problem}. {fix}. (--save_total_limit 2 keeps two checkpoints.)")
+    """Raise ValueError if a file of a checkpoint is damaged or missing; names it, and the checkpoint before."""
+    try:
+        digests = json.loads((checkpoint / DIGESTS).read_text())
+    except (OSError, ValueError):
+        digests = {DIGESTS: ""}
+    for name, digest in digests.items():
+        path = checkpoint / name
+        if path.is_file() and _digest(path) == digest:
+            continue
+        problem = "is damaged" if path.is_file() else "is missing"
+        others = [other for other in checkpoints_in(checkpoint.parent) if other != checkpoint]
+        fix = f"Move {checkpoint.name} away to go on from {others[-1].name}" if others else "There is no other"
+        raise ValueError(f"{path} {problem}. {fix}. (--save_total_limit 2 keeps two checkpoints.)")
+
+
+def _files_of(checkpoint: Path) -> list[str]:
+    found = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != DIGESTS)
+    return sorted(path.relative_to(checkpoint).as_posix() for path in found)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _cannot_save(target: Path, why: str, folder: Path) -> str:

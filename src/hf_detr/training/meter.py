@@ -87,11 +87,11 @@ def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int
             tracker.log_images({name: np.asarray(image)[None]}, step=step, **layout)
 
 
-def describe_epoch(line: Mapping[str, float], epochs: int, *, left: float, best: str) -> str:
+def describe_epoch(line: Mapping[str, float], epochs: int, *, left: float | None, best: str) -> str:
     """A line of the log for the console.
 
     Args:
-        left: seconds until the end of the last epoch.
+        left: seconds until the end of the last epoch, None if they cannot be told.
         best: the best evaluation so far, in words; empty before the first one.
     """
     text = f"epoch {line['epoch']:3}/{epochs}  {line['seconds']:6.1f} s  loss {line.get('loss', math.nan):7.4f}"
@@ -100,7 +100,8 @@ def describe_epoch(line: Mapping[str, float], epochs: int, *, left: float, best:
     if "AP" in line:
         text += f"  AP {line['AP']:.4f}  AP50 {line['AP50']:.4f}  IoU {line['matched_iou']:.2f}"
         text += f"  changed matches {line['changed_matches']:.0%}" if "changed_matches" in line else ""
-    return f"{text}  {f'best {best}  ' if best else ''}{describe_duration(left)} left"
+    text += f"  best {best}" if best else ""
+    return text if left is None else f"{text}  {describe_duration(left)} left"
 
 
 def describe_duration(seconds: float) -> str:

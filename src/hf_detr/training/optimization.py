@@ -1,5 +1,6 @@
 """Parameter groups, learning rate schedules, averaged weights and precision."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -92,9 +93,10 @@ def move_schedule(
         schedule.lr_lambdas = [_rising(factor, step, rises_from, rise) for factor in schedule.lr_lambdas]
     for group, rate in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
         group["initial_lr"] = rate
-        group["lr"] = rate
     schedule.last_epoch = step - 1
-    schedule.step()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of")  # no optimizer step belongs to this one
+        schedule.step()
 
 
 def _rising(factor: Callable[[int], float], first: int, start: float, length: int) -> Callable[[int], float]:
@@ -129,11 +131,11 @@ def build_ema(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def rescale_ema(ema: AveragedModel, *, first: int, before: int, now: int) -> None:
-    """Let an average forget as fast per image as before, where an epoch has another number of steps.
+    """Let an average forget as fast per image as before, where a step has another number of images.
 
     Args:
-        first, before, now: steps per epoch at the beginning of the run, until now, and from now on.
+        first, before, now: images of an optimizer step at the beginning of the run, until now, and from now on.
     """
     average: Any = ema.multi_avg_fn
-    average.unit = first / now
-    ema.n_averaged.copy_(torch.round(ema.n_averaged * (now / before)).to(ema.n_averaged))
+    average.unit = now / first
+    ema.n_averaged.copy_(torch.round(ema.n_averaged * (before / now)).to(ema.n_averaged))

@@ -1,26 +1,41 @@
 """What a run is trained on, so that it does not go on with other data without a word."""
 
 import hashlib
+import os
 from typing import Any
+
+from datasets import Image
 
 from ..data.schema import id2label
 from ..runtime import listed
 from .checkpoints import Progress
 
-COLUMNS = ("width", "height", "objects")
+COLUMNS = ("file_name", "width", "height", "objects")
 ROWS = 1000  # at once
 
 
 def identify(train_set: Any, val_set: Any) -> dict[str, Any]:
-    """Class names, numbers of images, and digests of sizes and annotations of both splits."""
+    """Class names, numbers of images, and digests of names, sizes and annotations of both splits."""
     identity: dict[str, Any] = {"classes": list(id2label(train_set).values())}
     for name, dataset in (("training", train_set), ("validation", val_set)):
         digest = hashlib.sha256()
-        rows = dataset.select_columns([column for column in COLUMNS if column in dataset.column_names])
+        rows = dataset.select_columns([*COLUMNS, "image"]).cast_column("image", Image(decode=False))
         for start in range(0, len(rows), ROWS):
-            digest.update(repr(rows[start : start + ROWS]).encode())
+            batch = rows[start : start + ROWS]
+            sizes = [_size(image) for image in batch.pop("image")]
+            digest.update(repr((batch, sizes)).encode())
         identity[name] = {"images": len(dataset), "digest": digest.hexdigest()}
     return identity
+
+
+def _size(image: dict[str, Any]) -> int:
+    """Bytes of an image file, -1 if it cannot be looked at, which reading it reports."""
+    if image["bytes"] is not None:
+        return len(image["bytes"])
+    try:
+        return os.stat(image["path"]).st_size
+    except OSError:
+        return -1
 
 
 def check_data(progress: Progress, now: dict[str, Any], folder: Any) -> list[str]:

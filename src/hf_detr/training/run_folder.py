@@ -36,7 +36,7 @@ class RunFolder(NamedTuple):
     Args:
         arguments: as written to `args.json`; `found` is what the run has found with `--auto_batch_size` before.
         checkpoint: to continue from, if there is one.
-        changes: arguments that are not those of the beginning of the run, each in words.
+        changes: arguments that are not those of the start before, each in words.
         lock: held until it is released or the process ends. None on all processes but the main one.
     """
 

@@ -103,12 +103,12 @@ class TrainingRun:
             recipe: with the batch size that is used.
             model: as `accelerator.prepare` returned it; `plain` is not wrapped.
             predictor: the model that is evaluated and saved: `plain`, its average or its unsharded copy.
-
             data: see [`~hf_detr.training.run_data.identify`].
+            steps_per_epoch: optimizer steps.
 
         Raises:
-            ValueError: the checkpoint cannot be read, is from the middle of an epoch with other batches or images, or
-                has other classes. The folder is as before then.
+            ValueError: the checkpoint cannot be read, is from the middle of an epoch with other batches or images, has
+                other classes, or no epoch is left to do. The folder is as before then.
         """
         self.recipe, self.model, self.predictor, self.scheduler, self.probe = recipe, model, predictor, scheduler, probe
         accelerator, progress = self.accelerator, self.progress
@@ -121,28 +121,30 @@ class TrainingRun:
             "seed": self.args.run.seed,
             "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
         }
+        step_images = spread["processes"] * spread["batch_size"] * spread["gradient_accumulation_steps"]
         if self.folder.checkpoint:
             weight_decays = [group["weight_decay"] for group in scheduler.optimizer.param_groups]
             load_checkpoint(accelerator, self.folder.checkpoint, progress, spread)
+            done, epochs = progress.epoch, recipe.epochs
+            if epochs < done or (epochs == done and epochs != progress.planned_epochs):
+                raise ValueError(f"{self.path} has done {done} epochs. To go on, --epochs must be more than that.")
             if self.folder.changes:
-                accelerator.print(f"Different from the beginning of the run: {', '.join(self.folder.changes)}")
+                accelerator.print(f"Different from when it was started last: {', '.join(self.folder.changes)}")
             for sentence in check_data(progress, data, self.path):
                 accelerator.print(sentence)
             for group, weight_decay in zip(scheduler.optimizer.param_groups, weight_decays, strict=True):
                 group["weight_decay"] = weight_decay
             self._place_schedule(steps_per_epoch)
-            before = progress.steps_per_epoch or steps_per_epoch
             if ema is not None:
-                first = progress.first_steps_per_epoch or before
-                rescale_ema(ema, first=first, before=before, now=steps_per_epoch)
+                rescale_ema(ema, first=progress.first_step_images, before=progress.step_images, now=step_images)
             if progress.best is not None:
                 accelerator.print(f"Best {self.args.run.metric} so far {progress.best:.4f}")
             begin(self.folder, accelerator)
         within = 1.0 if progress.trained else progress.batches / (steps_per_epoch * recipe.gradient_accumulation_steps)
         self.began, self.began_with = time.monotonic(), progress.epoch + within  # in epochs
         progress.spread, progress.data = spread, data
-        progress.steps_per_epoch, progress.planned_epochs = steps_per_epoch, recipe.epochs
-        progress.first_steps_per_epoch = progress.first_steps_per_epoch or steps_per_epoch
+        progress.step_images, progress.planned_epochs = step_images, recipe.epochs
+        progress.first_step_images = progress.first_step_images or step_images
         if accelerator.is_main_process:  # without a checkpoint, lines of a run that was killed before its first one
             trim_log(self.path / "log.jsonl", progress.epoch)
         settings = {k: v for k, v in self.recipe.settings(self.args).items() if isinstance(v, (int, float, str))}
@@ -160,10 +162,10 @@ class TrainingRun:
         if extended and factor > progress.rate * 1.01:
             wanted = self.recipe.warmup * (self.recipe.epochs - progress.epoch)
             progress.rise = (progress.epoch + within / steps_per_epoch, progress.rate, max(wanted, 1 / steps_per_epoch))
-            rate = scheduler.get_last_lr()[0]
+            rate, epochs = scheduler.get_last_lr()[0], progress.rise[2]
             self.accelerator.print(
                 f"The learning rate had fallen to {rate / factor * progress.rate:.2g}. It rises to {rate:.2g} again "
-                f"within {wanted:.1f} epochs, then follows the schedule to the end of epoch {self.recipe.epochs}."
+                f"within {epochs:.2g} epochs, then follows the schedule to the end of epoch {self.recipe.epochs}."
             )
         if progress.rise:
             epoch, start, epochs = progress.rise
@@ -258,8 +260,9 @@ class TrainingRun:
                 log.write(json.dumps({name: line.get(name) for name in progress.columns}) + "\n")
             if "AP" in line or not self.args.data.overfit:
                 best = "" if progress.best is None else f"{metric} {progress.best:.4f} (epoch {progress.best_epoch})"
-                per_epoch = (time.monotonic() - self.began) / (progress.epoch - self.began_with)
-                left = per_epoch * (self.recipe.epochs - progress.epoch)
+                done = progress.epoch - self.began_with  # nothing, after an epoch of which only the evaluation was left
+                passed = time.monotonic() - self.began
+                left = passed / done * (self.recipe.epochs - progress.epoch) if done else None
                 tqdm.write(describe_epoch(line, self.recipe.epochs, left=left, best=best))
             if "AP" in line and not self.args.data.overfit:
                 stride, query_type = self.predictor.model.backbone.strides[-1], self.predictor.config.query_type
@@ -333,7 +336,7 @@ class TrainingRun:
         best = DetrForDetection.from_pretrained(path).to(accelerator.device)
         metrics = json.loads((path / "metrics.json").read_text())  # before it is replaced
         evaluator = self._evaluator(best, val_loader, val_set)
-        metrics |= evaluator.compute(self.args.run.max_detections)
+        metrics |= evaluator.compute(self.args.run.max_detections) | {"num_images": len(val_set)}
         if accelerator.is_main_process:
             with atomic_write(path / "metrics.json") as file:
                 json.dump(metrics, file, indent=2)
