@@ -21,7 +21,7 @@ def exit_on_error() -> Iterator[None]:
     """End a script with a sentence on stderr and exit code 1 where files, arguments, data or packages are not as they
     have to be, or this package raises an error on purpose. Other errors keep their traceback, and all of them do with
     `--debug`, which scripts take at any place of the command line."""
-    given = [text for text in sys.argv[1:] if len(text) > 4 and DEBUG.startswith(text)]  # argparse allows --deb
+    given = [text for text in sys.argv[1:] if len(text) > 3 and DEBUG.startswith(text)]  # argparse allows --de
     debug = bool(given)
     for text in given:
         sys.argv.remove(text)

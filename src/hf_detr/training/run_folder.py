@@ -75,7 +75,7 @@ def acquire_run_dir(
             raise FileNotFoundError(
                 f"{folder} holds no checkpoint to resume from. Start without --resume, in another folder."
             )
-        if checkpoint is not None:
+        if checkpoint is not None and accelerator.is_main_process:  # it reads all of it
             verify_checkpoint(checkpoint)
     accelerator.wait_for_everyone()
     same_batch_size = saved.get("batch_size") == arguments.get("batch_size")

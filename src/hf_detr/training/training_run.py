@@ -129,7 +129,7 @@ class TrainingRun:
             if epochs < done or (epochs == done and epochs != progress.planned_epochs):
                 raise ValueError(f"{self.path} has done {done} epochs. To go on, --epochs must be more than that.")
             if self.folder.changes:
-                accelerator.print(f"Different from when it was started last: {', '.join(self.folder.changes)}")
+                accelerator.print(f"Different from the last start: {', '.join(self.folder.changes)}")
             for sentence in check_data(progress, data, self.path):
                 accelerator.print(sentence)
             for group, weight_decay in zip(scheduler.optimizer.param_groups, weight_decays, strict=True):
@@ -158,7 +158,7 @@ class TrainingRun:
         within = steps_per_epoch if progress.trained else math.ceil(progress.batches / accumulated)
         step = progress.epoch * steps_per_epoch + within
         move_schedule(scheduler, step)
-        factor, extended = self._rate(), progress.planned_epochs not in (0, self.recipe.epochs)
+        factor, extended = self._rate(), progress.planned_epochs != self.recipe.epochs
         if extended and factor > progress.rate * 1.01:
             wanted = self.recipe.warmup * (self.recipe.epochs - progress.epoch)
             progress.rise = (progress.epoch + within / steps_per_epoch, progress.rate, max(wanted, 1 / steps_per_epoch))
