@@ -157,11 +157,12 @@ class ExportedDetr:
     def _check_size(self, height: int, width: int) -> None:
         if self.export["shape"] is not None:
             _, rows, columns = self.export["shape"]
-            exact = not self.export["padding_exact"] and (height, width) != (rows, columns)
-            if exact or height > rows or width > columns:
+            smaller = height <= rows and width <= columns and self.export["padding_exact"]
+            if not smaller and (height, width) != (rows, columns):
+                limit = "up to" if self.export["padding_exact"] else "exactly"
                 raise ValueError(
-                    f"This export takes images of {'exactly' if exact else 'up to'} {rows} x {columns} pixels, got "
-                    f"{height} x {width}. Its own image processor, in its folder, resizes to that."
+                    f"This export takes images of {limit} {rows} x {columns} pixels, got {height} x {width}. Its own "
+                    "image processor, in its folder, resizes to that."
                 )
         smallest = self.export["smallest_side"]
         if min(height, width) < smallest:

@@ -256,7 +256,8 @@ def _fit_processor(
 ) -> DetrImageProcessor:
     """A copy whose images fit the graph."""
     names = ("max_height", "max_width") if padding_exact else ("height", "width")
-    fields = processor.to_dict() | {"size": dict(zip(names, shape[1:], strict=True)), "do_resize": True}
+    size = dict(zip(names, shape[1:], strict=True))
+    fields = processor.to_dict() | {"size": size, "do_resize": True, "pad_size": None}
     fitting: DetrImageProcessor = type(processor).from_dict(fields)
     return fitting
 
