@@ -39,18 +39,24 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """Of a server on the loopback with an image at two paths."""
+def served(tmp_path_factory):
+    """A folder with an image at two paths."""
     folder = tmp_path_factory.mktemp("served")
     for name, index in (("a b.jpg", 5), ("deeper/a b.jpg", 6)):
         (folder / name).parent.mkdir(exist_ok=True)
         photo(80, 60, index).save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(served):
+    """Of a server of it on the loopback."""
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=served))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -75,6 +81,18 @@ def test_files_folders_and_urls_are_one_job(here, predict, address):
 
     predict(arguments[2], "--output_dir", "one")
     assert files_of(here / "one") == ["a b.jpg"]
+
+
+def test_overwriting_downloads_again(here, predict, address, served):
+    url = f"{address}/changed.jpg"
+    for index in (1, 2):
+        photo(80, 60, index).save(served / "changed.jpg")
+        predict(url, "--overwrite")
+        loaded = here / "predictions" / "downloads" / "changed.jpg"
+        assert loaded.read_bytes() == (served / "changed.jpg").read_bytes()
+    photo(80, 60, 3).save(served / "changed.jpg")
+    assert "Already done" in predict(url)
+    assert loaded.read_bytes() != (served / "changed.jpg").read_bytes()
 
 
 def test_what_is_not_there_is_named_before_anything_is_loaded(here, predict, address):

@@ -133,7 +133,7 @@ def test_what_has_changed_in_the_folder_since_the_job_started_is_told(tmp_path):
     del again
     (tmp_path / "images" / "a.jpg").touch()
     (tmp_path / "images" / "1.jpg").write_bytes(b"other")
-    assert (tmp_path / "images" / "0.jpg").unlink() is None
+    (tmp_path / "images" / "0.jpg").unlink()
     job = open_job(tmp_path / "out", tmp_path / "images", {"threshold": 0.5}, {0: "cat", 1: "dog"})
     assert job.pending()["path"].to_pylist()[-1] == b"a.jpg", "after those that have ids already"
     assert job.source_ids()[5] == 5

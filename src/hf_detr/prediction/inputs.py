@@ -69,8 +69,9 @@ class Inputs:
         recorded = recorded_settings((), of_images) if images else None
         output = OutputFolder(output_dir, recorded, of_videos, overwrite=overwrite, lock=is_main)
         paths = self._paths(output.downloads)
+        again = is_main and output.replaces  # what a URL names may be another file now
         for name, path in zip(self.names, paths, strict=True):
-            if _is_url(name) and not path.exists():
+            if _is_url(name) and (again or not path.exists()):
                 _download(name, path)
         videos = {path: of_videos[plan] for path, plan in zip(paths, planned, strict=True) if plan in of_videos}
         return PlannedJobs(output, [path for path in paths if path not in videos], of_images, videos)

@@ -11,7 +11,6 @@ images.json        the images they belong to; both are written when all images a
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,30 +21,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ..data.records import AnnotatedSplit, numbered
+from ..data.records import numbered
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
 from ..runtime import PARTIAL, acquire_lock, atomic_write, shortened
 from .drawings import file_as_text, is_drawing, picture_of
 from .image_folder import annotation_ids, category_records, find_images
 from .shards import done_ids
+from .work_list import WORKLIST, update_work_list, work_list_rows, write_work_list
 
 if TYPE_CHECKING:
     from ..export.exported_model import ExportedDetr
 
 JOB_FILE = "job.json"
-WORKLIST = "worklist.parquet"
 MAIN_LOCK = ".main.lock"
-# large: more than 2 GB of paths; source_id: as JSON
-WORKLIST_SCHEMA = pa.schema(
-    {
-        "image_id": pa.int64(),
-        "path": pa.large_binary(),
-        "source_id": pa.large_string(),
-        "bytes": pa.int64(),
-        "modified": pa.int64(),  # nanoseconds since 1970
-    }
-)
 # fields of configurations that do not affect results
 IGNORED_FIELDS = {"transformers_version", "_name_or_path", "architectures", "auto_map", "dtype"}
 
@@ -169,10 +158,10 @@ def open_job(
     notes = []
     if job_file.exists():
         content = json.loads(job_file.read_text(encoding="utf-8"))
-        notes = _update(worklist, content["ids_from"], image_folder, files, annotated)
+        notes = update_work_list(worklist, content["ids_from"], image_folder, files, annotated)
     else:
         ids, source = annotated or (list(range(len(files))), None)
-        _write_worklist(worklist, _rows(image_folder, files, numbered(ids), ids))
+        write_work_list(worklist, work_list_rows(image_folder, files, numbered(ids), ids))
         content = {
             "settings": settings,
             "image_folder": str(image_folder),
@@ -197,83 +186,6 @@ def _read_job(folder: Path, lock: Any, notes: Sequence[str] = ()) -> PredictionJ
         lock,
     )
     return replace(job, finished=job.detections_file.exists() and not len(job.pending()))
-
-
-def _rows(image_folder: Path, files: Sequence[bytes], numbers: Sequence[int], ids: Sequence[Any]) -> pa.Table:
-    """Rows of a work list; a file that cannot be looked at has -1 bytes."""
-    states = [_state(image_folder / os.fsdecode(file)) for file in files]
-    columns = [
-        pa.array(numbers, pa.int64()),
-        pa.array(files, pa.large_binary()),
-        pa.array([json.dumps(image_id) for image_id in ids], pa.large_string()),
-        pa.array([size for size, _ in states], pa.int64()),
-        pa.array([modified for _, modified in states], pa.int64()),
-    ]
-    return pa.Table.from_arrays(columns, schema=WORKLIST_SCHEMA)
-
-
-def _state(path: Path) -> tuple[int, int]:
-    try:
-        found = path.stat()
-    except OSError:  # such as a broken link; reading the image reports it
-        return -1, 0
-    return found.st_size, found.st_mtime_ns
-
-
-def _write_worklist(path: Path, rows: pa.Table) -> None:
-    with atomic_write(path, "wb") as file:
-        pq.write_table(rows, file)
-
-
-def _update(
-    worklist: Path,
-    ids_from: str | None,
-    image_folder: Path,
-    files: Sequence[bytes],
-    annotated: tuple[list[Any], AnnotatedSplit] | None,
-) -> list[str]:
-    """Add new images to the work list of a job; returns what has changed, in sentences."""
-    before = pq.read_table(worklist)
-    recorded = {row["path"]: (row["bytes"], row["modified"]) for row in before.to_pylist()}
-    added = [file for file in files if file not in recorded]
-    notes = []
-    of_file = dict(zip(files, annotated[0], strict=True)) if ids_from and annotated else {}
-    ids_before = {row["path"]: json.loads(row["source_id"]) for row in before.to_pylist()}
-    moved = [file for file, image_id in of_file.items() if ids_before.get(file, image_id) != image_id]
-    if moved:
-        raise ValueError(
-            f"The ids in {ids_from} have changed since the job started: {file_as_text(moved[0])} had "
-            f"{ids_before[moved[0]]!r} and has {of_file[moved[0]]!r}. Name another --output_dir, or --overwrite it."
-        )
-    if added:
-        first = max(before["image_id"].to_pylist(), default=-1) + 1
-        numbers = list(range(first, first + len(added)))
-        ids: list[Any] = numbers
-        if ids_from:
-            unknown = [file for file in added if file not in of_file]
-            if unknown:
-                raise ValueError(
-                    f"{len(unknown)} images were added to {image_folder} since the job started, such as "
-                    f"{file_as_text(unknown[0])}, and have no id in {ids_from}. Add them there, or name "
-                    "another --output_dir."
-                )
-            ids = [of_file[file] for file in added]
-        _write_worklist(worklist, pa.concat_tables([before, _rows(image_folder, added, numbers, ids)]))
-        notes.append(f"{len(added)} images were added since the job started, such as {file_as_text(added[0])}.")
-    listed = set(files)
-    gone = [file for file in recorded if file not in listed]
-    if gone:
-        notes.append(
-            f"{len(gone)} images of the job are not there any more, such as {file_as_text(gone[0])}. What was found in "
-            "them stays in the results."
-        )
-    changed = [f for f in recorded if f in listed and _state(image_folder / os.fsdecode(f)) != recorded[f]]
-    if changed:
-        notes.append(
-            f"{len(changed)} images were written again since the job started, such as {file_as_text(changed[0])}. What "
-            "is done is not predicted again; --overwrite predicts all of them."
-        )
-    return notes
 
 
 def recorded_settings(sources: Sequence[Path], settings: Mapping[str, Any]) -> dict[str, Any]:

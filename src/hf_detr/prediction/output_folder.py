@@ -9,8 +9,9 @@ from typing import Any
 
 from ..runtime import PARTIAL, acquire_lock
 from .drawings import is_drawing
-from .job import JOB_FILE, MAIN_LOCK, WORKLIST, check_folder
+from .job import JOB_FILE, MAIN_LOCK, check_folder
 from .video_job import check_video, output_files
+from .work_list import WORKLIST
 
 DEFAULT = "predictions"
 DOWNLOADS = "downloads"  # folder in it for what URLs name
@@ -50,7 +51,8 @@ class OutputFolder:
     ) -> None:
         self.target = given or _choose(images, videos)
         place = Path(os.path.abspath(self.target))
-        self._new, self._old = (place.with_name(f".{place.name}{end}") for end in (".new", ".old"))
+        # names that nobody else gives to a folder
+        self._new, self._old = (place.with_name(f".{place.name}.hf_detr-{end}") for end in ("new", "old"))
         if self._old.exists() and lock:  # killed in `finish`
             if self.target.exists():
                 shutil.rmtree(self._old)
