@@ -37,14 +37,14 @@ class MaskPlan:
         steps: how each further grid is computed, in order.
         layers: names of the layers whose input is masked, with the grid of that input.
         averages: those that are average pools which exclude padding from their average.
-        end: grid of the feature map.
+        ends: grids of the feature maps, shallow to deep.
     """
 
     start: Grid
     steps: dict[Grid, Step] = field(default_factory=dict)
     layers: dict[str, Grid] = field(default_factory=dict)
     averages: set[str] = field(default_factory=set)
-    end: Grid = (0, 0)
+    ends: list[Grid] = field(default_factory=list)
 
 
 class _Unplannable(Exception):
@@ -89,12 +89,13 @@ def plan_masks(backbone: Backbone, in_channels: int) -> MaskPlan | None:
             layer.register_forward_hook(lambda layer, inputs, output, name=name: record(name, layer, inputs, output))
     try:
         with torch.no_grad():
-            features: Tensor = twin(torch.zeros(1, in_channels, *start, device="meta"))[0]
+            levels: list[Tensor] = twin(torch.zeros(1, in_channels, *start, device="meta"))
     except Exception:  # networks that reject odd sizes or the meta device raise errors of any kind
         return None
-    height_first = getattr(twin, "output_fmt", None) == "NHWC"
-    plan.end = (features.shape[1], features.shape[2]) if height_first else (features.shape[2], features.shape[3])
-    return plan if plan.end in grids else None
+    for features in levels:
+        height, width = channels_first(twin, features).shape[-2:]
+        plan.ends.append((height, width))
+    return plan if grids.issuperset(plan.ends) else None
 
 
 def _on_meta(backbone: Backbone) -> Any:
@@ -182,7 +183,7 @@ class MaskedBackbone(nn.Module):
     def __init__(self, backbone: Backbone, plan: MaskPlan | None) -> None:
         super().__init__()
         self.network: Any = backbone.model
-        self.stride: int = backbone.strides[-1]
+        self.strides: list[int] = backbone.strides
         self.plan = plan
         self._masks = _Masks()
         for name, grid in plan.layers.items() if plan else ():
@@ -196,10 +197,11 @@ class MaskedBackbone(nn.Module):
         mask = pixel_mask.to(pixel_values.dtype)[:, None]
         if self.plan is not None:
             self._masks.fill(mask, self.plan)
-        features = channels_first(self.network, self.network(pixel_values)[0])
+        maps = [channels_first(self.network, features) for features in self.network(pixel_values)]
         if self.plan is None:
-            mask = functional.interpolate(mask, size=features.shape[-2:])
+            masks = [functional.interpolate(mask, size=features.shape[-2:]) for features in maps]
         else:
-            mask = self._masks.grids[self.plan.end]
+            masks = [self._masks.grids[end] for end in self.plan.ends]
             self._masks.grids.clear()
-        return [FeatureLevel(features, mask[:, 0] > 0.5, self.stride)]
+        levels = zip(maps, masks, self.strides, strict=True)
+        return [FeatureLevel(features, mask[:, 0] > 0.5, stride) for features, mask, stride in levels]

@@ -52,7 +52,8 @@ class Backbone(nn.Module):
         in_channels: channels of the images.
         output_stride: dilate the last stages down to this stride (16 is the paper's DC5), or None.
         feature_stride: the last level returned is the deepest one of this stride; None takes the network's deepest.
-        further_strides: strides of shallower levels to return as well.
+        further_strides: strides of shallower levels to return as well; see
+            [`~hf_detr.model.timm_network.plan_levels`].
         freeze_batch_norm: fix statistics and affine parameters of every batch norm, keeping its eps.
         frozen_stages: -1 nothing, 0 the stem, n the stem and the first n stages. A stage is a level of stride 4 or more
             in timm's `feature_info`; whatever comes before the first of them is the stem.

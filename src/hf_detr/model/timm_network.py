@@ -43,7 +43,8 @@ def plan_levels(
 
     Args:
         feature_stride: stride of the deepest wanted level; None takes the network's deepest.
-        further_strides: of shallower levels that are wanted as well.
+        further_strides: of shallower levels that are wanted as well; of several with one stride, the deepest. If no
+            shallower level has the stride of the deepest wanted one, that level stands for both.
 
     Raises:
         ValueError: the network does not take the arguments, gives no features, or has no level of a stride.
@@ -63,13 +64,19 @@ def plan_levels(
             raise ValueError(f'timm\'s "{name}" does not support features_only=True: {error}') from error
     strides = [int(level["reduction"]) for level in levels]
     deepest = strides[-1] if feature_stride is None else feature_stride
+    if deepest in strides:  # of several levels with one stride, the deepest
+        last = max(index for index, stride in enumerate(strides) if stride == deepest)
+        levels, strides = levels[: last + 1], strides[: last + 1]
     missing = {deepest, *further_strides} - set(strides)
     if missing:
-        raise ValueError(f'"{name}" has no feature level of stride {min(missing)}; it has {sorted(set(strides))}.')
-    # of several levels with one stride, the deepest
-    indices = sorted({max(i for i, s in enumerate(strides) if s == wanted) for wanted in {deepest, *further_strides}})
+        below = "" if feature_stride is None or deepest in missing else f" up to its level of stride {deepest}"
+        raise ValueError(
+            f'"{name}" has no feature level of stride {min(missing)}{below}; it has {sorted(set(strides))}.'
+        )
+    shallower = {stride: index for index, stride in enumerate(strides[:-1])}  # the last one of each stride
+    indices = sorted({last, *(shallower.get(stride, last) for stride in further_strides)})
     arguments = kwargs | {"features_only": True, "out_indices": tuple(indices)}
-    return arguments, [dict(level) for level in levels[: indices[-1] + 1]]
+    return arguments, [dict(level) for level in levels]
 
 
 def feature_strides(name: str) -> list[int]:
