@@ -211,7 +211,7 @@ def test_labels_may_be_lists_and_arrays(kind):
         ({"data_format": "channels_last"}, "channels first"),
         ({"do_convert_rgb": False}, "num_channels"),
         ({"do_center_crop": True}, "cut off"),
-        ({"return_segmentation_masks": True}, "no masks"),
+        ({"masks_path": "masks"}, "`segmentation` of each object"),
     ],
 )
 def test_arguments_of_the_processor_that_would_have_no_effect_are_refused(arguments, message):

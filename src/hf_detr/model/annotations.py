@@ -14,11 +14,15 @@ from torch import Tensor
 from torchvision.ops import box_convert
 from transformers.utils import logging
 
+from .mask_encoding import decode_mask
+
 logger = logging.get_logger(__name__)
 
 BOX_TOLERANCE = 1e-5  # rounding of float32 divisions by the image size
 NOT_FINITE = "the box is not finite"
 NO_AREA = "the box has no area. Remove it from the data"
+# Values of a label that become tensors, and what stands for one that is missing: only `masks` may be.
+_TENSORS: dict[str, Tensor | None] = {"class_labels": None, "boxes": None, "masks": torch.empty(0)}
 
 
 def canonical_id(value: Any) -> Any:
@@ -98,17 +102,20 @@ def box_problem(bbox: Any, size: tuple[int, int] | None) -> tuple[str, str] | No
     return None
 
 
-def coco_to_labels(annotation: dict[str, Any], size: tuple[int, int], index: int = 0) -> dict[str, Tensor]:
+def coco_to_labels(
+    annotation: dict[str, Any], size: tuple[int, int], index: int = 0, *, masks: bool = False
+) -> dict[str, Tensor]:
     """COCO annotations of one image to labels.
 
     Args:
         annotation: `image_id` and `annotations`; see `DetrImageProcessor.preprocess`.
         size: (height, width) of the image in pixels, EXIF orientation applied.
         index: position in the batch, for error messages.
+        masks: also decode the mask of each object.
 
     Returns:
         `class_labels` (N,), `boxes` (N, 4) cxcywh in [0, 1], `area` (N,) in pixels, `iscrowd` (N,), `image_id` (1,)
-        and `orig_size` (2,), height and width.
+        and `orig_size` (2,), height and width; with `masks` also `masks` (N, height, width) bool.
 
     Raises:
         ValueError: names the image and the record, and the fix.
@@ -154,6 +161,7 @@ def coco_to_labels(annotation: dict[str, Any], size: tuple[int, int], index: int
     corners = torch.minimum(box_convert(given, "xywh", "xyxy").clamp(min=0), scale)
     areas = [record.get("area") for record in records]
     areas = [float(w * h) if area is None else float(area) for area, (w, h) in zip(areas, given[:, 2:], strict=True)]
+    decoded = {"masks": _masks(records, size, where)} if masks else {}
     return {
         "class_labels": torch.tensor([record["category_id"] for record in records], dtype=torch.int64),
         "boxes": (box_convert(corners, "xyxy", "cxcywh") / scale).float(),
@@ -161,7 +169,22 @@ def coco_to_labels(annotation: dict[str, Any], size: tuple[int, int], index: int
         "iscrowd": torch.zeros(len(records), dtype=torch.int64),
         "image_id": torch.tensor([image_id]),
         "orig_size": torch.tensor([height, width]),
+        **decoded,
     }
+
+
+def _masks(records: list[dict[str, Any]], size: tuple[int, int], where: str) -> Tensor:
+    """(N, height, width) bool, of each record's `segmentation`, or its `mask`, as rows of a data set call it."""
+    masks = torch.zeros(len(records), *size, dtype=torch.bool)
+    for number, record in enumerate(records):
+        name = "mask" if record.get("segmentation") is None else "segmentation"
+        try:
+            if record.get(name) is None:
+                raise ValueError("it has no `segmentation`, which return_segmentation_masks=True needs")
+            masks[number] = decode_mask(record[name], size)
+        except ValueError as error:
+            raise ValueError(f"{where}, object {number} (id {record.get('id', 'none')}): {error}.") from error
+    return masks
 
 
 def _records(annotations: Any, where: str) -> list[Mapping[str, Any]]:
@@ -184,7 +207,7 @@ def _records(annotations: Any, where: str) -> list[Mapping[str, Any]]:
 
 
 def tensor_labels(labels: Any) -> list[dict[str, Any]]:
-    """Labels whose `class_labels` and `boxes` are lists or arrays, as tensors. Tensors stay as they are.
+    """Labels whose `class_labels`, `boxes` and `masks` are lists or arrays, as tensors. Tensors stay as they are.
 
     Raises:
         ValueError: they are not a list of dicts, or what is in them is not numbers.
@@ -194,14 +217,14 @@ def tensor_labels(labels: Any) -> list[dict[str, Any]]:
             "`labels` must be a list of dicts with `class_labels` and `boxes`, one per image, as the image processor "
             f"makes them; got {type(labels).__name__}."
         )
-    if all(isinstance(label.get(name), Tensor) for label in labels for name in ("class_labels", "boxes")):
+    if all(isinstance(label.get(name, no_tensor), Tensor) for label in labels for name, no_tensor in _TENSORS.items()):
         return list(labels)
     return [{**label, **_tensors(label, index)} for index, label in enumerate(labels)]
 
 
 def _tensors(label: Mapping[str, Any], index: int) -> dict[str, Tensor]:
     try:
-        found = {name: torch.as_tensor(label[name]) for name in ("class_labels", "boxes") if name in label}
+        found = {name: torch.as_tensor(label[name]) for name in _TENSORS if name in label}
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"Image {index} of the batch: its labels are not numbers of one shape: {error}") from error
     if "class_labels" in found:
@@ -210,11 +233,18 @@ def _tensors(label: Mapping[str, Any], index: int) -> dict[str, Tensor]:
     if "boxes" in found:
         boxes = found["boxes"].float()
         found["boxes"] = boxes if boxes.numel() else boxes.reshape(-1, 4)
+    if "masks" in found and found["masks"].shape == (0,):
+        found["masks"] = found["masks"].reshape(0, 1, 1)
     return found
 
 
 def check_labels(
-    labels: list[dict[str, Any]], num_labels: int, batch_size: int, image_sizes: Tensor | None = None
+    labels: list[dict[str, Any]],
+    num_labels: int,
+    batch_size: int,
+    image_sizes: Tensor | None = None,
+    *,
+    needs_masks: bool = False,
 ) -> None:
     """Refuse labels that would train something else than what was meant.
 
@@ -223,6 +253,8 @@ def check_labels(
             [0, 1] of the image without its padding, with positive width and height. A `size` (height, width), which
             image processors add, must be that of the image.
         image_sizes: see [`sizes_without_padding`]; None if they are not known.
+        needs_masks: the labels must have `masks` (N, H, W) as well, bool or 0 and 1, at the size of the image without
+            its padding. Models without masks do not read them.
 
     Raises:
         ValueError: names the image of the batch, the box and the fix.
@@ -230,9 +262,14 @@ def check_labels(
     if len(labels) != batch_size:
         raise ValueError(f"There are {batch_size} images in the batch but {len(labels)} labels.")
     for image, label in enumerate(labels):
-        missing = {"class_labels", "boxes"} - set(label)
+        missing = {"class_labels", "boxes", *(("masks",) if needs_masks else ())} - set(label)
         if missing:
-            raise ValueError(f"{_where(labels, image)}: the label lacks {sorted(missing)}; it has {sorted(label)}.")
+            hint = ""
+            if missing == {"masks"}:
+                hint = " The image processor makes them with return_segmentation_masks=True, from `segmentation`."
+            raise ValueError(
+                f"{_where(labels, image)}: the label lacks {sorted(missing)}; it has {sorted(label)}.{hint}"
+            )
         ids, boxes = label["class_labels"], label["boxes"]
         if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim != 1:
             raise ValueError(
@@ -243,6 +280,11 @@ def check_labels(
             raise ValueError(
                 f"{_where(labels, image)}: `boxes` must be ({len(ids)}, 4) to fit `class_labels`, got "
                 f"{tuple(boxes.shape)}."
+            )
+        if needs_masks and (label["masks"].ndim != 3 or len(label["masks"]) != len(ids)):
+            raise ValueError(
+                f"{_where(labels, image)}: `masks` must be ({len(ids)}, height, width) to fit `class_labels`, got "
+                f"{tuple(label['masks'].shape)}."
             )
     ids = torch.cat([label["class_labels"] for label in labels])
     boxes = torch.cat([label["boxes"] for label in labels])
@@ -255,10 +297,14 @@ def check_labels(
             (boxes[:, 2:] <= 0).any(1),
         )
     )
-    if not (wrong.any() | wrong_size.any()):  # the only transfer from the device
+    wrong_masks = _wrong_masks(labels, image_sizes, ids.device) if needs_masks else wrong.new_zeros(2, len(labels))
+    if not (wrong.any() | wrong_size.any() | wrong_masks.any()):  # the only transfer from the device
         return
     if wrong_size.any():
         raise ValueError(_describe_wrong_size(labels, int(wrong_size.nonzero()[0]), image_sizes))
+    if wrong_masks.any():
+        kind, image = wrong_masks.nonzero()[0].tolist()
+        raise ValueError(_describe_wrong_masks(labels, kind, image, image_sizes))
     reasons = (
         f"the class id is not in [0, {num_labels}). Ids count from 0, and the config's `id2label` must name them all",
         NOT_FINITE,
@@ -303,6 +349,34 @@ def _stored_sizes(labels: list[dict[str, Any]], known: list[int], device: torch.
                 f"{_where(labels, image)}: `size` must be (height, width), got {labels[image]['size']!r}."
             ) from error
     return torch.stack(sizes)
+
+
+def _wrong_masks(labels: list[dict[str, Any]], image_sizes: Tensor | None, device: torch.device) -> Tensor:
+    """(2, B) bool, the labels whose masks are not at the size of the image, and those with other values than 0 and
+    1."""
+    wrong = torch.zeros(2, len(labels), dtype=torch.bool, device=device)
+    if image_sizes is not None:
+        shapes = torch.tensor([label["masks"].shape[-2:] for label in labels], device=device)
+        are_some = torch.tensor([len(label["masks"]) > 0 for label in labels], device=device)
+        wrong[0] = (shapes != image_sizes.to(device)).any(1) & are_some
+    for image, label in enumerate(labels):
+        masks = label["masks"]
+        if masks.dtype != torch.bool and len(masks):
+            wrong[1, image] = ((masks != 0) & (masks != 1)).any()
+    return wrong
+
+
+def _describe_wrong_masks(labels: list[dict[str, Any]], kind: int, image: int, image_sizes: Tensor | None) -> str:
+    where = _where(labels, image)
+    if kind == 1:
+        return f"{where}: `masks` must be bool, or 0 and 1, one mask per object; a map of ids is not."
+    height, width = labels[image]["masks"].shape[-2:]
+    image_height, image_width = image_sizes[image].tolist() if image_sizes is not None else (None, None)
+    return (
+        f"{where}: its masks have {height} x {width} pixels (height x width), but the image in the batch has "
+        f"{image_height} x {image_width} without its padding. Masks must be at the size of the resized image, and not "
+        "padded; the image processor makes them with return_segmentation_masks=True."
+    )
 
 
 def _describe_wrong_size(labels: list[dict[str, Any]], image: int, image_sizes: Tensor | None) -> str:

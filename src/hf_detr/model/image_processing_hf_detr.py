@@ -23,6 +23,13 @@ from .annotations import coco_to_labels
 from .configuration_hf_detr import refuse_unknown
 from .foreign import import_interop
 from .image_io import Image, allocate_batch, flat_list_of_images, to_image_tensor
+from .mask_post_processing import (
+    Sizes,
+    post_process_instance,
+    post_process_panoptic,
+    post_process_semantic,
+    resize_nearest,
+)
 from .post_processing import post_process_detection
 from .processor_size import resized_size
 
@@ -32,8 +39,7 @@ MAX_SIZE = 1333  # longest edge beside a shortest edge that is given as a number
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "format": (("coco_detection",), "annotations are COCO's for detection"),
     "do_convert_annotations": ((True,), "labels are always relative to the image"),
-    "return_segmentation_masks": ((False,), "there are no masks"),
-    "masks_path": ((), "there are no masks"),
+    "masks_path": ((), "masks are read from the `segmentation` of each object"),
     "data_format": (("channels_first",), "the model takes channels first"),
     "do_convert_rgb": ((True,), "num_channels decides what images become"),
     "do_center_crop": ((False,), "objects would be cut off"),
@@ -57,6 +63,7 @@ class DetrImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     image_range: list[float | int] | tuple[float | int, ...] | None
     num_channels: int | None
     class_thresholds: list[float] | None
+    return_segmentation_masks: bool | None
 
 
 class HfDetrImageProcessor(TorchvisionBackend):
@@ -91,6 +98,8 @@ class HfDetrImageProcessor(TorchvisionBackend):
     image_range: tuple[float, float] | None = None
     # 3: RGB of any image; 1: grey of any image; others: images with this number of channels, as they are.
     num_channels: int = 3
+    # Labels also have `masks`, as DetrForSegmentation needs them.
+    return_segmentation_masks: bool = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**self._usable(kwargs))
@@ -199,7 +208,8 @@ class HfDetrImageProcessor(TorchvisionBackend):
             images: one image or a list of them.
             annotations: one dict per image: `image_id` (int) and `annotations`, a list of COCO objects with `bbox`
                 = [x_min, y_min, width, height] in pixels of the image, `category_id` in [0, num_labels), and
-                optionally `area` and `iscrowd`. Crowd objects are not in the labels.
+                optionally `area` and `iscrowd`. Crowd objects are not in the labels. With
+                `return_segmentation_masks=True` also `segmentation`: polygons or run lengths, as COCO has them.
             kwargs: any attribute of the processor, for this call (`size=...`, `do_resize=False`, ...).
                 `input_data_format` says where arrays have their channels, if their shape does not.
 
@@ -207,7 +217,8 @@ class HfDetrImageProcessor(TorchvisionBackend):
             `pixel_values` (B, 3, H, W) float32 and `pixel_mask` (B, H, W), 1 = image, 0 = padding; with annotations
             also `labels`, one dict per image: `class_labels` (N,), `boxes` (N, 4) cxcywh in [0, 1] of the image
             without its padding, `area` (N,) in resized pixels, `iscrowd` (N,), `image_id` (1,), `orig_size` and
-            `size` = (height, width) before and after resizing.
+            `size` = (height, width) before and after resizing; with `return_segmentation_masks=True` also `masks`
+            (N, height, width) bool of the resized image without its padding.
 
         Raises:
             ValueError: an image or annotation cannot be used; the message names it and says why.
@@ -231,6 +242,7 @@ class HfDetrImageProcessor(TorchvisionBackend):
         do_pad: bool,
         pad_size: SizeDict | None,
         return_tensors: Any,
+        return_segmentation_masks: bool | None = False,
         **kwargs: Any,
     ) -> BatchFeature:
         if isinstance(annotations, dict):
@@ -241,7 +253,7 @@ class HfDetrImageProcessor(TorchvisionBackend):
         labels = None
         if annotations is not None:
             labels = [
-                coco_to_labels(annotation, _height_width(image), index)
+                coco_to_labels(annotation, _height_width(image), index, masks=bool(return_segmentation_masks))
                 for index, (image, annotation) in enumerate(zip(images, annotations, strict=True))
             ]
         resized = []
@@ -270,6 +282,8 @@ class HfDetrImageProcessor(TorchvisionBackend):
                 original_h, original_w = label["orig_size"].tolist()
                 label["size"] = torch.tensor([h, w])
                 label["area"] = label["area"] * (h / original_h) * (w / original_w)
+                if "masks" in label:
+                    label["masks"] = resize_nearest(label["masks"], (h, w))
             batch["labels"] = [BatchFeature(label, tensor_type=return_tensors) for label in labels]
         return batch
 
@@ -345,6 +359,102 @@ class HfDetrImageProcessor(TorchvisionBackend):
         else:
             limit = list(self.class_thresholds)
         return post_process_detection(outputs.logits, outputs.pred_boxes, limit, target_sizes)
+
+    def post_process_panoptic_segmentation(
+        self,
+        outputs: Any,
+        threshold: float | None = None,
+        mask_threshold: float = 0.5,
+        overlap_mask_area_threshold: float = 0.8,
+        label_ids_to_fuse: set[int] | None = None,
+        target_sizes: Sizes = None,
+        rule: str = "paper",
+    ) -> list[dict[str, Any]]:
+        """Outputs of [`DetrForSegmentation`] to segments: each pixel belongs to at most one, and stuff is fused.
+
+        Args:
+            threshold: queries whose best class is an object with a score above it are kept; None: 0.85 for the paper's
+                rule, 0.5 for transformers'.
+            mask_threshold, overlap_mask_area_threshold: of transformers' rule.
+            label_ids_to_fuse: the classes that are stuff, such as `model.config.stuff_label_ids`; None: no class is.
+            target_sizes: (height, width) of each image in pixels, before any resizing; None: that of the resized image
+                for the paper's rule, that of the masks for transformers'.
+            rule: `"paper"`: each pixel belongs to the kept query with the largest logit; all queries of a class that is
+                stuff count as one segment, and segments of at most 4 pixels are removed and their pixels assigned
+                again. `"transformers"`: each pixel belongs to the query with the largest score times mask probability,
+                and queries that lose much of their mask to others are dropped.
+
+        Returns:
+            one dict per image: `segmentation` (height, width) int32, the id of a segment or 0, and `segments_info`, one
+            dict per segment with `id` (from 1), `label_id`, `was_fused` and `score`.
+        """
+        if label_ids_to_fuse is None:
+            logger.warning_once(
+                "label_ids_to_fuse is not given, so no class is fused: pass label_ids_to_fuse="
+                "model.config.stuff_label_ids, or an empty set if all classes are things."
+            )
+        return post_process_panoptic(
+            outputs, threshold, mask_threshold, overlap_mask_area_threshold, label_ids_to_fuse, target_sizes, rule
+        )
+
+    def post_process_instance_segmentation(
+        self,
+        outputs: Any,
+        threshold: float = 0.5,
+        mask_threshold: float = 0.5,
+        overlap_mask_area_threshold: float = 0.8,
+        target_sizes: Sizes = None,
+        return_coco_annotation: bool | None = False,
+        return_binary_maps: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Outputs of [`DetrForSegmentation`] to objects.
+
+        Args:
+            threshold: queries whose best class is an object with a score above it are kept.
+            mask_threshold: probability above which a pixel is the object's.
+            overlap_mask_area_threshold: a query is dropped unless more than this fraction of its mask is left to it.
+            target_sizes: (height, width) of each image in pixels, before any resizing; None: that of the masks, with
+                `return_binary_maps` that of the resized image.
+            return_coco_annotation: `segmentation` is a list of COCO's run lengths, one per object.
+            return_binary_maps: each object's own mask, which may overlap others, as the paper's code has it and COCO
+                metrics need it; `overlap_mask_area_threshold` is not used then.
+
+        Returns:
+            one dict per image: `segmentation` (height, width) int32, the id of an object or 0; with
+            `return_binary_maps` (N, height, width) bool. `segments_info`, one dict per object with `id` (from 1),
+            `label_id`, `was_fused` (False) and `score`.
+
+        Raises:
+            ImportError: `return_coco_annotation` needs hotcoco or pycocotools, and none is installed.
+        """
+        return post_process_instance(
+            outputs, threshold, mask_threshold, overlap_mask_area_threshold, target_sizes,
+            bool(return_coco_annotation), return_binary_maps,
+        )  # fmt: skip
+
+    def post_process_semantic_segmentation(
+        self, outputs: Any, target_sizes: Sizes = None, return_segmentation_scores: bool = False
+    ) -> list[Any]:
+        """Outputs of [`DetrForSegmentation`], with the masks of all queries, to the class of each pixel.
+
+        Args:
+            target_sizes: (height, width) of each image in pixels, before any resizing; None: that of the masks.
+            return_segmentation_scores: also return the scores of all classes.
+
+        Returns:
+            one (height, width) of class ids per image; with scores, transformers'
+            `SemanticSegmentationPostProcessorOutput` with `segmentation` and `segmentation_scores` (num_labels, height,
+            width).
+        """
+        results = post_process_semantic(outputs, target_sizes)
+        if not return_segmentation_scores:
+            return [classes for classes, _ in results]
+        from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
+
+        return [
+            SemanticSegmentationPostProcessorOutput(data={"segmentation": classes, "segmentation_scores": scores})
+            for classes, scores in results
+        ]
 
 
 def _height_width(image: Tensor) -> tuple[int, int]:
