@@ -64,6 +64,10 @@ def tiny_model(**changes) -> hf_detr.DetrForDetection:
     return hf_detr.DetrForDetection(tiny_config(**changes)).eval()
 
 
+def tiny_segmentation(**changes) -> hf_detr.DetrForSegmentation:
+    return hf_detr.DetrForSegmentation(tiny_config(**changes)).eval()
+
+
 @torch.no_grad()
 def randomise_norms(model: torch.nn.Module) -> None:
     """Statistics and weights of every norm, so that none is an identity by chance of its initial values."""

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "src" / "hf_detr"
 MODEL = PACKAGE / "model"
 TRAVELLING = sorted(path.stem for path in MODEL.glob("*.py") if path.stem != "__init__")
 # what transformers saves with a checkpoint: the files of the registered classes
-PUSHED = ("configuration_hf_detr", "modeling_hf_detr", "image_processing_hf_detr")
+PUSHED = ("configuration_hf_detr", "modeling_hf_detr", "segmentation", "image_processing_hf_detr")
 
 
 def imports(path: Path) -> list[ast.Import | ast.ImportFrom]:

@@ -4,6 +4,7 @@
 
     step 1  image_io                     any image -> RGB tensor
             annotations                  COCO records -> labels, and the check of their boxes
+            mask_encoding                COCO polygons and run lengths <-> masks
             processor_size               the size of a resized image
             image_processing_hf_detr     images + annotations -> pixel_values, pixel_mask, labels
     step 2  timm_network                 a timm network: build, freeze, load
@@ -16,12 +17,14 @@
             anchor_decoder               the same for queries that are boxes
             decoders                     the decoders by name
     step 5  heads                        hidden states -> class logits and boxes
+            segmentation                 `DetrForSegmentation`: the mask head, from attention maps to a mask per query
             boxes                        IoU and GIoU
     step 6  matcher                      the matching of queries and objects
-    step 7  class_loss, box_loss         the terms of the loss
+    step 7  class_loss, box_loss, mask_loss  the terms of the loss
             dense_supervision            an auxiliary loss on every location of the feature map
             loss                         the loss: matching, and the weighted terms
     step 8  post_processing              logits and boxes -> scores, labels and boxes in pixels
+            mask_post_processing         logits and masks -> segments: panoptic, instance and semantic
 
     configuration_hf_detr                `DetrConfig`, all options with their meaning
     modeling_hf_detr                     `DetrModel` and `DetrForDetection`: steps 2 to 7
@@ -49,14 +52,21 @@ Importing hf_detr registers its classes with transformers' Auto classes and `pip
 
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForObjectDetection, ObjectDetectionPipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageSegmentation,
+    AutoModelForObjectDetection,
+    ObjectDetectionPipeline,
+)
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.pipelines import PIPELINE_REGISTRY, _resolve_impl
 
 from .model.configuration_hf_detr import DetrConfig
 from .model.image_processing_hf_detr import DetrImageProcessor
 from .model.modeling_hf_detr import DetrForDetection, DetrModel
-from .model.outputs import DetrDetectionOutput, DetrModelOutput
+from .model.outputs import DetrDetectionOutput, DetrModelOutput, DetrSegmentationOutput
+from .model.segmentation import DetrForSegmentation
 from .prediction.pipeline import DetrDetectionPipeline
 
 __version__ = "0.1.0"
@@ -67,9 +77,11 @@ __all__ = [
     "DetrDetectionPipeline",
     "DetrForDetection",
     "DetrForObjectDetection",
+    "DetrForSegmentation",
     "DetrImageProcessor",
     "DetrModel",
     "DetrModelOutput",
+    "DetrSegmentationOutput",
 ]
 
 DetrForObjectDetection = DetrForDetection  # its name in transformers
@@ -82,12 +94,14 @@ DetrForObjectDetection = DetrForDetection  # its name in transformers
 AutoConfig.register(DetrConfig.model_type, DetrConfig)
 AutoModel.register(DetrConfig, DetrModel, exist_ok=True)
 AutoModelForObjectDetection.register(DetrConfig, DetrForDetection, exist_ok=True)
+AutoModelForImageSegmentation.register(DetrConfig, DetrForSegmentation, exist_ok=True)
 IMAGE_PROCESSOR_MAPPING.register(DetrConfig, {"torchvision": DetrImageProcessor}, exist_ok=True)
 
 # Save the code with every checkpoint, which then loads with trust_remote_code where hf_detr is not installed.
 DetrConfig.register_for_auto_class()
 DetrModel.register_for_auto_class("AutoModel")
 DetrForDetection.register_for_auto_class("AutoModelForObjectDetection")
+DetrForSegmentation.register_for_auto_class("AutoModelForImageSegmentation")
 DetrImageProcessor.register_for_auto_class("AutoImageProcessor")
 
 

@@ -25,8 +25,6 @@ FIELDS_OF_TRANSFORMERS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "decoder_layerdrop": ((0, 0.0), "this model does not skip layers in training"),
     "train_backbone": ((True,), "call model.freeze_backbone()"),
     "init_std": ((0.02,), "initial weights are the paper's; `init_xavier_std` scales them"),
-    "mask_loss_coefficient": ((1, 1.0), "there are no masks"),
-    "dice_loss_coefficient": ((1, 1.0), "there are no masks"),
 }
 # What transformers itself passes to a config or writes into `config.json`, beside the fields that all configs have.
 NAMES_OF_TRANSFORMERS = (
@@ -97,6 +95,8 @@ class DetrConfig(PreTrainedConfig):
         auxiliary_loss: add the losses of all earlier decoder layers. Predictions do not depend on it.
         class_cost, bbox_cost, giou_cost: weights of the class, L1 and GIoU terms of the matching cost.
         bbox_loss_coefficient, giou_loss_coefficient: weights of the L1 and GIoU losses.
+        mask_loss_coefficient, dice_loss_coefficient: weights of the focal and the dice loss of masks, which only
+            [`~hf_detr.model.segmentation.DetrForSegmentation`] has.
         eos_coefficient: weight of the no-object class in the class loss `"cross_entropy"`.
         class_loss: `"cross_entropy"` (the paper), `"focal"`, or `"iou_aware"`, which trains the score to reflect the
             IoU of the box (formulas: [`~hf_detr.model.class_loss.class_loss`]). Set `prior_probability` with the latter
@@ -105,6 +105,8 @@ class DetrConfig(PreTrainedConfig):
         class_loss_coefficient: weight of the class loss.
         class_weights: weight of the objects of a class in the class loss, by name of the class, such as
             `{"rare": 5}`; classes that are not named have weight 1. Matching does not use them.
+        stuff_labels: names of the classes that are stuff in panoptic segmentation, such as `"sky"`: all that an image
+            has of such a class is one segment. `None`: all classes are things.
         prior_probability: probability p that an untrained model assigns to all C classes together (arXiv 1708.02002,
             section 4.1): the bias of no-object starts at `log(C (1 - p) / p)`, all others at 0. Use it with the class
             losses `"focal"` and `"iou_aware"`. `None` (the paper): PyTorch's random biases.
@@ -162,10 +164,13 @@ class DetrConfig(PreTrainedConfig):
     giou_cost: float | int = 2
     bbox_loss_coefficient: float | int = 5
     giou_loss_coefficient: float | int = 2
+    mask_loss_coefficient: float | int = 1
+    dice_loss_coefficient: float | int = 1
     eos_coefficient: float | int = 0.1
     class_loss: str = "cross_entropy"
     class_loss_coefficient: float | int = 1
     class_weights: dict[str, float | int] | None = None
+    stuff_labels: list[str] | None = None
     prior_probability: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -289,7 +294,7 @@ class DetrConfig(PreTrainedConfig):
     def validate_weights(self) -> None:
         for name in (
             "bbox_loss_coefficient", "giou_loss_coefficient", "class_loss_coefficient", "eos_coefficient",
-            "dense_loss_coefficient",
+            "dense_loss_coefficient", "mask_loss_coefficient", "dice_loss_coefficient",
         ):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")
@@ -312,18 +317,19 @@ class DetrConfig(PreTrainedConfig):
             )
 
     def validate_class_weights(self) -> None:
-        names = set(self.id2label.values()) if self.id2label else set()
         for name, weight in (self.class_weights or {}).items():
-            if name not in names:
-                nearest = difflib.get_close_matches(name, names, 1)
-                hint = (
-                    f" Did you mean {nearest[0]!r}?"
-                    if nearest
-                    else f" The classes are {', '.join(sorted(names)[:10])}."
-                )
-                raise ValueError(f"`class_weights` has {name!r}, which is no class of `id2label`.{hint}")
+            self._check_class("class_weights", name)
             if not 0 < weight < math.inf:
                 raise ValueError(f"`class_weights` must be positive, got {weight} for {name!r}.")
+
+    def validate_stuff(self) -> None:
+        for name in self.stuff_labels or ():
+            self._check_class("stuff_labels", name)
+
+    @property
+    def stuff_label_ids(self) -> set[int]:
+        """The ids of `stuff_labels`, as `post_process_panoptic_segmentation` takes them."""
+        return {int(index) for index, name in self.id2label.items() if name in (self.stuff_labels or ())}
 
     def validate_anchors(self) -> None:
         if self.query_type != "anchor":
@@ -355,6 +361,14 @@ class DetrConfig(PreTrainedConfig):
     def _check_minimum(self, name: str, minimum: int) -> None:
         if getattr(self, name) < minimum:
             raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(self, name)}.")
+
+    def _check_class(self, field: str, name: str) -> None:
+        names = set(self.id2label.values()) if self.id2label else set()
+        if name not in names:
+            nearest = difflib.get_close_matches(name, names, 1)
+            some = f"The classes are {', '.join(sorted(names)[:10])}."
+            hint = f"Did you mean {nearest[0]!r}?" if nearest else some
+            raise ValueError(f"`{field}` has {name!r}, which is no class of `id2label`. {hint}")
 
     def _check_choice(self, name: str, *choices: str) -> None:
         if getattr(self, name) not in choices:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .box_loss import giou_of, iou_of, l1_distance
 from .class_loss import ClassTargets, class_loss_of, sum_class_loss
 from .configuration_hf_detr import DetrConfig
+from .mask_loss import MaskPairs, dice_loss, focal_mask_loss
 from .matcher import Matching, hungarian_matching
 from .queries import DenoisingQueries
 
@@ -88,6 +89,11 @@ class DetrLoss:
     of groups in place of both normalizers. Dense supervision adds its own.
 
     A term is a method and an entry of `terms`: name -> (method, weight). A weight of None only reports the term.
+    `mask_terms` are the same for the masks of a model that has a mask head, of the last layer only (paper, section
+    4.4), and of the query group that predicts:
+
+        loss_mask = sum(focal loss of a mask) / boxes     over matched pairs; see `mask_loss.focal_mask_loss`
+        loss_dice = sum(dice loss of a mask) / boxes      over matched pairs; see `mask_loss.dice_loss`
     """
 
     def __init__(self, config: DetrConfig) -> None:
@@ -100,6 +106,10 @@ class DetrLoss:
             "loss_bbox": (self.l1_term, config.bbox_loss_coefficient),
             "loss_giou": (self.giou_term, config.giou_loss_coefficient),
             "cardinality_error": (self.cardinality_error, None),
+        }
+        self.mask_terms: dict[str, tuple[Callable[[MaskPairs, LossNormalizers], Tensor], float]] = {
+            "loss_mask": (self.mask_term, config.mask_loss_coefficient),
+            "loss_dice": (self.dice_term, config.dice_loss_coefficient),
         }
 
     # -- the terms, each (L,) ------------------------------------------------------------------------------------------
@@ -120,6 +130,14 @@ class DetrLoss:
         """Mean over images of |queries that do not predict "no object" - objects|."""
         detected = (matched.classes.logits.argmax(-1) != matched.classes.no_object).sum(2)  # (L, B)
         return (detected - matched.counts).abs().sum(1) / matched.normalizers.images
+
+    # -- the terms of masks, scalars -----------------------------------------------------------------------------------
+
+    def mask_term(self, masks: MaskPairs, normalizers: LossNormalizers) -> Tensor:
+        return focal_mask_loss(masks).sum() / normalizers.boxes
+
+    def dice_term(self, masks: MaskPairs, normalizers: LossNormalizers) -> Tensor:
+        return dice_loss(masks).sum() / normalizers.boxes
 
     # -- the sum -------------------------------------------------------------------------------------------------------
 
@@ -155,6 +173,7 @@ class DetrLoss:
         denoising: DenoisingQueries | None = None,
         dense: Callable[[list[dict[str, Any]], Tensor], dict[str, Tensor]] | None = None,
         normalizers: LossNormalizers | None = None,
+        masks: Callable[[Matching], MaskPairs] | None = None,
     ) -> LossOutput:
         """Args:
             logits: (L, B, T, num_labels+1) of L decoder layers, the last one last; T = groups · `num_queries`, then the
@@ -165,6 +184,7 @@ class DetrLoss:
             denoising: how the denoising queries were made.
             dense: labels and number of boxes to the terms of [`~hf_detr.model.dense_supervision.DenseHead`].
             normalizers: of an optimizer step over several batches; None counts this batch, on all processes.
+            masks: the matching of the last layer, of the group that predicts, to the masks of its pairs.
 
         Returns:
             `loss_dict` has the terms of the last layer by name, those of earlier layers with `_0`, `_1`, ..., those of
@@ -204,6 +224,12 @@ class DetrLoss:
             dense_terms = dense(labels, normalizers.boxes)
             loss = loss + self.config.dense_loss_coefficient * self._weighted_sum(dense_terms)
             loss_dict |= {f"{name}_dense": value for name, value in dense_terms.items()}
+        if masks is not None:
+            last = (layers - 1) * groups
+            pairs = masks(Matching(matching.image, matching.query[last], matching.target[last]))
+            mask_terms = {name: term(pairs, normalizers) for name, (term, _) in self.mask_terms.items()}
+            loss = loss + torch.stack([self.mask_terms[name][1] * value for name, value in mask_terms.items()]).sum()
+            loss_dict |= mask_terms
         return LossOutput(loss, loss_dict, matching)
 
     def match(

@@ -1,9 +1,10 @@
 """`DetrModel` and `DetrForDetection`: steps 2 to 7 wired together, as in figure 2 of the paper."""
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .annotations import check_labels, sizes_without_padding, tensor_labels
-from .backbone import Backbone
+from .backbone import Backbone, FeatureLevel
 from .configuration_hf_detr import DetrConfig
 from .decoders import build_decoder
 from .dense_supervision import DenseHead
@@ -22,6 +23,8 @@ from .heads import BoxHead, build_class_head
 from .image_io import check_images
 from .initialization import init_as_torch, init_class_head, init_queries
 from .loss import DetrLoss, LossNormalizers
+from .mask_loss import MaskPairs
+from .matcher import Matching
 from .outputs import DetrDetectionOutput, DetrModelOutput, detection_output
 from .position_embedding import build_position_embedding
 from .pretrained import DetrPreTrainedModel
@@ -30,19 +33,25 @@ from .resizing import resize_class_head, resize_queries
 
 
 class DetrModel(DetrPreTrainedModel):
-    """DETR without its class head: images to one vector and one box per object query (steps 2 to 4)."""
+    """DETR without its class head: images to one vector and one box per object query (steps 2 to 4).
 
-    def __init__(self, config: DetrConfig) -> None:
+    Args:
+        further_strides: strides of shallower levels of the backbone that a head on top of this model reads.
+    """
+
+    def __init__(self, config: DetrConfig, further_strides: Sequence[int] = ()) -> None:
         super().__init__(config)
         self.backbone = Backbone(
             config.backbone,
             in_channels=config.num_channels,
             output_stride=16 if config.dilation else None,
             feature_stride=config.feature_stride,
+            further_strides=further_strides,
             freeze_batch_norm=config.freeze_batch_norm,
             frozen_stages=config.frozen_stages,
             kwargs=config.backbone_kwargs,
         )
+        self._returns_levels = len(further_strides) > 0
         self.input_projection = nn.Conv2d(self.backbone.channels[-1], config.d_model, kernel_size=1)
         dropouts = config.dropout, config.attention_dropout, config.activation_dropout
         of_layers = partial(LayerOptions, config.d_model)
@@ -143,18 +152,21 @@ class DetrModel(DetrPreTrainedModel):
 
     def project(
         self, pixel_values: Tensor | None, pixel_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+    ) -> tuple[Tensor, Tensor | None, tuple[int, int], tuple[FeatureLevel, ...] | None]:
         """Step 2: images to the vectors that the encoder starts from; arguments and errors as of `forward`.
 
         Returns:
-            (B, hw, d), their mask (B, h, w) bool or None if nothing is padded, and (h, w).
+            (B, hw, d), their mask (B, h, w) bool or None if nothing is padded, (h, w), and `feature_levels` of
+            [`DetrModelOutput`].
         """
         if (pixel_values is None) == (inputs_embeds is None):
             raise ValueError("A model needs either `pixel_values` or `inputs_embeds`, not both and not none.")
         if pixel_values is not None:
             check_images(pixel_values, pixel_mask, self.config.num_channels)
-            level = self.backbone(pixel_values, pixel_mask)[-1]
-            return self.input_projection(level.map).flatten(2).transpose(1, 2), level.mask, level.map.shape[-2:]
+            levels = self.backbone(pixel_values, pixel_mask)
+            level = levels[-1]._replace(map=self.input_projection(levels[-1].map))
+            further = (*levels, level) if self._returns_levels else None
+            return level.map.flatten(2).transpose(1, 2), level.mask, level.map.shape[-2:], further
         assert inputs_embeds is not None
         side, d_model = math.isqrt(inputs_embeds.shape[1]), self.config.d_model
         if inputs_embeds.shape[1:] != (side**2, d_model):
@@ -163,9 +175,9 @@ class DetrModel(DetrPreTrainedModel):
                 f"{tuple(inputs_embeds.shape)}."
             )
         if pixel_mask is None:
-            return inputs_embeds, None, (side, side)
+            return inputs_embeds, None, (side, side), None
         mask = nn.functional.interpolate(pixel_mask[:, None].float(), size=(side, side))[:, 0] > 0.5
-        return inputs_embeds, mask.to(inputs_embeds.device), (side, side)
+        return inputs_embeds, mask.to(inputs_embeds.device), (side, side), None
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -204,7 +216,7 @@ class DetrModel(DetrPreTrainedModel):
         attentions, states = self._resolve_outputs(output_attentions, output_hidden_states, kwargs)
         if queries is not None and decoder_inputs_embeds is not None:
             raise ValueError("`queries` have a content; `decoder_inputs_embeds` cannot be given as well.")
-        features, feature_mask, (height, width) = self.project(pixel_values, pixel_mask, inputs_embeds)  # step 2
+        features, feature_mask, (height, width), levels = self.project(pixel_values, pixel_mask, inputs_embeds)  # 2
         positions = self.position_embedding(height, width, feature_mask, features.device).to(features.dtype)  # step 3
 
         attention = "eager" if attentions else str(self.config._attn_implementation)  # step 4
@@ -231,9 +243,10 @@ class DetrModel(DetrPreTrainedModel):
             cross_attentions=decoded.cross_attentions if attentions else None,
             encoder_hidden_states=encoder_states if states else None,
             encoder_attentions=encoder_attentions if attentions else None,
-            feature_mask=features.new_ones((len(features), height, width), dtype=torch.int64)
+            feature_mask=features.new_ones((features.shape[0], height, width), dtype=torch.int64)
             if feature_mask is None
             else feature_mask.long(),
+            feature_levels=levels,
         )
 
     def _attention_mask(self, mask: Tensor | None, queries: Tensor, keys: Tensor, attention: str) -> Any:
@@ -274,10 +287,13 @@ class DetrForDetection(DetrPreTrainedModel):
     """
 
     accepts_loss_kwargs = False  # `Trainer` divides the loss by the number of accumulated batches
+    # of a model with a further head: the levels of the backbone that it reads, and whether labels must have `masks`
+    further_strides: ClassVar[tuple[int, ...]] = ()
+    needs_masks: ClassVar[bool] = False
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__(config)
-        self.model = DetrModel(config)
+        self.model = DetrModel(config, self.further_strides)
         self.class_labels_classifier = build_class_head(config.d_model, config.num_labels)
         # training only
         denoise, dense = config.denoising_groups > 0, config.dense_loss_coefficient > 0
@@ -373,9 +389,9 @@ class DetrForDetection(DetrPreTrainedModel):
                 check_images(pixel_values, pixel_mask, self.config.num_channels)
                 sizes = sizes_without_padding(pixel_values, pixel_mask)
             labels = tensor_labels(labels)
-            check_labels(labels, self.config.num_labels, given.shape[0], sizes)
-            denoising = self.denoising(labels) if self.training and self.denoising is not None else None
-        dense_head = self.dense_head if self.training and labels is not None else None
+            check_labels(labels, self.config.num_labels, given.shape[0], sizes, needs_masks=self.needs_masks)
+            denoising = self.denoising(labels) if self.model.training and self.denoising is not None else None
+        dense_head = self.dense_head if self.model.training and labels is not None else None
         outputs = self.model(  # steps 2 to 4
             pixel_values,
             pixel_mask,
@@ -394,11 +410,18 @@ class DetrForDetection(DetrPreTrainedModel):
         if labels is not None:  # steps 6 and 7
             criterion = self.criterion
             dense = None if dense_head is None else dense_head.of(outputs, criterion.class_weights(logits.device))
-            result = criterion(logits, pred_boxes, labels, denoising, dense, normalizers)
+            masks = self.mask_supervision(outputs, labels)
+            result = criterion(logits, pred_boxes, labels, denoising, dense, normalizers, masks)
         output = detection_output(outputs, logits, pred_boxes, self.config.num_queries, result, auxiliary)
         if not states:
             output.encoder_hidden_states = output.decoder_hidden_states = None
         return output
+
+    def mask_supervision(
+        self, outputs: DetrModelOutput, labels: list[dict[str, Any]]
+    ) -> Callable[[Matching], MaskPairs] | None:
+        """What [`DetrLoss`] supervises masks with; None without a mask head."""
+        return None
 
     @property
     def criterion(self) -> DetrLoss:

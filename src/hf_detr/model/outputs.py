@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from .backbone import FeatureLevel
 from .loss import LossOutput
 
 
@@ -26,6 +27,8 @@ class DetrModelOutput(ModelOutput):
             (B, hw, d).
         encoder_attentions: with `output_attentions`: per encoder layer (B, heads, hw, hw).
         feature_mask: (B, h, w), 1 = image, 0 = padding, as `pixel_mask`; h and w are the rows and columns of hw.
+        feature_levels: of a model that was built with `further_strides`: the levels of the backbone, shallow to deep,
+            and last the projected features, (B, d, h, w).
     """
 
     last_hidden_state: Tensor | None = None
@@ -38,6 +41,7 @@ class DetrModelOutput(ModelOutput):
     encoder_hidden_states: tuple[Tensor, ...] | None = None
     encoder_attentions: tuple[Tensor, ...] | None = None
     feature_mask: Tensor | None = None
+    feature_levels: tuple[FeatureLevel, ...] | None = None
 
 
 @dataclass
@@ -52,6 +56,7 @@ class DetrDetectionOutput(ModelOutput):
         logits: (B, Q, num_labels + 1), the last one is no-object.
         pred_boxes: (B, Q, 4), cxcywh in [0, 1] of the image without its padding.
         auxiliary_outputs: `logits` and `pred_boxes` of each earlier decoder layer; with labels and `auxiliary_loss`.
+        feature_levels: None; a head that reads several levels finds them here, and drops them.
         last_hidden_state and all that follow: see [`DetrModelOutput`].
     """
 
@@ -68,6 +73,25 @@ class DetrDetectionOutput(ModelOutput):
     encoder_hidden_states: tuple[Tensor, ...] | None = None
     encoder_attentions: tuple[Tensor, ...] | None = None
     feature_mask: Tensor | None = None
+    feature_levels: tuple[FeatureLevel, ...] | None = None
+
+
+@dataclass
+class DetrSegmentationOutput(DetrDetectionOutput):
+    """Predictions of [`DetrForSegmentation`], and their loss if labels were given.
+
+    Args:
+        pred_masks: (B, Q, h, w), mask logits at stride 4 of the padded batch; a pixel is the object's if its logit is
+            above 0. Padding, and queries whose masks were not computed, have the logit
+            `hf_detr.model.segmentation.NO_MASK`. None in training, which computes masks of matched queries only.
+        mask_sizes: (B, 2), rows and columns of `pred_masks` that show the image; the rest is padding.
+        image_sizes: (B, 2), height and width of each image in `pixel_values`, without its padding.
+        Others: see [`DetrDetectionOutput`]; `loss_dict` has `loss_mask` and `loss_dice` as well.
+    """
+
+    pred_masks: Tensor | None = None
+    mask_sizes: Tensor | None = None
+    image_sizes: Tensor | None = None
 
 
 def detection_output(
@@ -112,4 +136,5 @@ def detection_output(
         encoder_hidden_states=outputs.encoder_hidden_states,
         encoder_attentions=outputs.encoder_attentions,
         feature_mask=outputs.feature_mask,
+        feature_levels=outputs.feature_levels,
     )

@@ -16,7 +16,7 @@ from transformers.utils.generic import TransformersKwargs
 from .configuration_hf_detr import FIELDS_OF_TRANSFORMERS, DetrConfig, refuse_unknown
 from .foreign import import_hub, import_interop
 from .initialization import init_module
-from .resizing import keep_class_weights
+from .resizing import NAMED_BY_CLASS, keep_named_classes
 
 logger = logging.get_logger(__name__)
 Source = str | os.PathLike[str] | None
@@ -150,13 +150,14 @@ class DetrPreTrainedModel(PreTrainedModel):
         if config is None:
             requested = {name: kwargs.pop(name) for name in RESIZABLE if name in kwargs}
             requested = {name: value for name, value in requested.items() if value is not None}
-            class_weights = kwargs.pop("class_weights", saved.class_weights)
+            by_class = {name: kwargs.pop(name, getattr(saved, name)) for name in NAMED_BY_CLASS}
         else:  # load with the checkpoint's classes and queries, then resize to those of `config`
             config = _as_detr_config(config, location)
             requested = {name: getattr(config, name) for name in ("id2label", "num_queries", "num_channels")}
             config.id2label, config.num_queries = saved.id2label, saved.num_queries
             config.num_channels = saved.num_channels
-            class_weights, config.class_weights = config.class_weights, saved.class_weights
+            by_class = {name: getattr(config, name) for name in NAMED_BY_CLASS}
+            config.class_weights, config.stuff_labels = saved.class_weights, saved.stuff_labels
         id2label = _requested_classes(requested, saved)
         num_queries = requested.get("num_queries", saved.num_queries)
         num_channels = requested.get("num_channels", saved.num_channels)
@@ -173,9 +174,9 @@ class DetrPreTrainedModel(PreTrainedModel):
             changes.append(model.resize_class_head(id2label))
         model.config.id2label = id2label
         model.config.label2id = {name: index for index, name in id2label.items()}
-        model.config.class_weights = class_weights
-        if class_weights is saved.class_weights:
-            keep_class_weights(model.config)
+        for name, value in by_class.items():
+            setattr(model.config, name, value)
+        keep_named_classes(model.config, [name for name, value in by_class.items() if value is getattr(saved, name)])
         model.config.validate()
         if num_queries != saved.num_queries:
             changes.append(model.resize_queries(num_queries))

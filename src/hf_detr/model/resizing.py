@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from .heads import build_class_head
 from .initialization import init_queries
 
 RowLayer = TypeVar("RowLayer", nn.Linear, nn.Embedding)
+NAMED_BY_CLASS = ("class_weights", "stuff_labels")  # fields of the config that name classes
 
 
 @torch.no_grad()
@@ -36,10 +38,12 @@ def resize_queries(model: Any, num_queries: int) -> str:
     return f"Object queries: {before} to {num_queries}, the first {len(kept)} keep their weights, {rest}."
 
 
-def keep_class_weights(config: Any) -> None:
-    """Forget the weights of classes that the config no longer has."""
-    kept = {name: weight for name, weight in (config.class_weights or {}).items() if name in config.label2id}
-    config.class_weights = kept or None
+def keep_named_classes(config: Any, fields: Iterable[str] = NAMED_BY_CLASS) -> None:
+    """Forget what these fields say about classes that the config no longer has."""
+    for field in fields:
+        value = getattr(config, field) or ()
+        kept = [name for name in value if name in config.label2id]
+        setattr(config, field, ({name: value[name] for name in kept} if isinstance(value, dict) else kept) or None)
 
 
 @torch.no_grad()
@@ -62,7 +66,7 @@ def resize_class_head(model: Any, id2label: dict[int, str]) -> str:
         model.denoising.class_embedding = _copy_rows(embedding, model.denoising.class_embedding, kept)
     config.id2label = dict(id2label)
     config.label2id = {name: row for row, name in id2label.items()}
-    keep_class_weights(config)
+    keep_named_classes(config)
     fresh = [name for row, name in id2label.items() if row not in kept]
     some = f" ({', '.join(fresh[:5])}{', ...' if len(fresh) > 5 else ''})" if fresh else ""
     return (

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.modeling_hf_detr import DetrForDetection
+from ..model.segmentation import DetrForSegmentation
 from .fast_attention import use_fast_attention
 from .folding import fold, fuse
 from .linear import use_fast_linear
@@ -24,6 +25,10 @@ class PreparedDetr(DetrForDetection):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError("This copy was prepared for prediction. Save the model that it was made from.")
+
+
+class PreparedDetrWithMasks(PreparedDetr, DetrForSegmentation):
+    """The same of a [`DetrForSegmentation`]."""
 
 
 def prepare_for_inference(
@@ -45,7 +50,7 @@ def prepare_for_inference(
     """
     dtype = named_dtype(dtype)
     prepared: Any = deepcopy(model).eval().requires_grad_(False)
-    prepared.__class__ = PreparedDetr
+    prepared.__class__ = PreparedDetrWithMasks if isinstance(model, DetrForSegmentation) else PreparedDetr
     backbone, encoder, decoder = prepared.model.backbone, prepared.model.encoder, prepared.model.decoder
     compilable = backbone.model, encoder, decoder
     for part in compilable:
