@@ -5,16 +5,17 @@
     python examples/convert.py CHECKPOINT OUT --to transformers
 
 `from_pretrained` reads transformers' checkpoints, too; a converted one only loads faster. For transformers, the model
-has to have learned queries, as those fine-tuned from a published checkpoint have. The paper's files do not contain the
-number of attention heads, the class names, and whether the backbone is DC5. Options set them; the defaults are 8 heads,
-COCO's names if there are 91 classes, and DC5 if the file name contains "dc5".
+has to have learned queries, as those fine-tuned from a published checkpoint have. A mask head is converted, too. The
+paper's files do not contain the number of attention heads, the class names, and whether the backbone is DC5. Options
+set them; the defaults are 8 heads, COCO's names if there are 91 classes (COCO panoptic's if there are 250), and DC5 if
+the file name contains "dc5".
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from hf_detr import DetrForDetection, DetrImageProcessor
+from hf_detr import DetrForDetection, DetrForSegmentation, DetrImageProcessor
 from hf_detr.interop import load_original, save_for_transformers
 from hf_detr.runtime import exit_on_error, prepare_output, require_source
 
@@ -60,6 +61,10 @@ def main() -> None:
         processor = DetrImageProcessor()  # its defaults are the paper's
     else:
         model, info = DetrForDetection.from_pretrained(args.source, revision=args.revision, output_loading_info=True)
+        if any(name.startswith("mask_head.") for name in info["unexpected_keys"]):
+            model, info = DetrForSegmentation.from_pretrained(
+                args.source, revision=args.revision, output_loading_info=True
+            )
         processor = DetrImageProcessor.from_pretrained(args.source, revision=args.revision)
         if info["missing_keys"]:
             raise ValueError(f"{args.source} has no weights for {sorted(info['missing_keys'])}; nothing was written.")

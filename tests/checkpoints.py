@@ -7,22 +7,27 @@ import torch
 import transformers
 from conftest import TINY, randomise_norms
 from safetensors.torch import load_file, save_file
-from transformers import DetrForObjectDetection, TableTransformerForObjectDetection
+from transformers import DetrForObjectDetection, DetrForSegmentation, TableTransformerForObjectDetection
 
 RESNET = {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]}
 SMALL_RESNET = {"layer_type": "bottleneck", "depths": [1, 2, 1, 1], "hidden_sizes": [32, 64, 128, 256]}
 
 
 def their_model(
-    backbone: str = "test_resnet", *, table: bool = False, resnet: dict | None = None, **fields
+    backbone: str = "test_resnet", *, table: bool = False, masks: bool = False, resnet: dict | None = None, **fields
 ) -> transformers.PreTrainedModel:
-    """transformers' DETR or Table Transformer with random weights, on a timm backbone or on its own ResNet.
+    """transformers' DETR, with masks or not, or Table Transformer, with random weights, on a timm backbone or on its
+    own ResNet.
 
     The paper's own files can only hold a ResNet that the paper's code knows, e.g. "resnet18"; see `save_original`.
     """
     kind = TableTransformerForObjectDetection if table else DetrForObjectDetection
+    if masks:  # transformers' needs d_model + heads in multiples of 8
+        kind = DetrForSegmentation
+        fields = {"encoder_attention_heads": 8, "decoder_attention_heads": 8} | fields
     if resnet is not None:
-        own = transformers.ResNetConfig(**resnet, out_features=["stage4"])
+        stages = [f"stage{stage}" for stage in range(1 if masks else 4, 5)]
+        own = transformers.ResNetConfig(**resnet, out_features=stages)
         fields |= {"backbone_config": own, "use_timm_backbone": False}
     else:
         fields["backbone"] = backbone
@@ -35,7 +40,8 @@ def their_model(
 @torch.no_grad()
 def spread(model: torch.nn.Module) -> None:
     """Initialize weights with the magnitude of trained ones. With transformers' initial weights (standard deviation
-    0.02) attention is flat and all queries predict the same, which would hide most mistakes in reading a checkpoint."""
+    0.02) attention is flat and all queries predict the same, which would hide most mistakes in reading a checkpoint.
+    The same for the attention maps of a mask head, one softmax over all heads and locations, and what reads them."""
     for name, parameter in model.named_parameters():
         if "backbone." in name and "position_embedding" not in name:
             continue
@@ -43,8 +49,30 @@ def spread(model: torch.nn.Module) -> None:
             parameter.normal_()
         elif parameter.ndim > 1:
             torch.nn.init.xavier_uniform_(parameter)
+            if "bbox_attention" in name:
+                parameter.mul_(2)
+            elif name == "mask_head.conv1.conv.weight":
+                parameter[:, TINY["d_model"] :].mul_(20)
         elif "norm" not in name:
             parameter.normal_(0, 0.1)
+    calibrate(model)
+
+
+def calibrate(model: torch.nn.Module) -> None:
+    """Scale what a mask head reads from a random backbone to values around 1; they may be 10^5 times as large, and
+    attention maps would be lost beside them."""
+
+    def divide(layer: torch.nn.Conv2d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        for parameter in layer.parameters():
+            parameter.div_(output.std())
+        return output / output.std()
+
+    parts = [module for name, module in model.named_modules() if name.endswith(("input_projection", "fpn_adapter"))]
+    if len(parts) > 1:
+        hooks = [part.register_forward_hook(divide) for part in parts]
+        model(torch.randn(1, 3, 64, 96))
+        for hook in hooks:
+            hook.remove()
 
 
 def save_v5(model: transformers.PreTrainedModel, folder: Path, **kwargs) -> Path:
@@ -89,7 +117,8 @@ def save_v4(model: transformers.PreTrainedModel, folder: Path, *, pickle: bool |
 
 def save_original(model: transformers.PreTrainedModel, file: Path, **content) -> Path:
     """The weights of transformers' DETR under the names of facebookresearch/detr, written out here by hand."""
-    theirs = model.state_dict()
+    theirs = {name.removeprefix("detr."): tensor for name, tensor in model.state_dict().items()}
+    has_masks = "mask_head.output_conv.weight" in theirs
     state: dict[str, torch.Tensor] = {}
 
     def put(new: str, old: str) -> None:
@@ -128,6 +157,17 @@ def save_original(model: transformers.PreTrainedModel, file: Path, **content) ->
     put("backbone.1.col_embed", "model.position_embedding.column_embeddings")
     for name in [name for name in theirs if name.startswith("model.backbone.model.")]:
         state[name.replace("model.backbone.model.", "backbone.0.body.")] = theirs.pop(name)
+    if has_masks:
+        state = {f"detr.{name}": tensor for name, tensor in state.items()}
+        for kind in "qk":
+            put(f"bbox_attention.{kind}_linear", f"bbox_attention.{kind}_proj")
+        for index in range(5):
+            block = f"conv{index + 1}" if index < 2 else f"fpn_stages.{index - 2}.refine"
+            put(f"mask_head.lay{index + 1}", f"mask_head.{block}.conv")
+            put(f"mask_head.gn{index + 1}", f"mask_head.{block}.norm")
+        for index in range(3):
+            put(f"mask_head.adapter{index + 1}", f"mask_head.fpn_stages.{index}.fpn_adapter")
+        put("mask_head.out_lay", "mask_head.output_conv")
     assert not theirs, sorted(theirs)
     torch.save({"model": state, **content}, file)
     return file

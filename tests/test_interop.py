@@ -14,10 +14,9 @@ import pytest
 import torch
 import transformers
 from checkpoints import RESNET, SMALL_RESNET, save_original, save_v4, save_v5, spread, their_model
-from conftest import padded_batch, randomise_norms, tiny_model
-from safetensors.torch import load_file, save_file
+from conftest import padded_batch, randomise_norms, tiny_model, tiny_segmentation
 
-from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor, DetrModel
+from hf_detr import DetrConfig, DetrForDetection, DetrForSegmentation, DetrImageProcessor, DetrModel
 from hf_detr.interop import load_original, save_for_transformers, to_transformers
 from hf_detr.interop.original_checkpoints import coco_labels
 
@@ -27,6 +26,7 @@ SIZES = [(64, 96), (48, 70), (64, 40)]
 # same model follow each other, so that it is built once.
 DC5 = {"backbone": "resnet26", "dilation": True}
 LEARNED = {"position_embedding_type": "learned"}
+MASKS = {"masks": True, "num_labels": 250}
 LAYOUTS = {
     "v4": ({}, save_v4),
     "v4-bin": ({}, lambda model, folder: save_v4(model, folder, pickle=True)),
@@ -43,11 +43,19 @@ LAYOUTS = {
     "v4-table": ({"table": True}, save_v4),
     "v5-table": ({"table": True}, save_v5),
     "v4-table-learned": ({"table": True} | LEARNED, save_v4),
+    "v4-masks": (MASKS, save_v4),
+    "v5-masks": (MASKS, save_v5),
+    "v4-masks-dc5": (MASKS | DC5, save_v4),
+    "v5-masks-dc5": (MASKS | DC5, save_v5),
+    "v4-masks-transformers-resnet": (MASKS | {"resnet": RESNET}, save_v4),
 }
 ORIGINALS = {
     "detr-r26-dc5.pth": DC5,
     "detr-r101.pth": {"backbone": "resnet101"},
     "detr-r18-learned.pth": {"backbone": "resnet18"} | LEARNED,
+    "detr-r50-panoptic.pth": {"backbone": "resnet50"} | MASKS,
+    "detr-r26-dc5-panoptic.pth": DC5 | MASKS,
+    "detr-r101-panoptic.pth": {"backbone": "resnet101"} | MASKS,
 }
 
 
@@ -75,7 +83,8 @@ def their_model_of(fields: str) -> transformers.PreTrainedModel:
 
 @torch.no_grad()
 def largest_difference(ours, theirs) -> float:
-    """Largest difference of logits and boxes: each image alone, and each image of a padded batch against it alone."""
+    """Largest difference of logits, boxes and masks: each image alone, and each image of a padded batch against it
+    alone."""
     images, mask = padded_batch(SIZES)
     batch = ours(images, mask)
     differences = []
@@ -88,6 +97,11 @@ def largest_difference(ours, theirs) -> float:
                 (alone[name][0] - expected[name][0]).abs().max(),
                 (batch[name][index] - expected[name][0]).abs().max(),
             ]
+        if "pred_masks" in expected:
+            assert expected.pred_masks[0].std(0).max() > 10 * TOLERANCE, "masks of queries must differ"
+            rows, columns = batch.mask_sizes[index]
+            for masks in (alone.pred_masks[0], batch.pred_masks[index, :, :rows, :columns]):
+                differences.append((masks - expected.pred_masks[0]).abs().max())
     return max(differences).item()
 
 
@@ -96,7 +110,8 @@ def test_checkpoints_of_transformers_give_the_same_outputs_without_the_network(l
     fields, save = LAYOUTS[layout]
     theirs = their_model_of(json.dumps(fields))
     folder = save(theirs, tmp_path / "a")
-    ours, info = DetrForDetection.from_pretrained(folder, output_loading_info=True)
+    kind = DetrForSegmentation if "masks" in fields else DetrForDetection
+    ours, info = kind.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     assert "sharded" not in layout or len([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) > 1
     difference = largest_difference(ours, theirs)
@@ -109,7 +124,8 @@ def test_checkpoints_of_transformers_give_the_same_outputs_without_the_network(l
 def test_checkpoints_of_the_paper_give_the_same_outputs_without_the_network(name, connections, tmp_path):
     theirs = their_model_of(json.dumps(ORIGINALS[name]))
     file = save_original(theirs, tmp_path / name)
-    ours, notes = load_original(file, attention_heads=4)
+    ours, notes = load_original(file, attention_heads=theirs.config.encoder_attention_heads)
+    assert isinstance(ours, DetrForSegmentation) == ("panoptic" in name)
     difference = largest_difference(ours, theirs)
     print(f"| {name} | {difference:.1e} |")
     assert difference <= TOLERANCE
@@ -127,6 +143,30 @@ def test_our_own_checkpoints_load_without_the_network_and_hub_ids_do_not(connect
     with pytest.raises(OSError, match="couldn't connect"):
         DetrConfig.from_pretrained("nobody/nothing")
     assert connections != [], "attempts are noticed"
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"dilation": True}, {"feature_stride": 16}, {"backbone": "convnext_atto"}], ids=str
+)
+def test_ours_with_masks_written_for_transformers_gives_the_same_outputs_there_and_back(fields, tmp_path):
+    heads = {"encoder_attention_heads": 8, "decoder_attention_heads": 8}
+    names = {index: ("thing" if index < 3 else "stuff") + str(index) for index in range(5)}
+    ours = tiny_segmentation(**heads, **fields, id2label=names, mask_loss_coefficient=3)
+    randomise_norms(ours)
+    spread(ours)
+    save_for_transformers(ours, DetrImageProcessor(), tmp_path)
+    theirs, info = transformers.DetrForSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    difference = largest_difference(ours, theirs.eval())
+    back = DetrForSegmentation.from_pretrained(tmp_path)
+    print(f"| masks to transformers: {fields} | {difference:.1e} | back: {largest_difference(back, theirs):.1e} |")
+    assert max(difference, largest_difference(back, theirs)) <= TOLERANCE
+    assert theirs.config.mask_loss_coefficient == back.config.mask_loss_coefficient == 3
+
+
+def test_masks_with_pre_norm_have_no_counterpart_in_transformers():
+    with pytest.raises(ValueError, match="no pre-norm"):
+        to_transformers(tiny_segmentation(pre_norm=True))
 
 
 @pytest.mark.parametrize(
@@ -186,25 +226,31 @@ def test_args_in_a_file_of_a_training_run_are_believed(tmp_path):
     assert "args in the file" in notes[0]
 
 
-def test_the_panoptic_file_of_the_paper_loads_as_a_detector(tmp_path):
-    theirs = their_model("resnet18")
-    state = torch.load(save_original(theirs, tmp_path / "detr.pth"), weights_only=True)["model"]
-    panoptic = {f"detr.{name}": tensor for name, tensor in state.items()}
-    panoptic |= {"mask_head.lay1.weight": torch.zeros(8, 8, 3, 3), "bbox_attention.q_linear.bias": torch.zeros(8)}
-    torch.save({"model": panoptic}, tmp_path / "panoptic.pth")
-    ours, notes = load_original(tmp_path / "panoptic.pth", attention_heads=4)
-    assert largest_difference(ours, theirs) <= TOLERANCE
-    assert "2 tensors of the mask head" in notes[0]
+def test_the_classes_of_the_panoptic_files_are_those_of_coco_panoptic(tmp_path):
+    theirs = their_model("resnet18", **MASKS)
+    ours, _ = load_original(save_original(theirs, tmp_path / "panoptic.pth"), attention_heads=8)
+    names = ours.config.id2label
+    assert (names[1], names[90], names[92], names[187], names[200]) == (
+        "person", "toothbrush", "banner", "sky-other-merged", "rug-merged",
+    )  # fmt: skip
+    assert len(ours.config.stuff_labels) == len(ours.config.stuff_label_ids) == 53
+    assert sum(name != "N/A" for name in names.values()) == 133
+    folder = save_v4(theirs, tmp_path / "hub")
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] |= {"92": "banner", "91": "LABEL_91", "90": "toothbrush", "200": "rug-merged"}
+    (folder / "config.json").write_text(json.dumps(config | {"label2id": {}}))
+    read = DetrConfig.from_pretrained(folder)
+    assert read.stuff_labels == ["banner", "rug-merged"]
+    assert read.stuff_label_ids == {92, 200}
 
 
 def test_the_panoptic_checkpoint_of_transformers_loads_as_a_detector(tmp_path):
-    theirs = their_model()
-    save_v4(theirs, tmp_path)
-    weights = {f"detr.{name}": tensor for name, tensor in load_file(tmp_path / "model.safetensors").items()}
-    save_file(weights | {"mask_head.lay1.bias": torch.zeros(8)}, tmp_path / "model.safetensors", {"format": "pt"})
-    ours, info = DetrForDetection.from_pretrained(tmp_path, output_loading_info=True)
-    assert largest_difference(ours, theirs) <= TOLERANCE
-    assert info["unexpected_keys"] == {"mask_head.lay1.bias"}
+    theirs = their_model(masks=True)
+    ours, info = DetrForDetection.from_pretrained(save_v4(theirs, tmp_path), output_loading_info=True)
+    theirs.detr.eval()
+    assert largest_difference(ours, theirs.detr) <= TOLERANCE
+    assert {name.split(".")[0] for name in info["unexpected_keys"]} == {"mask_head", "bbox_attention"}
+    assert not info["missing_keys"]
 
 
 def test_the_base_model_reads_checkpoints_of_transformers_too(tmp_path):

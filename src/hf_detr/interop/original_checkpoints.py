@@ -1,4 +1,5 @@
-"""Read the checkpoints of the paper's own code, facebookresearch/detr: `detr-r50`, `detr-r101` and their `-dc5`.
+"""Read the checkpoints of the paper's own code, facebookresearch/detr: `detr-r50`, `detr-r101` and their `-dc5`, for
+boxes and `-panoptic`.
 
 A file holds `{"model": state_dict}`, and if a training run wrote it, also its `args`. A state dict shows neither
 whether the backbone is dilated nor the number of attention heads: these come from `args`, the caller or the file name.
@@ -16,7 +17,8 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from ..model.configuration_hf_detr import DetrConfig
 from ..model.modeling_hf_detr import DetrForDetection
-from .transformers_checkpoints import OUR_BOX_HEAD, RESNETS
+from ..model.segmentation import DetrForSegmentation
+from .transformers_checkpoints import MASK_HEAD, NUM_PANOPTIC, OUR_BOX_HEAD, RESNETS, stuff_of_coco
 
 # {pattern: replacement}, applied in turn.
 _NAMES = {
@@ -37,8 +39,20 @@ _NAMES = {
     r"^backbone\.0\.body\.": "model.backbone.model.",
     r"^backbone\.1\.row_embed\.": "model.position_embedding.row_embeddings.",
     r"^backbone\.1\.col_embed\.": "model.position_embedding.column_embeddings.",
+    **MASK_HEAD,
 }
-_MASK_HEAD = ("mask_head.", "bbox_attention.")
+# COCO's stuff in the panoptic task, by category id
+_STUFF = {
+    92: "banner", 93: "blanket", 95: "bridge", 100: "cardboard", 107: "counter", 109: "curtain", 112: "door-stuff",
+    118: "floor-wood", 119: "flower", 122: "fruit", 125: "gravel", 128: "house", 130: "light", 133: "mirror-stuff",
+    138: "net", 141: "pillow", 144: "platform", 145: "playingfield", 147: "railroad", 148: "river", 149: "road",
+    151: "roof", 154: "sand", 155: "sea", 156: "shelf", 159: "snow", 161: "stairs", 166: "tent", 168: "towel",
+    171: "wall-brick", 175: "wall-stone", 176: "wall-tile", 177: "wall-wood", 178: "water-other", 180: "window-blind",
+    181: "window-other", 184: "tree-merged", 185: "fence-merged", 186: "ceiling-merged", 187: "sky-other-merged",
+    188: "cabinet-merged", 189: "table-merged", 190: "floor-other-merged", 191: "pavement-merged",
+    192: "mountain-merged", 193: "grass-merged", 194: "dirt-merged", 195: "paper-merged", 196: "food-other-merged",
+    197: "building-other-merged", 198: "rock-merged", 199: "wall-other-merged", 200: "rug-merged",
+}  # fmt: skip
 
 
 def coco_labels() -> dict[int, str]:
@@ -48,6 +62,12 @@ def coco_labels() -> dict[int, str]:
     return {index: "N/A" if index == 0 else name for index, name in enumerate(names)}
 
 
+def panoptic_labels() -> dict[int, str]:
+    """The 250 outputs of the paper's panoptic models: COCO's category ids of things and stuff, "N/A" for the others."""
+    names = coco_labels() | _STUFF
+    return {index: names.get(index, "N/A") for index in range(NUM_PANOPTIC)}
+
+
 def load_original(
     file: str | Path,
     *,
@@ -55,14 +75,15 @@ def load_original(
     attention_heads: int | None = None,
     id2label: dict[int, str] | None = None,
 ) -> tuple[DetrForDetection, list[str]]:
-    """Load a checkpoint of facebookresearch/detr into our model.
+    """Load a checkpoint of facebookresearch/detr into our model, one with a mask head into a [`DetrForSegmentation`].
 
     Args:
         file: the `.pth` file; it is opened with `weights_only=True`.
         dilation: whether the backbone is DC5. None: from the `args` in the file; without them, True if the file name
             contains "dc5".
         attention_heads: None: from the `args` in the file; without them, the paper's 8.
-        id2label: class names. None: COCO's if there are 91 classes, else `LABEL_0`, ...
+        id2label: class names. None: COCO's if there are 91 classes, those of COCO panoptic with its stuff if there are
+            250, else `LABEL_0`, ...
 
     Returns:
         the model in evaluation mode, and one sentence per assumption that was made and per part that was dropped.
@@ -74,10 +95,7 @@ def load_original(
     file = Path(file)
     state, args = _read(file)
     notes: list[str] = []
-    masks = [name for name in state if name.startswith(_MASK_HEAD)]
-    if masks:
-        notes.append(f"{len(masks)} tensors of the mask head (panoptic segmentation) are dropped.")
-    renamed = _rename({name: tensor for name, tensor in state.items() if name not in masks})
+    renamed = _rename(state)
     try:
         values = _read_sizes(renamed)
     except KeyError as error:
@@ -95,14 +113,17 @@ def load_original(
     notes.append(f"Backbone {values['backbone']}{' with DC5' if dilation else ', not dilated'}, according to {origin}.")
     heads = attention_heads or getattr(args, "nheads", 8)
     if id2label is None:
-        id2label = coco_labels() if values["num_labels"] == len(coco_labels()) else None
+        id2label = {len(names): names for names in (coco_labels(), panoptic_labels())}.get(values["num_labels"])
+        if values["num_labels"] == NUM_PANOPTIC:
+            values["stuff_labels"] = stuff_of_coco(panoptic_labels())
     if id2label is not None:
         if len(id2label) != values["num_labels"]:
             raise ValueError(f"{file} has {values['num_labels']} classes, but there are {len(id2label)} names.")
         del values["num_labels"]
         values |= {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
     config = DetrConfig(dilation=dilation, encoder_attention_heads=heads, decoder_attention_heads=heads, **values)
-    model = DetrForDetection(config).eval()
+    has_masks = any(name.startswith("mask_head.") for name in renamed)
+    model = (DetrForSegmentation if has_masks else DetrForDetection)(config).eval()
     result = model.load_state_dict(renamed, strict=False)
     counts = [name for name in result.unexpected_keys if name.endswith("num_batches_tracked")]
     unknown = [name for name in result.unexpected_keys if name not in counts]

@@ -40,15 +40,27 @@ _RESNET = {
     **{rf"(model\.layer\d+\.\d+)\.layer\.{i}\.convolution\.": rf"\1.conv{i + 1}." for i in range(3)},
     **{rf"(model\.layer\d+\.\d+)\.layer\.{i}\.normalization\.": rf"\1.bn{i + 1}." for i in range(3)},
 }
-WEIGHT_NAMES = _LAYERS | _RESNET | {rf"^{re.escape(THEIR_BOX_HEAD)}": OUR_BOX_HEAD}
+# The mask head, in the v4 layout and in the files of the paper's code; the v5 layout has our names.
+MASK_HEAD = {
+    r"^bbox_attention\.([qk])_linear\.": r"bbox_attention.\1_proj.",
+    **{rf"^mask_head\.lay{i}\.": f"mask_head.conv{i}.conv." for i in (1, 2)},
+    **{rf"^mask_head\.gn{i}\.": f"mask_head.conv{i}.norm." for i in (1, 2)},
+    **{rf"^mask_head\.lay{i + 3}\.": f"mask_head.fpn_stages.{i}.refine.conv." for i in range(3)},
+    **{rf"^mask_head\.gn{i + 3}\.": f"mask_head.fpn_stages.{i}.refine.norm." for i in range(3)},
+    **{rf"^mask_head\.adapter{i + 1}\.": f"mask_head.fpn_stages.{i}.fpn_adapter." for i in range(3)},
+    r"^mask_head\.out_lay\.": "mask_head.output_conv.",
+}
+WEIGHT_NAMES = _LAYERS | _RESNET | {rf"^{re.escape(THEIR_BOX_HEAD)}": OUR_BOX_HEAD} | MASK_HEAD
 
 SHARED_FIELDS = (
     "num_channels", "num_queries", "d_model", "encoder_layers", "encoder_ffn_dim", "encoder_attention_heads",
     "decoder_layers", "decoder_ffn_dim", "decoder_attention_heads", "activation_function", "dropout",
     "attention_dropout", "activation_dropout", "init_xavier_std", "position_embedding_type", "dilation", "class_cost",
-    "bbox_cost", "giou_cost", "bbox_loss_coefficient", "giou_loss_coefficient", "eos_coefficient", "id2label",
-    "label2id",
+    "bbox_cost", "giou_cost", "bbox_loss_coefficient", "giou_loss_coefficient", "mask_loss_coefficient",
+    "dice_loss_coefficient", "eos_coefficient", "id2label", "label2id",
 )  # fmt: skip
+# Outputs of the paper's panoptic models, and the largest id of COCO's things among them
+NUM_PANOPTIC, LAST_THING = 250, 90
 # timm's names of the ResNets of transformers and of the paper: {(bottleneck blocks, blocks per stage): name}
 RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
     (True, (2, 2, 2, 2)): "resnet26", (True, (3, 4, 6, 3)): "resnet50", (True, (3, 4, 23, 3)): "resnet101",
@@ -75,7 +87,15 @@ def read_config(theirs: dict[str, Any]) -> dict[str, Any]:
     ours = {name: theirs[name] for name in (*SHARED_FIELDS, *generic) if theirs.get(name) is not None}
     if theirs.get("encoder_layerdrop") or theirs.get("decoder_layerdrop"):
         logger.warning("LayerDrop is not supported: training this checkpoint further never skips a layer.")
-    return ours | _read_backbone(theirs) | {"pre_norm": theirs["model_type"] == "table-transformer"}
+    stuff = {"stuff_labels": stuff_of_coco(ours["id2label"])} if len(ours.get("id2label", ())) == NUM_PANOPTIC else {}
+    return ours | stuff | _read_backbone(theirs) | {"pre_norm": theirs["model_type"] == "table-transformer"}
+
+
+def stuff_of_coco(id2label: dict[Any, str]) -> list[str]:
+    """The names of stuff in a panoptic checkpoint of the paper, whose class ids are those of COCO panoptic: up to 90
+    things, above stuff. Ids without a class are called `LABEL_91` or "N/A"."""
+    unused = re.compile(r"LABEL_\d+|N/A")
+    return [name for index, name in id2label.items() if int(index) > LAST_THING and not unused.fullmatch(name)]
 
 
 def _read_backbone(theirs: dict[str, Any]) -> dict[str, Any]:

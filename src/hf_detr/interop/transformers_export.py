@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     DetrForObjectDetection,
@@ -18,6 +19,7 @@ from transformers import (
 from ..model.image_processing_hf_detr import HfDetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
 from ..model.pretrained import TRAINING_ONLY
+from ..model.segmentation import DetrForSegmentation
 from .transformers_checkpoints import OUR_BOX_HEAD, PROCESSOR_FIELDS, SHARED_FIELDS, THEIR_BOX_HEAD
 
 _TABLE_TRANSFORMER_NAMES = {
@@ -29,13 +31,13 @@ _TABLE_TRANSFORMER_NAMES = {
 
 
 def to_transformers(model: DetrForDetection) -> PreTrainedModel:
-    """Convert our model to transformers' `DetrForObjectDetection`, or a pre-norm one to
-    `TableTransformerForObjectDetection`, with the same weights and the same outputs.
+    """Convert our model to transformers' `DetrForObjectDetection`, one with masks to its `DetrForSegmentation`, or a
+    pre-norm one to `TableTransformerForObjectDetection`, with the same weights and the same outputs.
 
     Raises:
-        ValueError: transformers' DETR has no counterpart of the model: it has no anchors and no `backbone_kwargs`, and
-            it replaces all batch norms of the backbone by frozen ones with eps 1e-5 and without activation, which
-            changes many timm networks. The latter is detected by comparing outputs.
+        ValueError: transformers' DETR has no counterpart of the model: it has no anchors, no `backbone_kwargs` and no
+            pre-norm model with masks, and it replaces all batch norms of the backbone by frozen ones with eps 1e-5 and
+            without activation, which changes many timm networks. The latter is detected by comparing outputs.
     """
     config = model.config
     if config.query_type != "learned":
@@ -46,7 +48,7 @@ def to_transformers(model: DetrForDetection) -> PreTrainedModel:
         "num_channels": config.num_channels,
         "features_only": True,
         "use_pretrained_backbone": False,
-        "out_indices": [model.model.backbone._timm_kwargs["out_indices"][-1]],
+        "out_indices": list(model.model.backbone._timm_kwargs["out_indices"]),
     }
     if config.dilation:
         backbone_config["output_stride"] = 16
@@ -55,7 +57,12 @@ def to_transformers(model: DetrForDetection) -> PreTrainedModel:
             f"transformers' DETR does not support backbone_kwargs={config.backbone_kwargs}: it builds timm's "
             f'"{config.backbone}" with timm\'s defaults.'
         )
-    theirs_class = TableTransformerForObjectDetection if config.pre_norm else DetrForObjectDetection
+    has_masks = isinstance(model, DetrForSegmentation)
+    if has_masks and config.pre_norm:
+        raise ValueError("transformers has masks for its DETR only, which has no pre-norm: keep the model as it is.")
+    theirs_class: Any = TableTransformerForObjectDetection if config.pre_norm else DetrForObjectDetection
+    if has_masks:
+        theirs_class = transformers.DetrForSegmentation
     fields = {name: getattr(config, name) for name in SHARED_FIELDS if hasattr(config, name)}
     theirs = theirs_class(theirs_class.config_class(**fields, backbone_config=backbone_config)).eval()
     theirs.to(model.device, model.dtype)
@@ -66,7 +73,9 @@ def to_transformers(model: DetrForDetection) -> PreTrainedModel:
                 name = re.sub(pattern, replacement, name)  # noqa: PLW2901
         training_only = any(f"{part}." in name for part in TRAINING_ONLY)
         if not training_only and not name.endswith("num_batches_tracked"):  # frozen batch norms have no such counter
-            state[re.sub(f"^{re.escape(OUR_BOX_HEAD)}", THEIR_BOX_HEAD, name)] = tensor
+            name = re.sub(f"^{re.escape(OUR_BOX_HEAD)}", THEIR_BOX_HEAD, name)  # noqa: PLW2901
+            prefix = "detr." if has_masks and not name.startswith(("mask_head.", "bbox_attention.")) else ""
+            state[prefix + name] = tensor
     theirs.load_state_dict(state)
     _check_outputs(model, theirs)
     return theirs
@@ -78,7 +87,8 @@ def _check_outputs(ours: DetrForDetection, theirs: PreTrainedModel) -> None:
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, ours.config.num_channels, 128, 160, generator=generator).to(ours.device)
     a, b = deepcopy(ours).float().eval()(image), deepcopy(theirs).float().eval()(image)
-    difference = max((a.logits - b.logits).abs().max().item(), (a.pred_boxes - b.pred_boxes).abs().max().item())
+    compared = [name for name in ("logits", "pred_boxes", "pred_masks") if name in a]
+    difference = max((a[name] - b[name]).abs().max().item() for name in compared)
     if not difference < 1e-4:
         raise ValueError(
             f'transformers computes the backbone "{ours.config.backbone}" differently: outputs differ by '
@@ -103,7 +113,7 @@ def save_for_transformers(model: DetrForDetection, processor: HfDetrImageProcess
     file = folder / "config.json"
     config = json.loads(file.read_text())
     network = config.pop("backbone_config")
-    if network["out_indices"] == [4]:  # the default of both versions
+    if network["out_indices"] in ([4], [1, 2, 3, 4]):  # the default of both versions
         config |= {"use_timm_backbone": True, "use_pretrained_backbone": False, "backbone": network["backbone"]}
     else:
         config["backbone_config"] = network
