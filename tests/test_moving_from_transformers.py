@@ -250,9 +250,15 @@ def test_arguments_of_post_processing(name):
 
 
 @pytest.mark.parametrize("task", SEGMENTATION)
-def test_there_is_no_post_processing_of_masks(task):
-    assert set(TABLES[f"{PROCESSOR}.post_process_{task}"].values()) == {"absent"}
-    assert not hasattr(hf_detr.DetrImageProcessor, f"post_process_{task}")
+def test_arguments_of_the_post_processing_of_masks(task):
+    """What they do: see tests/test_mask_post_processing.py."""
+    heading = f"{PROCESSOR}.post_process_{task}"
+    assert "absent" not in TABLES[heading].values()
+    ours = inspect.signature(getattr(hf_detr.DetrImageProcessor, f"post_process_{task}")).parameters
+    theirs = inspect.signature(getattr(transformers.DetrImageProcessor, f"post_process_{task}")).parameters
+    assert list(ours)[: len(theirs)] == list(theirs), "the same order"
+    others = {name for name, mark in TABLES[heading].items() if ours[name].default != theirs[name].default}
+    assert others == ({"threshold"} if task == "panoptic_segmentation" else set())
 
 
 # -- config ------------------------------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ The toolbox: everything else, a package per task
     hub                                  push checkpoints with a model card
     runtime                              files, locks, signals
 
-Importing hf_detr registers its classes with transformers' Auto classes and `pipeline("object-detection")`.
+Importing hf_detr registers its classes with transformers' Auto classes, `pipeline("object-detection")` and
+`pipeline("image-segmentation")`.
 """
 
 from typing import Any
@@ -57,6 +58,7 @@ from transformers import (
     AutoModel,
     AutoModelForImageSegmentation,
     AutoModelForObjectDetection,
+    ImageSegmentationPipeline,
     ObjectDetectionPipeline,
 )
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
@@ -67,7 +69,7 @@ from .model.image_processing_hf_detr import DetrImageProcessor
 from .model.modeling_hf_detr import DetrForDetection, DetrModel
 from .model.outputs import DetrDetectionOutput, DetrModelOutput, DetrSegmentationOutput
 from .model.segmentation import DetrForSegmentation
-from .prediction.pipeline import DetrDetectionPipeline
+from .prediction.pipeline import DetrDetectionPipeline, DetrSegmentationPipeline
 
 __version__ = "0.1.0"
 
@@ -82,6 +84,7 @@ __all__ = [
     "DetrModel",
     "DetrModelOutput",
     "DetrSegmentationOutput",
+    "DetrSegmentationPipeline",
 ]
 
 DetrForObjectDetection = DetrForDetection  # its name in transformers
@@ -105,23 +108,25 @@ DetrForSegmentation.register_for_auto_class("AutoModelForImageSegmentation")
 DetrImageProcessor.register_for_auto_class("AutoImageProcessor")
 
 
-# -- pipeline("object-detection") ------------------------------------------------------------------------------------
-
-_task = PIPELINE_REGISTRY.supported_tasks["object-detection"]
-_pipeline_of_other_models = _task["impl"]  # a class, or the dotted path of one that is not imported yet
+# -- pipelines -------------------------------------------------------------------------------------------------------
 
 
-class _ObjectDetection(ObjectDetectionPipeline):
-    """The class behind `pipeline("object-detection")`: ours for our models, the previous one for all others."""
+def _register_pipeline(task: str, base: Any, ours: Any) -> None:
+    """Put a class behind `pipeline(task)` that is ours for our models, and the previous one for all others."""
+    entry = PIPELINE_REGISTRY.supported_tasks[task]
+    previous = entry["impl"]  # a class, or the dotted path of one that is not imported yet
 
-    # transformers would search for a video processor, mistake our image processor's auto_map for one, and ask whether
-    # to trust its code.
-    _load_video_processor = False
+    class Chooser(base):
+        # transformers would search for a video processor, mistake our image processor's auto_map for one, and ask
+        # whether to trust its code.
+        _load_video_processor = False
 
-    def __new__(cls, *args: Any, model: Any, **kwargs: Any) -> Any:
-        if model.config.model_type == DetrConfig.model_type:
-            return DetrDetectionPipeline(*args, model=model, **kwargs)
-        return _resolve_impl(_pipeline_of_other_models)(*args, model=model, **kwargs)
+        def __new__(cls, *args: Any, model: Any, **kwargs: Any) -> Any:
+            is_ours = model.config.model_type == DetrConfig.model_type
+            return (ours if is_ours else _resolve_impl(previous))(*args, model=model, **kwargs)
+
+    entry["impl"] = Chooser
 
 
-_task["impl"] = _ObjectDetection
+_register_pipeline("object-detection", ObjectDetectionPipeline, DetrDetectionPipeline)
+_register_pipeline("image-segmentation", ImageSegmentationPipeline, DetrSegmentationPipeline)

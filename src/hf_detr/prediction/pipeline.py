@@ -1,26 +1,27 @@
-"""`pipeline("object-detection")` for our models: any image, and batches of images of different sizes."""
+"""`pipeline("object-detection")` and `pipeline("image-segmentation")` for our models: any image, and batches of images
+of different sizes."""
 
 from typing import Any
 
 import datasets
 import torch
-from transformers import ObjectDetectionPipeline
+from PIL import Image
+from transformers import ImageSegmentationPipeline, ObjectDetectionPipeline, Pipeline
 from transformers.utils import ModelOutput
 
 from ..model.configuration_hf_detr import refuse_unknown
 from ..model.image_io import allocate_batch
 from ..model.image_processing_hf_detr import DetrImageProcessor
+from ..model.mask_post_processing import PAPER_THRESHOLD
 from ..model.modeling_hf_detr import DetrForDetection, DetrModel
 from ..model.post_processing import to_host
+from ..model.segmentation import DetrForSegmentation
 from ..speed import PreparedDetr, prepare_for_inference
 
 
-class DetrDetectionPipeline(ObjectDetectionPipeline):
-    """transformers' pipeline with the same interface and these differences: images may also be numpy arrays, tensors
-    and `Path`s, of any mode; `batch_size` > 1 takes images of different sizes and returns what single images return;
-    boxes are clipped to the image; `threshold="per_class"` uses the thresholds saved with the processor;
-    `round_boxes=False` returns box corners as predicted. transformers truncates them to whole pixels, which lowers COCO
-    metrics computed from them, those of small objects most.
+class _DetrPipeline(Pipeline):
+    """What the pipelines of our models have in common. Images may also be numpy arrays, tensors and `Path`s, of any
+    mode; `batch_size` > 1 takes images of different sizes and returns what single images return.
 
     Each image passes through the pipeline's loader in a list of its own, so that nothing tries to stack it, and is
     padded together with its batch in `_forward`.
@@ -31,17 +32,10 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
     as it is.
     """
 
+    model: Any
     image_processor: DetrImageProcessor
     _prepared: Any = None
     _prepared_of: tuple[Any, ...] = ()
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if isinstance(self.model, DetrModel):
-            raise ValueError(
-                "DetrModel has no class head and detects nothing. Load the checkpoint with DetrForDetection, or use "
-                'the pipeline "image-feature-extraction".'
-            )
 
     def _predictor(self) -> Any:
         model = self.model
@@ -78,17 +72,13 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
     def check_model_type(self, supported_models: Any) -> None:
         """Our models are supported; transformers has a list of its own class names only."""
 
-    def _sanitize_parameters(self, round_boxes: bool | None = None, **kwargs: Any) -> tuple[dict[str, Any], ...]:
-        refuse_unknown("The pipeline", kwargs, ("threshold", "timeout", "round_boxes"))
-        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
-        return preprocess, forward, postprocess | ({} if round_boxes is None else {"round_boxes": round_boxes})
-
     def preprocess(self, image: Any, timeout: float | None = None) -> dict[str, Any]:
         pixels = self.image_processor.to_tensor(image, timeout)
         inputs = self.image_processor(pixels, do_pad=False, input_data_format="channels_first", return_tensors="pt")
         return {"pixel_values": [inputs["pixel_values"][0]], "target_size": [tuple(pixels.shape[-2:])]}
 
-    def _forward(self, model_inputs: dict[str, Any]) -> ModelOutput:
+    def _predict(self, model_inputs: dict[str, Any], **kwargs: Any) -> tuple[Any, list[tuple[int, int]]]:
+        """The model's outputs for a batch, and the (height, width) of its images before any resizing."""
         images, target_sizes = (_flatten(model_inputs[key]) for key in ("pixel_values", "target_size"))
         predictor = self._predictor()
         sizes = [(image.shape[1], image.shape[2]) for image in images]
@@ -98,8 +88,35 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
         for image, values, (height, width) in zip(images, pixel_values, sizes, strict=True):
             values[:, :height, :width] = image
         is_padded = len(set(sizes)) > 1
-        outputs = to_host(predictor(pixel_values=pixel_values, pixel_mask=pixel_mask if is_padded else None))
-        return ModelOutput(target_size=torch.tensor(target_sizes), **outputs)
+        outputs = predictor(pixel_values=pixel_values, pixel_mask=pixel_mask if is_padded else None, **kwargs)
+        return outputs, target_sizes
+
+
+class DetrDetectionPipeline(_DetrPipeline, ObjectDetectionPipeline):
+    """transformers' pipeline with the same interface and these differences: any images and batches (see
+    `_DetrPipeline`); boxes are clipped to the image; `threshold="per_class"` uses the thresholds saved with the
+    processor; `round_boxes=False` returns box corners as predicted. transformers truncates them to whole pixels, which
+    lowers COCO metrics computed from them, those of small objects most.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if isinstance(self.model, DetrModel):
+            raise ValueError(
+                "DetrModel has no class head and detects nothing. Load the checkpoint with DetrForDetection, or use "
+                'the pipeline "image-feature-extraction".'
+            )
+
+    def _sanitize_parameters(self, round_boxes: bool | None = None, **kwargs: Any) -> tuple[dict[str, Any], ...]:
+        refuse_unknown("The pipeline", kwargs, ("threshold", "timeout", "round_boxes"))
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        return preprocess, forward, postprocess | ({} if round_boxes is None else {"round_boxes": round_boxes})
+
+    def _forward(self, model_inputs: dict[str, Any]) -> ModelOutput:
+        # a model with masks is not asked for any
+        no_masks = {"masks_above": 1.0} if isinstance(self.model, DetrForSegmentation) else {}
+        outputs, target_sizes = self._predict(model_inputs, **no_masks)
+        return ModelOutput(target_size=torch.tensor(target_sizes), **to_host(outputs))
 
     def postprocess(
         self, model_outputs: ModelOutput, threshold: float | str = 0.5, round_boxes: bool = True
@@ -114,6 +131,64 @@ class DetrDetectionPipeline(ObjectDetectionPipeline):
         ]
 
 
+class DetrSegmentationPipeline(_DetrPipeline, ImageSegmentationPipeline):
+    """transformers' pipeline with the same interface and these differences: any images and batches (see
+    `_DetrPipeline`); `rule` is an argument, as of `post_process_panoptic_segmentation`; `threshold` is by default 0.85
+    for the paper's rule of panoptic segmentation and 0.5 otherwise; classes in `config.stuff_labels` are fused.
+
+    Masks are computed for queries above the threshold only, except for semantic segmentation, which needs all.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.model, DetrForSegmentation):
+            raise ValueError(
+                f"{type(self.model).__name__} has no masks. Load the checkpoint with DetrForSegmentation and train its "
+                'mask head, or use the pipeline "object-detection".'
+            )
+
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], ...]:
+        of_masks = ("subtask", "threshold", "mask_threshold", "overlap_mask_area_threshold", "rule")
+        refuse_unknown("The pipeline", kwargs, (*of_masks, "timeout"))
+        subtask = kwargs.get("subtask")
+        if subtask not in (None, "panoptic", "instance", "semantic"):
+            raise ValueError(f'subtask must be "panoptic", "instance" or "semantic", got {subtask!r}.')
+        if subtask == "semantic" and (unused := [name for name in of_masks[1:] if kwargs.get(name) is not None]):
+            raise ValueError(f'subtask="semantic" gives each pixel its best class; {unused} would have no effect.')
+        forward = {name: kwargs[name] for name in of_masks if kwargs.get(name) is not None}
+        return {name: kwargs[name] for name in ("timeout",) if name in kwargs}, forward, {}
+
+    def _forward(self, model_inputs: dict[str, Any], subtask: str = "panoptic", **kwargs: Any) -> ModelOutput:
+        processor, segments = self.image_processor, []
+        if subtask == "semantic":
+            outputs, target_sizes = self._predict(model_inputs)
+            for classes in processor.post_process_semantic_segmentation(outputs, target_sizes):
+                found = [{"id": label, "label_id": label, "score": None} for label in classes.unique().tolist()]
+                segments.append({"segmentation": classes, "segments_info": found})
+            return ModelOutput(segments=segments)
+        if subtask == "panoptic":
+            kwargs = {"rule": "paper", "label_ids_to_fuse": self.model.config.stuff_label_ids} | kwargs
+        elif kwargs.pop("rule", "transformers") != "transformers":
+            raise ValueError('rule is for subtask="panoptic"; instances are separated by transformers\' rule.')
+        default = PAPER_THRESHOLD if kwargs.get("rule") == "paper" else 0.5
+        kwargs.setdefault("threshold", default)
+        outputs, target_sizes = self._predict(model_inputs, masks_above=kwargs["threshold"])
+        post_process = getattr(processor, f"post_process_{subtask}_segmentation")
+        return ModelOutput(segments=post_process(outputs, target_sizes=target_sizes, **kwargs))
+
+    def postprocess(self, model_outputs: ModelOutput) -> list[dict[str, Any]]:
+        [result] = _flatten_one(model_outputs["segments"])
+        names = self.model.config.id2label
+        return [
+            {
+                "score": segment["score"],
+                "label": names[segment["label_id"]],
+                "mask": Image.fromarray((result["segmentation"] == segment["id"]).numpy().astype("uint8") * 255),
+            }
+            for segment in result["segments_info"]
+        ]
+
+
 def _is_observed(module: torch.nn.Module) -> bool:
     """Whether the module has hooks, or a `forward` of its own, which a copy would not run."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
@@ -123,3 +198,8 @@ def _is_observed(module: torch.nn.Module) -> bool:
 def _flatten(entries: list[Any]) -> list[Any]:
     """The pipeline's loader gives [x] for a batch of one and [[x], [x], ...] for larger ones."""
     return [entry[0] if isinstance(entry, list) else entry for entry in entries]
+
+
+def _flatten_one(entry: Any) -> list[Any]:
+    """The pipeline's loader takes batches of more than one apart."""
+    return entry if isinstance(entry, list) else [entry]
