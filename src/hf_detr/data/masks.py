@@ -42,7 +42,7 @@ def resize_masks(masks: Tensor, size: Size) -> Tensor:
     if masks.shape[-2:] == size:
         return masks
     rows, columns = (
-        ((torch.arange(new) + 0.5) * old / new).long() for new, old in zip(size, masks.shape[-2:], strict=True)
+        (2 * torch.arange(new) + 1) * old // (2 * new) for new, old in zip(size, masks.shape[-2:], strict=True)
     )
     return masks[:, rows][:, :, columns]
 
@@ -174,6 +174,24 @@ def segment_colours(ids: NDArray[Any]) -> NDArray[np.uint8]:
     if ids.size and (ids.min() < 0 or ids.max() >= 256**3):
         raise ValueError(f"Ids of segments must be in [0, 2^24), got {ids.min()} to {ids.max()}.")
     return np.stack((ids % 256, ids // 256 % 256, ids // 256**2), axis=-1).astype(np.uint8)
+
+
+def segment_masks(segmentation: NDArray[Any], ids: Sequence[int], where: str) -> list[NDArray[np.bool_]]:
+    """The mask (H, W) of each segment of a map (H, W) of their ids; -1, and 0 unless it is an id, are no segment.
+
+    Args:
+        ids: of the segments.
+        where: identifies the image in messages.
+
+    Raises:
+        ValueError: an id is listed twice, or is in the map and not listed.
+    """
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{where}: two segments have the same id, of {sorted(ids)}.")
+    unlisted = [number for number in unlisted_ids(segmentation, ids) if number != -1]
+    if unlisted:
+        raise ValueError(f"{where}: the ids {unlisted[:5]} are in the map of segments and not among the segments.")
+    return [segmentation == number for number in ids]
 
 
 def unlisted_ids(ids: NDArray[Any], listed: Iterable[int]) -> list[int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..runtime.files import atomic_write
 from .coco_export import copy_images
-from .masks import decode_masks, encode_masks, find_overlap, mask_areas, mask_boxes, segment_colours
+from .masks import decode_masks, encode_masks, find_overlap, mask_areas, mask_boxes, segment_colours, segment_masks
 from .schema import category_ids, has_masks, id2label, source_id, stuff_labels
 
 
@@ -97,24 +97,6 @@ class PanopticWriter:
         with atomic_write(self.file) as opened:
             json.dump(self._content, opened)
         return self.file
-
-
-def segment_masks(segmentation: NDArray[Any], ids: Sequence[int], where: str) -> list[NDArray[np.bool_]]:
-    """The mask (H, W) of each segment of a map (H, W) of their ids; -1, and 0 unless it is an id, are no segment.
-
-    Args:
-        ids: of the segments.
-        where: identifies the image in messages.
-
-    Raises:
-        ValueError: an id is listed twice, or is in the map and not listed.
-    """
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"{where}: two segments have the same id, of {sorted(ids)}.")
-    unlisted = sorted(set(np.unique(segmentation).tolist()) - set(ids) - {0, -1})
-    if unlisted:
-        raise ValueError(f"{where}: the ids {unlisted[:5]} are in the map of segments and not among them.")
-    return [segmentation == number for number in ids]
 
 
 def panoptic_categories(dataset: Dataset) -> list[dict[str, Any]]:
