@@ -93,9 +93,9 @@ def test_nothing_found_leaves_the_image_as_it_is():
 
 def test_what_does_not_fit_is_refused():
     image, ids, info = scene()
-    with pytest.raises(ValueError, match=r"with the image's 40 x 60 pixels .*got \(60, 40\).*target_sizes"):
+    with pytest.raises(ValueError, match=r"have 40 x 60 as the image .*got \(60, 40\).*target_sizes"):
         draw_masks(image, ids.T, info, NAMES)
-    with pytest.raises(ValueError, match="There are 1 masks, but 3 records"):
+    with pytest.raises(ValueError, match="there are 1 masks, but 3 records"):
         draw_masks(image, (ids > 0)[None], info, NAMES)
     with pytest.raises(ValueError, match=r"the ids \[1\] are in the map of segments"):
         draw_masks(image, ids, info[1:], NAMES)

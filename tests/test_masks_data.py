@@ -122,6 +122,21 @@ def test_without_masks_the_instances_are_read_and_a_named_file_is_chosen_over_th
         assert row["objects"]["mask"] == other["objects"]["mask"][:count]
 
 
+def test_a_png_of_segments_is_never_taken_for_an_image_of_the_same_name(drawn, load, tmp_path):
+    folder = Path(shutil.copytree(drawn, tmp_path / "data"))
+    content = panoptic(folder)
+    for image in content["images"]:
+        path = folder / "train" / image["file_name"]
+        Image.open(path).save(path.with_suffix(".png"))
+        path.unlink()
+        image["file_name"] = path.with_suffix(".png").name
+    (folder / "annotations" / "panoptic_train.json").write_text(json.dumps(content))
+    assert load(folder, masks=True)[2]["image"].getextrema() == Image.open(folder / "train/000002.png").getextrema()
+    (folder / "train" / "000002.png").unlink()
+    with pytest.raises(ValueError, match=r"image 3 \(000002\.png\): .*no such file"):
+        load(folder, masks=True)
+
+
 def test_crowds_and_segments_without_box_of_panoptic_data(drawn, load, tmp_path, warnings):
     folder = Path(shutil.copytree(drawn, tmp_path / "data"))
     content = panoptic(folder)

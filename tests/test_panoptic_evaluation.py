@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from hf_detr.data import PanopticWriter, category_ids, draw_shapes_dataset, id2label
+from hf_detr.data import PanopticWriter, category_ids, draw_shapes_dataset, id2label, mask_results
 from hf_detr.data.masks import decode_masks
 from hf_detr.evaluation import (
     METRICS,
@@ -355,7 +355,7 @@ def test_an_image_without_results_counts_and_ids_may_begin_at_zero(rows):
 
 
 def test_detections_are_results_that_pycocotools_reads(rows, drawn):
-    evaluator = MaskEvaluator(rows)
+    evaluator, ids = MaskEvaluator(rows), category_ids(rows)
     results = [perfect(row)[1] for row in rows]
     for result in results:
         result["segmentation"] = torch.roll(result["segmentation"], 3, dims=2)
@@ -363,12 +363,16 @@ def test_detections_are_results_that_pycocotools_reads(rows, drawn):
     things = [d for d in json.loads(json.dumps(evaluator.detections())) if d["category_id"] <= 3]
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(drawn / "annotations" / "instances_val.json")
-        engine = COCOeval(truth, truth.loadRes(things), "segm")
+        engine = COCOeval(truth, truth.loadRes([dict(d) for d in things]), "segm")
         engine.evaluate()
         engine.accumulate()
         engine.summarize()
     metrics = evaluator.compute()
     assert 0.2 < metrics["AP"] < 0.95
+    one_by_one = [
+        r for row, found in zip(rows, results, strict=True) for r in mask_results(found, row["image_id"], ids)
+    ]
+    assert [r for r in one_by_one if r["category_id"] <= 3] == things
     assert [metrics[name] for name in METRICS] == pytest.approx(engine.stats.tolist(), abs=1e-12)
 
 
@@ -402,8 +406,8 @@ def test_results_that_contradict_themselves_or_the_image_are_refused(rows, load,
         r"the ids \[1\] are in the map of segments and not among": as_map
         | {"segments_info": as_map["segments_info"][1:]},
         "two segments have the same id": as_map | {"segments_info": as_map["segments_info"] * 2},
-        "Pass the sizes of the images as target_sizes": as_map | {"segmentation": as_map["segmentation"][:-1]},
-        r"there are \d masks, and \d records": as_masks | {"segments_info": as_masks["segments_info"][1:]},
+        "as target_sizes to the post-processing": as_map | {"segmentation": as_map["segmentation"][:-1]},
+        r"there are \d masks, but \d records": as_masks | {"segments_info": as_masks["segments_info"][1:]},
     }
     for message, result in cases.items():
         with pytest.raises(ValueError, match=f"Image {row['image_id']}: .*{message}|{message}"):
@@ -412,6 +416,11 @@ def test_results_that_contradict_themselves_or_the_image_are_refused(rows, load,
         evaluator.update([4711], [as_map])
     with pytest.raises(ValueError, match="load it with masks=True"):
         PanopticEvaluator(load(drawn, "val"))
+    overlapping = rows.map(
+        lambda row: {"objects": row["objects"] | {"mask": row["objects"]["mask"][:1] * len(row["objects"]["mask"])}}
+    )
+    with pytest.raises(ValueError, match=r"Annotations of image 1 overlap by \d+ pixels"):
+        PanopticEvaluator(overlapping)
     writer = PanopticWriter(tmp_path / "p.json", [])
     image = SimpleNamespace(record={"id": 1, "file_name": "a.png", "width": 3, "height": 2}).record
     with pytest.raises(ValueError, match=r"image 1 \(a\.png\): the ids \[7\]"):

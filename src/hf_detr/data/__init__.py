@@ -7,6 +7,7 @@ from .batching import build_loader, image_sizes, padding_fraction
 from .coco_export import export_coco
 from .collate import DetectionCollator
 from .load import load_detection_dataset
+from .mask_results import mask_results
 from .panoptic_export import PanopticWriter, export_panoptic
 from .schema import category_ids, detection_features, id2label, require_objects, source_of, stuff_labels
 from .shapes import draw_shapes_dataset
@@ -26,6 +27,7 @@ __all__ = [
     "id2label",
     "image_sizes",
     "load_detection_dataset",
+    "mask_results",
     "padding_fraction",
     "paper_augmentation",
     "require_objects",

@@ -8,14 +8,14 @@ import PIL.Image
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.ops import box_convert, clip_boxes_to_image, masks_to_boxes
+from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ..model.annotations import box_problem
 from ..model.image_io import to_image_tensor
 from ..model.processor_size import size_fields
-from .masks import decode_masks, encode_masks
+from .masks import decode_masks, encode_masks, mask_areas, mask_boxes, resize_masks
 
 Row = dict[str, Any]
 
@@ -132,8 +132,9 @@ class _Resize(v2.Resize):
         else:
             size, max_size = self.size, self.max_size
         if isinstance(inpt, tv_tensors.Mask):
-            plain, nearest = inpt.as_subclass(Tensor), v2.InterpolationMode.NEAREST_EXACT
-            return tv_tensors.Mask(F.resize(plain, size, interpolation=nearest, max_size=max_size))
+            none = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(height, width))  # type: ignore[call-overload]
+            new_size = F.resize(none, size, max_size=max_size).canvas_size  # type: ignore[attr-defined]
+            return tv_tensors.Mask(resize_masks(inpt.as_subclass(Tensor), new_size))
         return F.resize(inpt, size, interpolation=self.interpolation, max_size=max_size, antialias=self.antialias)
 
 
@@ -207,15 +208,17 @@ class Augmentation:
                     f"Image {row.get('image_id')}: the transform returned masks {tuple(masks.shape)}, but there are "
                     f"{len(indices)} boxes and {height} x {width} pixels. It must change masks as it changes both."
                 )
-            after = _boxes_of_visible_parts(after, masks)
+            counts = encode_masks(masks)
+            areas = mask_areas(counts, (height, width))
+            after = _boxes_of_visible_parts(after, counts, areas, (height, width))
         growth = after[:, 2:].prod(1) / before[indices, 2:].prod(1)
         kept = [i for i, (*_, w, h) in enumerate(after.tolist()) if w > 0 and h > 0 and min(w, h) >= self.min_side]
         sources = [indices[i] for i in kept]
         changed = {key: [values[index] for index in sources] for key, values in objects.items()}
         changed["bbox"] = after[kept].tolist()
         if masks is not None:
-            changed["mask"] = encode_masks(masks[kept])
-            changed["area"] = masks[kept].flatten(1).sum(1).double().tolist()
+            changed["mask"] = [counts[i] for i in kept]
+            changed["area"] = [float(areas[i]) for i in kept]
         elif "area" in changed:
             changed["area"] = [a * g for a, g in zip(changed["area"], growth[kept].tolist(), strict=True)]
         new = row | {"image": image, "width": width, "height": height, "objects": changed}
@@ -274,17 +277,15 @@ class Augmentation:
         return new, box_convert(out, box_format, "xywh"), kept, masks
 
 
-def _boxes_of_visible_parts(boxes: Tensor, masks: Tensor) -> Tensor:
-    """Boxes (N, 4) xywh in which those that reach the edge of the image are replaced by the boxes of their masks
-    (N, H, W), and those of empty masks by boxes without area."""
-    height, width = masks.shape[-2:]
-    visible = masks.flatten(1).any(1)
+def _boxes_of_visible_parts(boxes: Tensor, counts: list[str], areas: list[int], size: tuple[int, int]) -> Tensor:
+    """Boxes (N, 4) xywh in which those that reach the edge of the image of this (height, width) are replaced by the
+    boxes of their masks, and those of masks without pixels by boxes without area."""
+    height, width = size
+    visible = torch.tensor(areas) > 0
     x, y, right, bottom = box_convert(boxes, "xywh", "xyxy").unbind(1)
-    cut = visible & ((x < 1) | (y < 1) | (right > width - 1) | (bottom > height - 1))
-    found = torch.where(visible[:, None], boxes, torch.zeros_like(boxes))
-    corners = masks_to_boxes(masks[cut]).double() + torch.tensor([0.0, 0.0, 1.0, 1.0])  # the last pixel is inside
-    found[cut] = box_convert(corners, "xyxy", "xywh")
-    return found
+    at_edge = (x < 1) | (y < 1) | (right > width - 1) | (bottom > height - 1)
+    of_masks = torch.tensor(mask_boxes(counts, size), dtype=boxes.dtype).reshape(-1, 4)
+    return torch.where((visible & ~at_edge)[:, None], boxes, of_masks)
 
 
 def _clip(boxes: Tensor, height: int, width: int) -> Tensor:

@@ -34,7 +34,7 @@ def decode_masks(counts: Sequence[str], size: Size) -> Tensor:
     if not counts:
         return torch.zeros((0, *size), dtype=torch.bool)
     stacked = _codec().decode([_rle(text, size) for text in counts])  # (H, W, N), columns first
-    return torch.from_numpy(stacked.T).transpose(1, 2).contiguous().bool()
+    return torch.from_numpy(np.stack([mask.T for mask in stacked.T])).view(torch.bool)  # faster than one transposition
 
 
 def resize_masks(masks: Tensor, size: Size) -> Tensor:
@@ -42,9 +42,9 @@ def resize_masks(masks: Tensor, size: Size) -> Tensor:
     if masks.shape[-2:] == size:
         return masks
     rows, columns = (
-        (2 * torch.arange(new) + 1) * old // (2 * new) for new, old in zip(size, masks.shape[-2:], strict=True)
+        (2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, masks.shape[-2:], strict=True)
     )
-    return masks[:, rows][:, :, columns]
+    return torch.from_numpy(masks.numpy().take(columns, axis=2).take(rows, axis=1))  # faster than PyTorch's indexing
 
 
 def mask_boxes(counts: Sequence[str], size: Size) -> list[list[float]]:

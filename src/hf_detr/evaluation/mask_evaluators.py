@@ -1,6 +1,6 @@
 """Mask AP and panoptic quality of a model over a data set with masks, in one process or several."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .coco_evaluator import CocoEvaluator
 from .coco_metrics import MAX_DETECTIONS, coco_metrics
-from .panoptic_metrics import panoptic_metrics
+from .panoptic_metrics import panoptic_metrics, refuse_overlaps
 
 if TYPE_CHECKING:
     from ..data.schema import DetectionDataset
@@ -61,11 +61,13 @@ class MaskEvaluator(CocoEvaluator):
 
     def _read(self, key: Any, result: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         """Reads results of `post_process_instance_segmentation` and `post_process_panoptic_segmentation`."""
-        size = self._sizes[key]
-        segments = result["segments_info"]
-        counts = _encoded(result["segmentation"], segments, size, f"Image {key}")
+        from ..data.mask_results import result_masks
+        from ..data.masks import encode_masks, to_coco_rle
+
+        segments, size = result["segments_info"], self._sizes[key]
+        counts = encode_masks(result_masks(result["segmentation"], segments, f"Image {key}", size))
         places = np.empty(len(counts), dtype=object)
-        places[:] = [{"size": list(size), "counts": text} for text in counts]
+        places[:] = [to_coco_rle(text, size) for text in counts]
         labels = np.array([segment["label_id"] for segment in segments], dtype=np.int64)
         return places, labels, np.array([segment.get("score", 1.0) for segment in segments], dtype=np.float64)
 
@@ -84,7 +86,14 @@ class PanopticEvaluator(MaskEvaluator):
 
     Args:
         dataset: loaded with masks that do not overlap.
+
+    Raises:
+        ValueError: the data set has no masks, or some overlap.
     """
+
+    def __init__(self, dataset: "DetectionDataset") -> None:
+        super().__init__(dataset)
+        refuse_overlaps("Annotation", self.annotations)
 
     def post_process(self, processor: "DetrImageProcessor", outputs: Any, sizes: Tensor) -> list[dict[str, Any]]:
         return processor.post_process_panoptic_segmentation(
@@ -94,21 +103,3 @@ class PanopticEvaluator(MaskEvaluator):
     def compute(self, max_detections: int = MAX_DETECTIONS) -> dict[str, Any]:
         """The result of `panoptic_metrics`, with its errors; all segments count."""
         return panoptic_metrics(self.images, self.annotations, self.predictions(), self.id2label, self.stuff_labels)
-
-
-def _encoded(segmentation: Any, segments: Sequence[Mapping[str, Any]], size: tuple[int, int], where: str) -> list[str]:
-    """The `counts` of each segment, from a map (H, W) of their ids or from one mask (N, H, W) each."""
-    from ..data.masks import encode_masks, segment_masks
-
-    maps = np.asarray(segmentation.detach().cpu() if isinstance(segmentation, Tensor) else segmentation)
-    if maps.shape[-2:] != size:
-        raise ValueError(
-            f"{where}: the segments have {' x '.join(map(str, maps.shape[-2:]))} pixels (height x width), the image "
-            f"{size[0]} x {size[1]}. Pass the sizes of the images as target_sizes."
-        )
-    if maps.ndim == 3 and len(maps) != len(segments):
-        raise ValueError(f"{where}: there are {len(maps)} masks, and {len(segments)} records of segments_info.")
-    if maps.ndim == 3:
-        return encode_masks(maps > 0)
-    masks = segment_masks(maps, [segment["id"] for segment in segments], where)
-    return encode_masks(np.stack(masks)) if masks else []

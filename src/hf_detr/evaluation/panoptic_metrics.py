@@ -82,8 +82,6 @@ def _segments(
     kind: str, records: Sequence[Record], numbers: Mapping[Any, int], classes: Mapping[Any, int]
 ) -> list[dict[str, Any]]:
     """The records as hotcoco takes them."""
-    merge = import_extra("hotcoco", "evaluation").mask.merge
-    by_image: dict[int, list[Record]] = {}
     result: list[dict[str, Any]] = []
     for index, record in enumerate(records):
         number = numbers.get(canonical_id(record["image_id"]))
@@ -98,11 +96,24 @@ def _segments(
         area = mask_area(record)
         if not area:
             continue  # a segment without pixels is none
-        by_image.setdefault(number, []).append(record)
         result.append({
             "id": len(result) + 1, "image_id": number, "category_id": class_number, "area": area,
             "segmentation": dict(record["segmentation"]), "iscrowd": int(is_ignored(record)),
         })  # fmt: skip
+    refuse_overlaps(kind, records)
+    return result
+
+
+def refuse_overlaps(kind: str, records: Sequence[Record]) -> None:
+    """Raises ValueError if masks of one image overlap; the message names the image.
+
+    Args:
+        kind: of the records, for the message.
+    """
+    merge = import_extra("hotcoco", "evaluation").mask.merge
+    by_image: dict[Any, list[Record]] = {}
+    for record in records:
+        by_image.setdefault(canonical_id(record["image_id"]), []).append(record)
     for own in by_image.values():
         total = sum(map(mask_area, own))
         union = mask_area({"segmentation": merge([record["segmentation"] for record in own])})
@@ -111,7 +122,6 @@ def _segments(
                 f"{kind}s of image {own[0]['image_id']} overlap by {total - union:.0f} pixels. In a panoptic "
                 "segmentation each pixel belongs to one segment at most."
             )
-    return result
 
 
 def format_panoptic(metrics: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..data.masks import segment_masks
+from ..data.mask_results import result_masks
 from .draw import class_colour
 
 Colour = tuple[int, int, int]
@@ -42,7 +42,7 @@ def draw_masks(
         ValueError: sizes, numbers or ids do not fit; the message names them.
     """
     canvas = np.asarray(image.convert("RGB")).astype(np.float32)
-    masks = _masks(segmentation, segments_info, canvas.shape[:2])
+    masks = result_masks(segmentation, segments_info, "The image", (image.height, image.width))
     order = sorted(range(len(masks)), key=lambda i: segments_info[i].get("score", 1.0))
     colours = segment_shades([int(segment["label_id"]) for segment in segments_info])
     thickness = max(1, round(max(image.size) / 400))
@@ -68,22 +68,6 @@ def segment_shades(labels: Sequence[int]) -> list[Colour]:
         red, green, blue = colorsys.hsv_to_rgb(hue, saturation * fading, value)
         shades.append((round(red * 255), round(green * 255), round(blue * 255)))
     return shades
-
-
-def _masks(
-    segmentation: NDArray[Any] | Tensor, segments: Sequence[Mapping[str, Any]], size: tuple[int, ...]
-) -> list[NDArray[np.bool_]]:
-    maps = np.asarray(segmentation.detach().cpu() if isinstance(segmentation, Tensor) else segmentation)
-    if maps.shape[-2:] != size or maps.ndim not in (2, 3):
-        raise ValueError(
-            f"segmentation must be (H, W) or (N, H, W) with the image's {size[0]} x {size[1]} pixels (height x width), "
-            f"got {tuple(maps.shape)}. Pass the sizes of the images as target_sizes to the post-processing."
-        )
-    if maps.ndim == 2:
-        return segment_masks(maps, [segment["id"] for segment in segments], "The segmentation")
-    if len(maps) != len(segments):
-        raise ValueError(f"There are {len(maps)} masks, but {len(segments)} records of segments_info.")
-    return list(maps > 0)
 
 
 def _outline(mask: NDArray[np.bool_], thickness: int) -> NDArray[np.bool_]:
