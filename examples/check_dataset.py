@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--image_size", type=int, default=800, help="shortest edge in training, in pixels")
     parser.add_argument("--bbox_format", choices=("xywh", "xyxy"), help="how boxes are stored; default: detect")
     parser.add_argument("--crowds_as_objects", action="store_true", help="learn objects that are marked as crowds")
+    parser.add_argument("--masks", action="store_true", help="also check masks; panoptic annotations come first")
     parser.add_argument("--image_range", type=float, nargs=2, metavar=("BLACK", "WHITE"),
                         help="values of images that are not 8-bit, such as 0 4095")  # fmt: skip
     parser.add_argument("--num_workers", type=int, help="threads that read images; default: one per CPU core")
@@ -56,6 +57,7 @@ def main() -> int:
             args.dataset,
             files=files or None,
             images=args.images,
+            masks=args.masks,
             num_queries=args.num_queries,
             feature_stride=args.feature_stride,
             size={"shortest_edge": args.image_size, "longest_edge": round(args.image_size * 1333 / 800)},

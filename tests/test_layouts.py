@@ -290,7 +290,9 @@ def test_files_and_images_can_be_named_in_every_format(load, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.json does not exist"):
         load(tmp_path, files={"train": tmp_path / "nowhere.json"})
     write(tmp_path, {"notes.json": "[1, 2]"})
-    with pytest.raises(ValueError, match=r"notes\.json is of none of the formats that can be read: COCO, YOLO"):
+    with pytest.raises(
+        ValueError, match=r"notes\.json is of none of the formats that can be read: COCO, COCO panoptic, YOLO"
+    ):
         load(tmp_path, files={"train": tmp_path / "notes.json"})
 
 

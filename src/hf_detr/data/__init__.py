@@ -7,25 +7,31 @@ from .batching import build_loader, image_sizes, padding_fraction
 from .coco_export import export_coco
 from .collate import DetectionCollator
 from .load import load_detection_dataset
-from .schema import category_ids, detection_features, id2label, require_objects, source_of
+from .mask_results import mask_results
+from .panoptic_export import PanopticWriter, export_panoptic
+from .schema import category_ids, detection_features, id2label, require_objects, source_of, stuff_labels
 from .shapes import draw_shapes_dataset
 
 __all__ = [
     "Augmentation",
     "AugmentedDataset",
     "DetectionCollator",
+    "PanopticWriter",
     "build_loader",
     "category_ids",
     "detection_features",
     "draw_shapes_dataset",
     "export_coco",
+    "export_panoptic",
     "flip_rotate_augmentation",
     "id2label",
     "image_sizes",
     "load_detection_dataset",
+    "mask_results",
     "padding_fraction",
     "paper_augmentation",
     "require_objects",
     "resized_sizes",
     "source_of",
+    "stuff_labels",
 ]

@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as F
 from ..model.annotations import box_problem
 from ..model.image_io import to_image_tensor
 from ..model.processor_size import size_fields
+from .masks import decode_masks, encode_masks, mask_areas, mask_boxes, resize_masks
 
 Row = dict[str, Any]
 
@@ -79,7 +80,7 @@ class Rotate90(v2.Transform):
             x, y, w, h = F.convert_bounding_box_format(inpt, new_format="XYWH").unbind(-1)  # type: ignore[attr-defined]
             rotated = torch.stack((y, width - x - w, h, w), dim=-1)
             return tv_tensors.BoundingBoxes(rotated, format="XYWH", canvas_size=(width, height))  # type: ignore[call-overload]
-        if isinstance(inpt, tv_tensors.Image):
+        if isinstance(inpt, (tv_tensors.Image, tv_tensors.Mask)):
             return tv_tensors.wrap(inpt.rot90(1, (-2, -1)), like=inpt)
         return inpt
 
@@ -116,7 +117,8 @@ def paper_augmentation(size: Mapping[str, int | None] | None = None) -> "Augment
 
 
 class _Resize(v2.Resize):
-    """To a shortest edge, or less where the longest would exceed its limit, but at least 1 pixel."""
+    """To a shortest edge, or less where the longest would exceed its limit, but at least 1 pixel. Pixels of masks are
+    those nearest to their centre; torchvision's own resize moves masks by up to half a pixel to the bottom right."""
 
     def __init__(self, shortest: int, longest: int | None) -> None:
         # torchvision rejects a limit that is not above the shortest edge; then the limit alone defines the size
@@ -126,8 +128,14 @@ class _Resize(v2.Resize):
         height, width = F.get_size(inpt)
         if self.max_size and min(height, width) * self.max_size < max(height, width):
             size = [1, self.max_size] if height < width else [self.max_size, 1]
-            return F.resize(inpt, size, interpolation=self.interpolation, antialias=self.antialias)
-        return super().transform(inpt, params)
+            max_size = None
+        else:
+            size, max_size = self.size, self.max_size
+        if isinstance(inpt, tv_tensors.Mask):
+            none = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(height, width))  # type: ignore[call-overload]
+            new_size = F.resize(none, size, max_size=max_size).canvas_size  # type: ignore[attr-defined]
+            return tv_tensors.Mask(resize_masks(inpt.as_subclass(Tensor), new_size))
+        return F.resize(inpt, size, interpolation=self.interpolation, max_size=max_size, antialias=self.antialias)
 
 
 class Augmentation:
@@ -138,22 +146,25 @@ class Augmentation:
 
     - Boxes are clipped to the new image. Boxes with less than `min_side` pixels in height or width are dropped; a row
       may end up without objects.
-    - `area` is scaled like the area of its box, by the crop and the resize. (The exact area of a cropped segmentation
-      would need the segmentation.)
+    - Masks, where the row has them, are cropped, resized and so on with the image. The box of an object that reaches
+      the edge of the new image, where the transform may have cut it, is then that of the visible part of its mask.
+      Objects without a visible pixel are dropped.
+    - `area` is that of the mask. Without masks it is scaled like the area of its box, by the crop and the resize.
     - The image becomes RGB, `uint8` (3, H, W), unless it is a `tv_tensors.Image` (C, H, W), which stays as it is;
       `width` and `height` are updated. Other columns are unchanged.
 
     Args:
         transform: of torchvision v2, called with `{"image": tv_tensors.Image, "boxes": tv_tensors.BoundingBoxes,
-            "labels": indices (N,)}`, so that `v2.SanitizeBoundingBoxes()` works without changes; or an Albumentations
-            `Compose` with `bbox_params` in any format, whose label fields, if any, receive the indices.
+            "labels": indices (N,)}` and, for rows with masks, `"masks": tv_tensors.Mask` (N, H, W), so that
+            `v2.SanitizeBoundingBoxes()` works without changes; or an Albumentations `Compose` with `bbox_params` in any
+            format, whose label fields, if any, receive the indices, and `masks` the masks.
         resizes: the transform resizes images to the training resolution. The row then has `resized`, and
             `DetectionCollator` does not resize it again.
         min_side: in pixels of the new image.
 
     Raises:
         ValueError: an Albumentations transform has no `bbox_params`; a box of the row is invalid or outside its image;
-            a transform returns boxes without their labels.
+            a transform returns boxes without their labels or masks.
     """
 
     def __init__(self, transform: Callable[..., Any], *, resizes: bool = False, min_side: float = 1.0) -> None:
@@ -181,8 +192,9 @@ class Augmentation:
             if problem:
                 raise ValueError(f"Image {row.get('image_id')}, object {number}, bbox {bbox}: {problem[1]}.")
         before = _clip(torch.tensor(objects["bbox"], dtype=torch.float64).reshape(-1, 4), height, width)
+        masks = decode_masks(objects["mask"], (height, width)) if "mask" in objects else None
         apply = self._apply_albumentations if self._albumentations else self._apply_torchvision
-        image, after, indices = apply(image, before)
+        image, after, indices, masks = apply(image, before, masks)
         if len(indices) != len(after):
             raise ValueError(
                 f"Image {row.get('image_id')}: the transform returned {len(after)} boxes but {len(indices)} labels. It "
@@ -190,25 +202,43 @@ class Augmentation:
             )
         height, width = F.get_size(image)
         after = _clip(after, height, width)
+        if masks is not None:
+            if masks.shape != (len(indices), height, width):
+                raise ValueError(
+                    f"Image {row.get('image_id')}: the transform returned masks {tuple(masks.shape)}, but there are "
+                    f"{len(indices)} boxes and {height} x {width} pixels. It must change masks as it changes both."
+                )
+            counts = encode_masks(masks)
+            areas = mask_areas(counts, (height, width))
+            after = _boxes_of_visible_parts(after, counts, areas, (height, width))
         growth = after[:, 2:].prod(1) / before[indices, 2:].prod(1)
         kept = [i for i, (*_, w, h) in enumerate(after.tolist()) if w > 0 and h > 0 and min(w, h) >= self.min_side]
         sources = [indices[i] for i in kept]
         changed = {key: [values[index] for index in sources] for key, values in objects.items()}
         changed["bbox"] = after[kept].tolist()
-        if "area" in changed:
+        if masks is not None:
+            changed["mask"] = [counts[i] for i in kept]
+            changed["area"] = [float(areas[i]) for i in kept]
+        elif "area" in changed:
             changed["area"] = [a * g for a, g in zip(changed["area"], growth[kept].tolist(), strict=True)]
         new = row | {"image": image, "width": width, "height": height, "objects": changed}
         return new | {"resized": True} if self.resizes else new
 
-    def _apply_torchvision(self, image: Tensor, boxes: Tensor) -> tuple[Any, Tensor, list[int]]:
+    def _apply_torchvision(
+        self, image: Tensor, boxes: Tensor, masks: Tensor | None
+    ) -> tuple[Any, Tensor, list[int], Tensor | None]:
         height, width = image.shape[-2:]
+        with_masks = {} if masks is None else {"masks": tv_tensors.Mask(masks.view(torch.uint8))}
         sample = self.transform(
             {
                 "image": tv_tensors.Image(image),
                 "boxes": tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=(height, width)),  # type: ignore[call-overload]
                 "labels": torch.arange(len(boxes)),
+                **with_masks,
             }
         )
+        if masks is not None and "masks" not in sample:
+            raise ValueError("The transform returned no masks. It must return all it is given.")
         new, out = sample["image"], sample["boxes"]
         if not isinstance(out, tv_tensors.BoundingBoxes):
             raise ValueError(
@@ -217,23 +247,45 @@ class Augmentation:
             )
         out = F.convert_bounding_box_format(out, new_format=tv_tensors.BoundingBoxFormat.XYWH)
         new = new.as_subclass(Tensor) if isinstance(new, Tensor) else new
-        return new, out.as_subclass(Tensor).double(), sample["labels"].tolist()
+        masks = None if masks is None else sample["masks"].as_subclass(Tensor).bool()
+        return new, out.as_subclass(Tensor).double(), sample["labels"].tolist(), masks
 
-    def _apply_albumentations(self, image: Tensor, boxes: Tensor) -> tuple[Any, Tensor, list[int]]:
+    def _apply_albumentations(
+        self, image: Tensor, boxes: Tensor, masks: Tensor | None
+    ) -> tuple[Any, Tensor, list[int], Tensor | None]:
         params = self.transform.processors["bboxes"].params  # type: ignore[attr-defined]
         box_format = ALBUMENTATIONS_FORMATS[params.format]
         given = box_convert(boxes, "xywh", box_format) / _albumentations_scale(params.format, image)
         indices = np.arange(len(boxes))
+        options = {field: indices.tolist() for field in params.label_fields or ()}
+        if masks is not None and len(masks):
+            options["masks"] = list(masks.view(torch.uint8).numpy())
         result = self.transform(
             image=np.ascontiguousarray(image.permute(1, 2, 0).numpy()),
             bboxes=np.column_stack((given.numpy(), indices)),
-            **{field: indices.tolist() for field in params.label_fields or ()},
+            **options,
         )
         new, found = result["image"], np.asarray(result["bboxes"], dtype=np.float64).reshape(-1, 5)
         if isinstance(new, np.ndarray):
             new = torch.from_numpy(new).permute(2, 0, 1)
         out = torch.from_numpy(found[:, :4]) * _albumentations_scale(params.format, new)
-        return new, box_convert(out, box_format, "xywh"), found[:, 4].astype(int).tolist()
+        kept = found[:, 4].astype(int).tolist()
+        if masks is not None:  # Albumentations drops boxes, and no masks
+            size = F.get_size(new)
+            changed = [torch.as_tensor(result["masks"][index]).bool() for index in kept]
+            masks = torch.stack(changed) if changed else torch.zeros((0, *size), dtype=torch.bool)
+        return new, box_convert(out, box_format, "xywh"), kept, masks
+
+
+def _boxes_of_visible_parts(boxes: Tensor, counts: list[str], areas: list[int], size: tuple[int, int]) -> Tensor:
+    """Boxes (N, 4) xywh in which those that reach the edge of the image of this (height, width) are replaced by the
+    boxes of their masks, and those of masks without pixels by boxes without area."""
+    height, width = size
+    visible = torch.tensor(areas) > 0
+    x, y, right, bottom = box_convert(boxes, "xywh", "xyxy").unbind(1)
+    at_edge = (x < 1) | (y < 1) | (right > width - 1) | (bottom > height - 1)
+    of_masks = torch.tensor(mask_boxes(counts, size), dtype=boxes.dtype).reshape(-1, 4)
+    return torch.where((visible & ~at_edge)[:, None], boxes, of_masks)
 
 
 def _clip(boxes: Tensor, height: int, width: int) -> Tensor:

@@ -9,19 +9,21 @@ import torch
 from torch import Tensor
 
 from ..model.image_processing_hf_detr import DetrImageProcessor
+from .masks import decode_masks, resize_masks
+from .schema import learned_objects
 
 
 class Label(dict[str, Tensor]):
-    """The labels of one image. Workers of a loader send them by value: by default PyTorch opens a shared memory file
-    for each of the eight small tensors, which takes longer than the rest of the work on the image."""
+    """The labels of one image. Workers of a loader send all but the masks by value: by default PyTorch opens a shared
+    memory file for each of the eight small tensors, which takes longer than the rest of the work on the image."""
 
 
-def _by_value(label: Label) -> tuple[Any, tuple[dict[str, np.ndarray]]]:
-    return _to_label, ({name: values.numpy() for name, values in label.items()},)
+def _by_value(label: Label) -> tuple[Any, tuple[dict[str, np.ndarray | Tensor]]]:
+    return _to_label, ({name: values if name == "masks" else values.numpy() for name, values in label.items()},)
 
 
-def _to_label(arrays: dict[str, np.ndarray]) -> Label:
-    return Label({name: torch.from_numpy(values) for name, values in arrays.items()})
+def _to_label(values: dict[str, np.ndarray | Tensor]) -> Label:
+    return Label({name: torch.as_tensor(value) for name, value in values.items()})
 
 
 ForkingPickler.register(Label, _by_value)  # between processes only; `copy` and `pickle` are not affected
@@ -34,11 +36,14 @@ class DetectionCollator:
     size; all others are resized by the processor. Crowd objects are excluded from the labels. The mask is bool, an
     eighth of the data to transfer from workers.
 
+    Rows with masks, of a data set loaded with them, give labels with `masks` (N, H, W), bool, of the resized image
+    without its padding.
+
     Args:
         processor: resizes, normalises and pads the images, and converts the annotations.
 
     Raises:
-        ValueError: some rows of a batch are already resized and others are not.
+        ValueError: some rows of a batch are already resized and others are not, or some have masks and others do not.
     """
 
     def __init__(self, processor: DetrImageProcessor) -> None:
@@ -50,6 +55,9 @@ class DetectionCollator:
             raise ValueError(
                 "Some rows of this batch are resized and others are not. Use the same augmentation for all."
             )
+        with_masks = {"mask" in row["objects"] for row in rows}
+        if len(with_masks) > 1:
+            raise ValueError("Some rows of this batch have masks and others do not. Load all data with masks=True.")
         options = {"do_resize": False} if resized == {True} else {}
         images = [row["image"] for row in rows]
         annotations = [to_coco(row) for row in rows]
@@ -57,6 +65,11 @@ class DetectionCollator:
         if "pixel_mask" in batch:
             batch["pixel_mask"] = batch["pixel_mask"].bool()
         batch["labels"] = [Label(label) for label in batch["labels"]]
+        if True in with_masks:
+            for row, label in zip(rows, batch["labels"], strict=True):
+                height, width = label["size"].tolist()
+                masks = decode_masks(learned_objects(row["objects"])["mask"], (row["height"], row["width"]))
+                label["masks"] = resize_masks(masks, (height, width))
         return batch
 
 
@@ -64,5 +77,6 @@ def to_coco(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row's objects in the format of the processor: `{"image_id": int, "annotations": [COCO records]}`."""
     objects = row["objects"]
     columns = {"category_id" if name == "category" else name: values for name, values in objects.items()}
+    columns.pop("mask", None)  # decoded by the collator
     records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return {"image_id": row["image_id"], "annotations": records}

@@ -75,8 +75,11 @@ class DatasetFolder:
 
     @cached_property
     def images(self) -> list[Path]:
-        """All image files."""
-        return [path for path in self.files if path.suffix.lower() in IMAGE_SUFFIXES]
+        """All image files, without the PNGs of COCO's panoptic format, which are called like the images: those in a
+        folder beside a JSON file of its name, `panoptic_train/` and `panoptic_train.json`."""
+        jsons = (path for path in self.files if path.suffix.lower() == ".json" and "panoptic" in path.name.lower())
+        maps = {path.with_suffix("") for path in jsons}
+        return [path for path in self.files if path.suffix.lower() in IMAGE_SUFFIXES and path.parent not in maps]
 
     @cached_property
     def image_folders(self) -> list[Path]:

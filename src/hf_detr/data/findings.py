@@ -95,6 +95,33 @@ KINDS: dict[str, Kind] = {
             "the area is not positive, or larger than the box",
             "Correct it: COCO's metrics for small, medium and large objects use it.",
         ),
+        "mask-missing": (
+            "error",
+            "an object has no mask",
+            "Add its segmentation, or load the data without masks.",
+        ),
+        "mask-empty": ("error", "a mask has no pixels in its image", "Correct or remove the record."),
+        "mask-invalid": (
+            "error",
+            "a mask cannot be read, or is not of the size of its image",
+            "Correct it: polygons in pixels, a run-length encoding of the image's height and width, or a PNG of them.",
+        ),
+        "segments-differ": (
+            "error",
+            "the ids of segments in a PNG and in the JSON differ",
+            "Write both again: each colour of the PNG but black needs a record in segments_info, and the reverse.",
+        ),
+        "mask-outside-box": (
+            "warning",
+            "a box and its mask disagree",
+            "Correct one of them: after a crop, boxes are those of the masks.",
+        ),
+        "mask-overlap": (
+            "warning",
+            "segments of a panoptic image overlap",
+            "A pixel belongs to one segment: correct the masks. PQ cannot be measured against such an image.",
+        ),
+        "thing-without-box": ("warning", "an object has a mask and no box", "The box of its mask is taken."),
         "box-duplicate": ("warning", "two boxes of the same category are identical", "Remove one."),
         "image-exif-rotated": (
             "warning",
@@ -132,6 +159,9 @@ KINDS: dict[str, Kind] = {
 }
 
 
+MASK_ERRORS = ("mask-missing", "mask-empty", "mask-invalid", "segments-differ")
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that is wrong, and where.
@@ -162,7 +192,7 @@ class Finding:
 
 
 def drop_few_invalid(split: AnnotatedSplit, findings: list[Finding], max_invalid: float) -> list[Finding]:
-    """Drop invalid boxes from the split, with a warning, if they are few.
+    """Drop objects whose box or mask is invalid from the split, with a warning, if they are few.
 
     Args:
         max_invalid: fraction of the boxes that counts as few. From one in a hundred on, a single box always does.
@@ -170,17 +200,21 @@ def drop_few_invalid(split: AnnotatedSplit, findings: list[Finding], max_invalid
     Returns:
         the findings without those of the dropped boxes.
     """
-    codes = ("box-empty", "box-outside", "box-not-numbers", "category-unknown")
+    codes = ("box-empty", "box-outside", "box-not-numbers", "category-unknown", *MASK_ERRORS)
     invalid = [finding for finding in findings if finding.code in codes and finding.box is not None]
     limit = max_invalid * sum(len(image.boxes) for image in split.images)
-    if not invalid or len(invalid) > max(limit, 1 if max_invalid >= 0.01 else 0):
-        return findings
     dropped = {id(finding.box) for finding in invalid}
+    if not invalid or len(dropped) > max(limit, 1 if max_invalid >= 0.01 else 0):
+        return findings
     for image in split.images:
         image.boxes = [box for box in image.boxes if id(box) not in dropped]
     examples = "; ".join(f"{finding.record}: {finding.message}" for finding in invalid[:5])
-    logger.warning(f"{split.file}: {len(invalid)} invalid boxes are dropped. {examples}")
+    logger.warning(f"{split.file}: {len(dropped)} invalid {_kind(invalid)} are dropped. {examples}")
     return [finding for finding in findings if id(finding.box) not in dropped]
+
+
+def _kind(invalid: list[Finding]) -> str:
+    return "objects" if any(finding.code in MASK_ERRORS for finding in invalid) else "boxes"
 
 
 def log_warnings(split: AnnotatedSplit, findings: list[Finding]) -> None:

@@ -1,4 +1,5 @@
-"""Datasets of Hugging Face `datasets`, saved or on the Hub, whose rows have an image and `objects`."""
+"""Datasets of Hugging Face `datasets`, saved or on the Hub, whose rows have an image and `objects`, or an image of
+segments with `segments_info`, COCO's panoptic format."""
 
 import json
 import re
@@ -16,11 +17,16 @@ from ..model.image_io import ImageHeader, read_image_header
 from .checks import box_problems
 from .formats.imagefolder import FIELD_NAMES, METADATA, number_categories, read_objects
 from .image_files import is_litter
+from .mask_checks import read_image_masks
+from .masks import SegmentMap
 from .records import AnnotatedSplit, ImageRecord, numbered
 from .rows import match_classes, reinterpret, to_row
 from .schema import DetectionDataset, describe_source, loaded_features
 from .split_names import name_rank
 from .split_source import Progress
+
+# names of the column that has the image of segments, beside `segments_info`
+MAP_NAMES = ("segmentation_map", "panoptic_map", "panoptic", "segmentation", "mask", "label", "annotation")
 
 
 def is_hub_format(folder: Path) -> bool:
@@ -79,18 +85,21 @@ class RowsSource:
         if name is None:
             return None
         rows, source = self._loaded[name], f"{self.name} ({name})"
-        check_columns(rows, source)
+        objects = objects_column(rows, source)
+        maps = _map_column(rows) if objects == "segments_info" else None
         raw = rows.cast_column("image", Image(decode=False))
+        raw = raw if maps is None else raw.cast_column(maps, Image(decode=False))
         split_ = AnnotatedSplit("datasets", split, Path(source), [], [], [], Path(source))
         for index, row in enumerate(progress(raw, len(raw))):
-            image = _image_record(row, index, partial(_bytes_of, raw, index))
+            image = _image_record(row, index, partial(_bytes_of, raw, index, "image"))
             split_.images.append(image)
             try:
-                image.boxes = read_objects(row["objects"], f"row {index}")
+                _add_objects(image, row, index, objects, maps, partial(_bytes_of, raw, index))
             except ValueError as error:
                 split_.orphans.append(("annotation-unreadable", f"row {index}", str(error)))
-        names, ids, has_names = number_categories(split_.images, _class_names(rows))
+        names, ids, has_names = number_categories(split_.images, _class_names(rows, objects))
         split_.names, split_.category_ids, split_.has_names = names, ids, has_names
+        split_.stuff = _stuff(split_, raw) if maps is not None else []
         return split_
 
     def images(self, split: str) -> Dataset | None:
@@ -136,6 +145,7 @@ def stream_rows(
     id2label: dict[int, str] | None,
     bbox_format: str | None,
     crowds_as_objects: bool,
+    masks: bool,
     cache_dir: str | Path | None,
     **kwargs: Any,
 ) -> IterableDataset:
@@ -152,8 +162,10 @@ def stream_rows(
             "streaming."
         )
     rows, source = loaded[name], f"{path} ({name})"
-    check_columns(rows, source)
-    names = _class_names(rows)
+    objects = objects_column(rows, source)
+    maps = _map_column(rows) if objects == "segments_info" else None
+    rows = rows if maps is None else rows.cast_column(maps, Image(decode=False))
+    names = _class_names(rows, objects)
     if names is None and id2label is None:
         raise ValueError(
             f"{source} does not name its classes, and they cannot be collected while streaming: pass id2label."
@@ -161,24 +173,28 @@ def stream_rows(
     given = names if names is not None else list((id2label or {}).values())
     template = AnnotatedSplit("datasets", split, Path(source), given, list(range(len(given))), [], Path(source))
     classes = match_classes(template, id2label, [])
-    features = loaded_features(classes.names)
+    features = loaded_features(classes.names, masks)
 
     def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
         image = _image_record(row, index, lambda: b"")
         try:
-            image.boxes = read_objects(row["objects"], f"row {index}")
+            _add_objects(image, row, index, objects, maps, lambda column: row[column]["bytes"])
         except ValueError as error:
             raise ValueError(f"{source}, row {index}: {error}") from error
         template.images = [image]
         number_categories(template.images, given)
         reinterpret(template, bbox_format, crowds_as_objects)
+        if masks:
+            read_image_masks(image)
         for box in image.boxes:
+            if box.mask_problem is not None:
+                raise ValueError(f"{source}, {box.record}: {box.mask_problem[1]}")
             width, height = image.size
             for code, message in box_problems(box, (width, height) if width else None):
                 if code not in ("box-partly-outside", "area-wrong"):
                     raise ValueError(f"{source}, {box.record}: {message}")
         image_id = image.source_id if numbered([image.source_id]) == [image.source_id] else index
-        row = to_row(image, image_id, classes.class_ids, numbered([box.id for box in image.boxes]))
+        row = to_row(image, image_id, classes.class_ids, numbered([box.id for box in image.boxes]), masks)
         del row["image"]  # the stream's own
         return row
 
@@ -188,12 +204,54 @@ def stream_rows(
     return mapped
 
 
-def check_columns(rows: DetectionDataset, source: str) -> None:
-    """Raises ValueError if there is no `image` or no `objects` column."""
-    if rows.features is not None and not {"image", "objects"} <= set(rows.features):
-        raise ValueError(
-            f"{source} has the columns {sorted(rows.features)}; a detection dataset must have image and objects."
-        )
+def objects_column(rows: DetectionDataset, source: str) -> str:
+    """The column with the objects: `objects`, or `segments_info` beside an image of segments.
+
+    Raises:
+        ValueError: there is none, or no `image`.
+    """
+    if rows.features is None or {"image", "objects"} <= set(rows.features):
+        return "objects"
+    if {"image", "segments_info"} <= set(rows.features) and _map_column(rows) is not None:
+        return "segments_info"
+    raise ValueError(
+        f"{source} has the columns {sorted(rows.features)}; a detection dataset must have image and objects."
+    )
+
+
+def _map_column(rows: DetectionDataset) -> str | None:
+    features = rows.features or {}
+    return next((name for name in MAP_NAMES if isinstance(features.get(name), Image)), None)
+
+
+def _add_objects(
+    image: ImageRecord, row: Mapping[str, Any], index: int, column: str, maps: str | None, read: Callable[[str], bytes]
+) -> None:
+    """The objects of a row; `read` reads the bytes of an image in a column, such as that of segments in `maps`."""
+    entries = row[column]
+    if maps is None:
+        image.boxes = read_objects(entries, f"row {index}")
+        return
+    if isinstance(entries, Mapping):  # a dict of lists
+        entries = [dict(zip(entries, values, strict=True)) for values in zip(*entries.values(), strict=True)]
+    image.boxes = read_objects(entries, f"row {index}")
+    for box in image.boxes:
+        box.record = f"row {index} segment {box.id}"
+        box.segment = box.id if type(box.id) is int else None
+    stored = row[maps]
+    has_bytes = stored is not None and stored.get("bytes") is not None
+    path = Path((stored or {}).get("path") or f"{maps} of row {index}")
+    image.segment_map = SegmentMap(path, partial(read, maps) if has_bytes else None)
+
+
+def _stuff(split: AnnotatedSplit, rows: Dataset) -> list[str]:
+    """Names of the classes whose segments have `isthing` false."""
+    found: set[int] = set()
+    for image, entries in zip(split.images, rows["segments_info"], strict=True):
+        flags = entries.get("isthing", []) if isinstance(entries, Mapping) else [e.get("isthing") for e in entries]
+        pairs = zip(image.boxes, flags, strict=False)
+        found |= {box.category for box, thing in pairs if box.category is not None and thing in (0, False)}
+    return [split.names[category] for category in sorted(found)]
 
 
 def _image_record(row: Mapping[str, Any], index: int, read: Callable[[], bytes]) -> ImageRecord:
@@ -215,14 +273,14 @@ def _image_record(row: Mapping[str, Any], index: int, read: Callable[[], bytes])
     return record
 
 
-def _bytes_of(rows: Dataset, index: int) -> bytes:
-    content: bytes = rows[index]["image"]["bytes"]
+def _bytes_of(rows: Dataset, index: int, column: str) -> bytes:
+    content: bytes = rows[index][column]["bytes"]
     return content
 
 
-def _class_names(rows: DetectionDataset) -> list[str] | None:
+def _class_names(rows: DetectionDataset, column: str) -> list[str] | None:
     """The names of the `ClassLabel` of the categories, if they are one."""
-    objects = (rows.features or {}).get("objects")
+    objects = (rows.features or {}).get(column)
     inner = getattr(objects, "feature", objects)
     if isinstance(inner, Mapping):
         for name in FIELD_NAMES["category"]:

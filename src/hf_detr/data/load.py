@@ -24,6 +24,7 @@ def load_detection_dataset(
     id2label: Mapping[int, str] | Mapping[str, str] | None = None,
     bbox_format: Literal["xywh", "xyxy"] | None = None,
     crowds_as_objects: bool = False,
+    masks: bool = False,
     validation_fraction: float = 0.15,
     seed: int = 0,
     streaming: bool = False,
@@ -49,6 +50,10 @@ def load_detection_dataset(
         bbox_format: "xyxy" if boxes are stored as corners, "xywh" if they certainly are not. None expects [x_min,
             y_min, width, height], and raises an error if the boxes appear to be corners.
         crowds_as_objects: learn objects that are marked as crowds, as some exports of masks mark all of them.
+        masks: also read the masks of the objects: COCO's polygons, run-length encodings and panoptic PNGs, polygons of
+            labelme, VIA and YOLO, and in Hugging Face datasets a column `segmentation` of the objects, or an image of
+            segments beside `segments_info`. Where a split has both, panoptic annotations are read, since they have
+            stuff, too; `files` chooses. Objects without a mask are invalid, like boxes without an area.
         validation_fraction: fraction of the training images to split off; 0 keeps "train" complete.
         streaming: return an `IterableDataset`. From the Hub only what is used is then downloaded, and nothing is
             checked in advance.
@@ -61,9 +66,9 @@ def load_detection_dataset(
 
     Raises:
         FileNotFoundError: `path` does not exist, or has no such split.
-        ValueError: the data would break training. The message names the first records and the fix. Invalid boxes (no
-            area, outside the image) are dropped with a warning instead if they are few: one in a thousand in a folder,
-            one in fifty, or one, in a Hugging Face dataset.
+        ValueError: the data would break training. The message names the first records and the fix. Invalid objects (no
+            area, outside the image, with `masks` also without a mask) are dropped with a warning instead if they are
+            few: one in a thousand in a folder, one in fifty, or one, in a Hugging Face dataset.
         TypeError: `kwargs` has arguments that an annotated folder does not take.
     """
     names = _class_names(id2label)
@@ -73,14 +78,15 @@ def load_detection_dataset(
     if from_hub and streaming:
         return stream_rows(
             str(path), split, id2label=names, bbox_format=bbox_format, crowds_as_objects=crowds_as_objects,
-            cache_dir=cache_dir, **kwargs,
+            masks=masks, cache_dir=cache_dir, **kwargs,
         )  # fmt: skip
     cache = SplitCache(
-        find_source(path, files=files, images=images, cache_dir=cache_dir, **kwargs),
+        find_source(path, files=files, images=images, masks=masks, cache_dir=cache_dir, **kwargs),
         Path(cache_dir or datasets.config.HF_DATASETS_CACHE),
         id2label=names,
         bbox_format=bbox_format,
         crowds_as_objects=crowds_as_objects,
+        masks=masks,
         progress=progress,
     )
     if names is None and split != "train":
@@ -108,6 +114,7 @@ def find_source(
     *,
     files: Mapping[str, str | Path] | None = None,
     images: str | Path | None = None,
+    masks: bool = False,
     cache_dir: str | Path | None = None,
     **kwargs: Any,
 ) -> SplitSource:
@@ -118,7 +125,7 @@ def find_source(
         return RowsSource(str(path), cache_dir, **kwargs)
     if kwargs:
         raise TypeError(f"{path} is an annotated folder, for which {sorted(kwargs)[0]} has no meaning.")
-    return FolderSource(DatasetFolder(path, files, images))
+    return FolderSource(DatasetFolder(path, files, images), masks)
 
 
 def _class_names(id2label: Mapping[Any, str] | None) -> dict[int, str] | None:

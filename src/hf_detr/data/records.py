@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from ..model.annotations import canonical_id
 from ..model.image_io import ImageHeader, read_image_header
 from .dataset_folder import DatasetFolder
+from .masks import SegmentMap
 
 Orphan: TypeAlias = tuple[str, str, str]  # code of `findings.KINDS`, record, message
 
@@ -29,6 +30,11 @@ class BoxRecord:
         id: of the source, or a number.
         iscrowd: 1 for groups and regions to ignore, which are not learned and whose detections do not count.
         problem: why the record cannot be parsed, if it cannot.
+        has_own_box: the source has a box; otherwise it is that of the mask.
+        segmentation: COCO polygons in pixels, or a run-length encoding, as written.
+        segment: id of the object in the image's map of segments, if that has its mask.
+        mask: the mask as `counts` of a run-length encoding, and `mask_problem`: code and reason if it has none that can
+            be used; filled in by `mask_checks.read_masks`.
     """
 
     record: str
@@ -39,6 +45,11 @@ class BoxRecord:
     iscrowd: int = 0
     problem: str | None = None
     category_name: Any = None
+    has_own_box: bool = True
+    segmentation: Any = None
+    segment: int | None = None
+    mask: str | None = None
+    mask_problem: tuple[str, str] | None = None
 
 
 @dataclass
@@ -51,6 +62,8 @@ class ImageRecord:
         recorded_size: (width, height) in pixels according to the annotations, if they have it.
         header: size and orientation of the file, filled in by [`read_headers`].
         read: reads the file's bytes, where the image is not a file at `path`.
+        segment_map: the masks of all objects in one image, where the format has them so.
+        unlisted_segments: ids in that map that no object has; filled in by `mask_checks.read_masks`.
     """
 
     path: Path
@@ -61,6 +74,8 @@ class ImageRecord:
     boxes: list[BoxRecord] = field(default_factory=list)
     header: ImageHeader | None = None
     read: Callable[[], bytes] | None = None
+    segment_map: SegmentMap | None = None
+    unlisted_segments: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.source_id = canonical_id(self.source_id)
@@ -84,6 +99,7 @@ class AnnotatedSplit:
             records that the reader could not use, such as duplicate ids.
         ambiguous_ids: ids that several image records share, so that their annotations cannot be assigned.
         has_names: whether the source names its classes; otherwise `names` are its category ids as text.
+        stuff: names of the classes that are stuff (COCO's `isthing` 0): regions without instances, such as sky.
     """
 
     format: str
@@ -96,6 +112,7 @@ class AnnotatedSplit:
     orphans: list[Orphan] = field(default_factory=list)
     ambiguous_ids: set[Any] = field(default_factory=set)
     has_names: bool = True
+    stuff: list[str] = field(default_factory=list)
 
 
 def numbered(ids: list[Any]) -> list[int]:

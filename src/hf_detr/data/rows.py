@@ -4,7 +4,8 @@ import json
 import math
 from typing import Any, NamedTuple
 
-from .records import AnnotatedSplit, ImageRecord
+from .masks import mask_areas
+from .records import AnnotatedSplit, BoxRecord, ImageRecord
 from .schema import unique_names
 
 
@@ -14,6 +15,10 @@ class Classes(NamedTuple):
     names: list[str]
     category_ids: list[Any]
     class_ids: dict[int, int]
+
+    def stuff_of(self, source: AnnotatedSplit) -> list[str]:
+        """The names of the classes that are stuff."""
+        return [self.names[self.class_ids[i]] for i, name in enumerate(source.names) if name in source.stuff]
 
 
 def match_classes(source: AnnotatedSplit, id2label: dict[int, str] | None, train_classes: list[str]) -> Classes:
@@ -85,8 +90,10 @@ def take_crowds_as_objects(source: AnnotatedSplit) -> None:
             box.iscrowd = 0
 
 
-def to_row(image: ImageRecord, image_id: int, class_ids: dict[int, int], box_ids: list[int]) -> dict[str, Any]:
-    """A row of the schema from a record whose boxes are valid.
+def to_row(
+    image: ImageRecord, image_id: int, class_ids: dict[int, int], box_ids: list[int], with_masks: bool = False
+) -> dict[str, Any]:
+    """A row of the schema from a record whose boxes, and masks if they are wanted, are valid.
 
     Args:
         class_ids: class id of the row by class id of the source.
@@ -94,6 +101,7 @@ def to_row(image: ImageRecord, image_id: int, class_ids: dict[int, int], box_ids
     """
     boxes = [(box, [float(value) for value in box.bbox]) for box in image.boxes]
     width, height = image.size
+    masks = {"mask": [box.mask for box in image.boxes]} if with_masks else {}
     return {
         "image": str(image.path.resolve()),
         "image_id": image_id,
@@ -105,16 +113,19 @@ def to_row(image: ImageRecord, image_id: int, class_ids: dict[int, int], box_ids
             "id": box_ids,
             "bbox": [bbox for _, bbox in boxes],
             "category": [class_ids[box.category] for box, _ in boxes if box.category is not None],
-            "area": [_area(box.area, bbox) for box, bbox in boxes],
+            "area": [_area(box, bbox, (height, width)) for box, bbox in boxes],
             "iscrowd": [box.iscrowd for box, _ in boxes],
+            **masks,
         },
     }
 
 
-def _area(area: Any, bbox: list[float]) -> float:
-    """The recorded area, or that of the box if it is missing or not a finite number."""
+def _area(box: BoxRecord, bbox: list[float], size: tuple[int, int]) -> float:
+    """The recorded area. If it is missing or not a finite number, that of the mask, or else of the box."""
     try:
-        found = float(area)
+        found = float(box.area)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         found = math.nan
-    return found if math.isfinite(found) else bbox[2] * bbox[3]
+    if math.isfinite(found):
+        return found
+    return bbox[2] * bbox[3] if box.mask is None else float(mask_areas([box.mask], size)[0])

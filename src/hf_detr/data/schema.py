@@ -10,14 +10,16 @@
 | `objects` | lists of equal length, one entry per object, see below |
 
 `objects`: `id` int, `bbox` [x_min, y_min, width, height] in pixels, `category` class id in [0, N), `area` in pixels,
-`iscrowd` 0 or 1.
+`iscrowd` 0 or 1. Of a dataset that was loaded with masks also `mask`: the `counts` of COCO's compressed run-length
+encoding of the object's pixels, in an image of the row's height and width; `masks.decode_masks` reads it.
 
-The class names are in the features; the category ids of the source, if it has any, are in the dataset's info.
+The class names are in the features; the category ids of the source, if it has any, and the classes that are stuff are
+in the dataset's info.
 """
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, IterableDataset, List, Value
@@ -45,9 +47,11 @@ def detection_features(names: list[str]) -> Features:
     )
 
 
-def loaded_features(names: list[str]) -> Features:
+def loaded_features(names: list[str], masks: bool = False) -> Features:
     """The features of a dataset that was loaded, with the optional ones."""
-    return Features({**detection_features(names), "source_id": Value("string")})
+    features = detection_features(names)
+    objects = features["objects"] | ({"mask": List(Value("string"))} if masks else {})
+    return Features({**features, "objects": objects, "source_id": Value("string")})
 
 
 def detection_info(names: list[str], category_ids: list[Any], source: str) -> DatasetInfo:
@@ -58,9 +62,10 @@ def detection_info(names: list[str], category_ids: list[Any], source: str) -> Da
     )
 
 
-def describe_source(category_ids: list[Any], source: str) -> str:
+def describe_source(category_ids: list[Any], source: str, stuff: Sequence[str] = ()) -> str:
     """The description of a dataset's info."""
-    return json.dumps({"source": source, "category_ids": category_ids})
+    content = {"source": source, "category_ids": category_ids}
+    return json.dumps(content | ({"stuff": list(stuff)} if stuff else {}))
 
 
 def id2label(dataset: DetectionDataset) -> dict[int, str]:
@@ -101,6 +106,16 @@ def require_objects(dataset: Any, source: str, verb: str) -> None:
 def category_ids(dataset: DetectionDataset) -> dict[int, Any]:
     """Category ids of the source by class id; 0 ... N-1 if the source has only names."""
     return dict(enumerate(_description(dataset).get("category_ids") or range(len(id2label(dataset)))))
+
+
+def stuff_labels(dataset: DetectionDataset) -> list[str]:
+    """The names of the classes that are stuff: regions without instances, such as sky (`DetrConfig.stuff_labels`)."""
+    return [str(name) for name in _description(dataset).get("stuff", [])]
+
+
+def has_masks(dataset: DetectionDataset) -> bool:
+    """Whether the objects have masks."""
+    return "mask" in dataset.features["objects"]
 
 
 def source_of(dataset: DetectionDataset) -> str:

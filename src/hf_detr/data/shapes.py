@@ -11,16 +11,25 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from ..runtime.files import atomic_write
+from .masks import encode_masks, mask_areas, mask_boxes, to_coco_rle
+from .panoptic_export import PanopticWriter
 
 CLASSES = ("rectangle", "ellipse", "triangle")
 MIN_SIDE, MAX_SIDE = 96, 160
 MAX_OBJECTS = 4
 MIN_VISIBLE = 0.7  # fraction of each shape that later shapes must not cover
+STUFF = ("stripes", "speckles")  # classes of the regions of a background with masks
 OVERSAMPLING = 3  # shapes are drawn this much larger and scaled down, for smooth edges
 
 
 def draw_shapes_dataset(
-    folder: str | Path, *, num_train: int = 2000, num_val: int = 200, seed: int = 0, progress: bool = True
+    folder: str | Path,
+    *,
+    num_train: int = 2000,
+    num_val: int = 200,
+    seed: int = 0,
+    masks: bool = False,
+    progress: bool = True,
 ) -> Path:
     """Draw `train/` and `val/` images with `annotations/instances_train.json` and `instances_val.json` into `folder`.
 
@@ -31,16 +40,30 @@ def draw_shapes_dataset(
 
     Annotation files are written last. A split that already exists with the same size and seed is not drawn again.
 
+    Args:
+        masks: draw other images, whose background is two regions, stripes and speckles, and write their masks: of the
+            visible pixels of shapes into `instances_*.json`, with the boxes and areas of these pixels, and of shapes
+            (things) and regions (stuff) into `panoptic_*.json` with its PNGs, COCO's panoptic format. A pixel belongs
+            to the shape or region at its centre.
+
     Raises:
         FileExistsError: `folder` has annotations that were not drawn with these arguments.
     """
     return write_drawn_dataset(
-        folder, draw_shapes_image, CLASSES, "hf_detr shapes", num_train=num_train, num_val=num_val, seed=seed,
+        folder,
+        draw_segments if masks else draw_shapes_image,
+        CLASSES,
+        "hf_detr shapes with masks" if masks else "hf_detr shapes",
+        num_train=num_train,
+        num_val=num_val,
+        seed=seed,
         progress=progress,
-    )  # fmt: skip
+        stuff=STUFF if masks else (),
+    )
 
 
-Drawing = tuple[Image.Image, list[tuple[int, tuple[float, ...]]]]
+Objects = list[tuple[int, tuple[float, ...]]]
+Drawing = tuple[Image.Image, Objects] | tuple[Image.Image, Objects, np.ndarray]
 
 
 def write_drawn_dataset(
@@ -54,16 +77,20 @@ def write_drawn_dataset(
     seed: int,
     progress: bool,
     file_type: str = "jpg",
+    stuff: Sequence[str] = (),
 ) -> Path:
     """[`draw_shapes_dataset`] for any function that draws an image.
 
     Args:
         draw: draws an image with this generator; returns it and its objects as (class id, (x_min, y_min, width, height)
-            in pixels).
+            in pixels). With `stuff` also a map (H, W) of what each pixel belongs to: 1 ... n for the n objects, and
+            from n + 1 on the classes of stuff. Boxes and areas are then those of the map.
         description: identifies the dataset in its annotation files.
         file_type: suffix of the image files.
+        stuff: names of classes of background regions; with them, panoptic annotations are written, too.
     """
     folder = Path(folder)
+    categories = [{"id": index + 1, "name": name} for index, name in enumerate(classes)]
     for split, count in (("train", num_train), ("val", num_val)):
         target = folder / "annotations" / f"instances_{split}.json"
         info = {"description": description, "seed": seed, "split": split, "images": count}
@@ -77,40 +104,96 @@ def write_drawn_dataset(
         target.parent.mkdir(parents=True, exist_ok=True)
         coco: dict[str, Any] = {
             "info": info,
-            "categories": [{"id": index + 1, "name": name} for index, name in enumerate(classes)],
+            "categories": categories,
             "images": [],
             "annotations": [],
         }
+        panoptic = _panoptic_writer(folder, split, categories, stuff, info) if stuff else None
         for index in tqdm(range(count), desc=f"Drawing {split}", disable=not progress, leave=False):
-            image, objects = draw(np.random.default_rng([seed, split == "val", index]))
+            image, objects, *segments = draw(np.random.default_rng([seed, split == "val", index]))
             name = f"{index:06d}.{file_type}"
             image.save(folder / split / name, quality=92)  # ignored for PNG
             coco["images"].append({"id": index + 1, "file_name": name, "width": image.width, "height": image.height})
-            for class_id, (x, y, width, height) in objects:
+            places = [
+                {"bbox": [round(value, 2) for value in (x, y, width, height)], "area": round(width * height, 2)}
+                for _, (x, y, width, height) in objects
+            ]
+            if panoptic is not None:
+                kinds = [class_id for class_id, _ in objects] + list(range(len(classes), len(classes) + len(stuff)))
+                listed = [{"id": i, "category_id": kinds[i - 1] + 1} for i in np.unique(segments[0]).tolist()]
+                panoptic.add(coco["images"][-1], segments[0], listed)
+                places = [_of_mask(segments[0] == number + 1) for number in range(len(objects))]
+            for (class_id, _), place in zip(objects, places, strict=True):
                 coco["annotations"].append(
                     {
                         "id": len(coco["annotations"]) + 1,
                         "image_id": index + 1,
                         "category_id": class_id + 1,
-                        "bbox": [round(value, 2) for value in (x, y, width, height)],
-                        "area": round(width * height, 2),
+                        **place,
                         "iscrowd": 0,
                     }
                 )
+        if panoptic is not None:
+            panoptic.close()
         with atomic_write(target) as file:
             json.dump(coco, file)
     return folder
 
 
-def draw_shapes_image(rng: np.random.Generator) -> Drawing:
+def _panoptic_writer(
+    folder: Path, split: str, things: list[dict[str, Any]], stuff: Sequence[str], info: dict[str, Any]
+) -> PanopticWriter:
+    categories = [category | {"isthing": 1} for category in things]
+    categories += [{"id": len(things) + 1 + i, "name": name, "isthing": 0} for i, name in enumerate(stuff)]
+    file = folder / "annotations" / f"panoptic_{split}.json"
+    file.unlink(missing_ok=True)  # of a drawing that was killed before its last file
+    return PanopticWriter(file, categories, info)
+
+
+def _of_mask(mask: np.ndarray) -> dict[str, Any]:
+    """`bbox`, `area` and `segmentation` of the visible pixels of an object."""
+    counts, size = encode_masks(mask[None]), (mask.shape[0], mask.shape[1])
+    place = {"bbox": mask_boxes(counts, size)[0], "area": mask_areas(counts, size)[0]}
+    return place | {"segmentation": to_coco_rle(counts[0], size)}
+
+
+def draw_shapes_image(rng: np.random.Generator) -> tuple[Image.Image, Objects]:
     """One image, and its objects as (class id, (x_min, y_min, width, height) in pixels)."""
-    width, height = (int(side) for side in rng.integers(MIN_SIDE, MAX_SIDE + 1, size=2))
-    canvas = Image.fromarray(_background(rng, width, height)).resize((width * OVERSAMPLING, height * OVERSAMPLING))
-    draw = ImageDraw.Draw(canvas)
-    background = np.asarray(canvas.resize((1, 1), Image.Resampling.BOX))[0, 0].astype(float)
+    image, objects, _ = _draw_shapes(rng, _background(rng, *_random_size(rng)))
+    return image, objects
+
+
+def draw_segments(rng: np.random.Generator) -> tuple[Image.Image, Objects, np.ndarray]:
+    """One image whose background is two regions, its objects, and what the centre of each pixel (H, W) belongs to:
+    1 ... n for the n objects, n + 1 + i for class i of `STUFF`."""
+    background, regions = _two_textures(rng, *_random_size(rng))
+    colours = np.stack([background[regions == region].mean(axis=0) for region in np.unique(regions)])
+    image, objects, owner = _draw_shapes(rng, background, colours)
+    return image, objects, np.where(owner > 0, owner, len(objects) + 1 + regions)
+
+
+def _random_size(rng: np.random.Generator) -> list[int]:
+    return [int(side) for side in rng.integers(MIN_SIDE, MAX_SIDE + 1, size=2)]
+
+
+def _draw_shapes(
+    rng: np.random.Generator, background: np.ndarray, colours: np.ndarray | None = None
+) -> tuple[Image.Image, Objects, np.ndarray]:
+    """An image, its objects, and the number from 1 of the object at the centre of each pixel (H, W), 0 for none.
+
+    Args:
+        background: (H, W, 3).
+        colours: (K, 3) from which all shapes differ visibly; None: the mean of the background.
+    """
+    height, width = background.shape[:2]
+    enlarged = width * OVERSAMPLING, height * OVERSAMPLING
+    canvas, ids = Image.fromarray(background).resize(enlarged), Image.new("L", enlarged)
+    draw, draw_ids = ImageDraw.Draw(canvas), ImageDraw.Draw(ids)
+    if colours is None:
+        colours = np.asarray(canvas.resize((1, 1), Image.Resampling.BOX))[0].astype(float)
     owner = np.zeros((height, width), dtype=np.uint8)  # number of the visible shape at each pixel, 0 = background
     full_areas: list[float] = []
-    objects: list[tuple[int, tuple[float, ...]]] = []
+    objects: Objects = []
     for _ in range(int(rng.integers(0, MAX_OBJECTS + 1))):
         for _attempt in range(20):
             class_id, outline = _outline(rng, width, height)
@@ -127,12 +210,15 @@ def draw_shapes_image(rng: np.random.Generator) -> Drawing:
             continue
         owner = after.astype(np.uint8)
         full_areas.append(float(np.count_nonzero(covered)))
-        draw.polygon([(x * OVERSAMPLING, y * OVERSAMPLING) for x, y in outline], fill=_colour(rng, background))
+        corners = [(x * OVERSAMPLING, y * OVERSAMPLING) for x, y in outline]
+        draw.polygon(corners, fill=_colour(rng, colours))
+        draw_ids.polygon(corners, fill=len(objects) + 1)
         xs, ys = zip(*outline, strict=True)
         objects.append((class_id, (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))))
     pixels = np.asarray(canvas.resize((width, height), Image.Resampling.BOX)).astype(np.float32)
     pixels += rng.normal(0, rng.uniform(2, 12), size=pixels.shape)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), objects
+    centres = slice(OVERSAMPLING // 2, None, OVERSAMPLING)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), objects, np.asarray(ids)[centres, centres].astype(int)
 
 
 def _outline(rng: np.random.Generator, width: int, height: int) -> tuple[int, list[tuple[float, float]]]:
@@ -158,10 +244,10 @@ def _outline(rng: np.random.Generator, width: int, height: int) -> tuple[int, li
     return class_id, [(float(x), float(y)) for x, y in corners + center]
 
 
-def _colour(rng: np.random.Generator, background: np.ndarray) -> tuple[int, ...]:
-    """A random colour that differs visibly from the mean colour of the background."""
+def _colour(rng: np.random.Generator, others: np.ndarray) -> tuple[int, ...]:
+    """A random colour that differs visibly from others (K, 3)."""
     colour = rng.integers(0, 256, size=3)
-    while np.abs(colour - background).max() < 70:
+    while np.abs(colour - others).max(axis=1).min() < 70:
         colour = rng.integers(0, 256, size=3)
     return tuple(int(value) for value in colour)
 
@@ -186,3 +272,20 @@ def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray
     )
     mix = textures[int(rng.integers(len(textures)))]()[..., None]
     return (first + (second - first) * mix).clip(0, 255).astype(np.uint8)
+
+
+def _two_textures(rng: np.random.Generator, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+    """(height, width, 3) uint8, two regions on both sides of a line near the centre, and the class of `STUFF` at each
+    pixel. Each region has two colours that differ visibly, in stripes or at random."""
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    angle = rng.uniform(0, 2 * math.pi)
+    away = (x - width / 2) * math.cos(angle) + (y - height / 2) * math.sin(angle)
+    regions = (away > rng.uniform(-0.25, 0.25) * min(width, height)).astype(int)
+    direction = rng.uniform(0, math.pi)
+    waves = np.sin(2 * math.pi * (x * math.cos(direction) + y * math.sin(direction)) / rng.uniform(7, 14))
+    pixels = np.empty((height, width, 3))
+    for region, mix in enumerate((0.5 + 0.5 * waves, rng.random((height, width)))):
+        first = rng.uniform(0, 255, size=3)
+        second = first + np.where(first < 128, 1, -1) * rng.uniform(40, 90, size=3)
+        pixels[regions == region] = (first + (second - first) * mix[..., None])[regions == region]
+    return pixels.astype(np.uint8), regions

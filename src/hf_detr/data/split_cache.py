@@ -14,13 +14,14 @@ from tqdm.auto import tqdm
 from ..runtime.files import atomic_write
 from .checks import quick_checks
 from .findings import drop_few_invalid, log_warnings, raise_on_errors
+from .mask_checks import mask_checks, read_masks
 from .records import AnnotatedSplit, numbered
 from .rows import Classes, match_classes, reinterpret, to_row
 from .schema import describe_source, loaded_features
 from .split_source import SplitSource
 from .validation_cut import groups_of_copies
 
-CACHE_VERSION = 2  # increased when the cached rows change
+CACHE_VERSION = 3  # increased when the cached rows change
 
 
 class SplitCache:
@@ -31,6 +32,7 @@ class SplitCache:
 
     Args:
         crowds_as_objects: learn objects that are marked as crowds, as mask exports mark all of them.
+        masks: the rows have masks.
 
     Attributes:
         train_classes: classes of the training split, which come first in all other splits.
@@ -44,6 +46,7 @@ class SplitCache:
         id2label: dict[int, str] | None = None,
         bbox_format: str | None = None,
         crowds_as_objects: bool = False,
+        masks: bool = False,
         progress: bool = True,
     ) -> None:
         self.source = source
@@ -52,6 +55,7 @@ class SplitCache:
         self.train_classes: list[str] = []
         self.bbox_format = bbox_format
         self.crowds_as_objects = crowds_as_objects
+        self.masks = masks
         self.progress = progress
         self._state = source.state()
 
@@ -69,7 +73,7 @@ class SplitCache:
             ValueError: the data would break training; see `load_detection_dataset`.
         """
         classes_of_train = self.train_classes if split != "train" else []
-        options = [self.id2label, classes_of_train, self.bbox_format, self.crowds_as_objects]
+        options = [self.id2label, classes_of_train, self.bbox_format, self.crowds_as_objects, self.masks]
         entry = self._entry("rows", split, *options)
         if entry.is_file():
             info = json.loads(entry.read_text())
@@ -79,12 +83,16 @@ class SplitCache:
             _write_json(entry, {})
             return None
         reinterpret(records, self.bbox_format, self.crowds_as_objects)
+        if self.masks:
+            read_masks(records.images, lambda images: self._bar(images, len(records.images), "Reading masks"))
         findings = quick_checks(records, bbox_format=self.bbox_format)
+        findings += mask_checks(records) if self.masks else []
         findings = drop_few_invalid(records, findings, self.source.max_invalid)
         raise_on_errors(findings)
         classes = match_classes(records, self.id2label, classes_of_train)
         log_warnings(records, findings)
         info = {"names": classes.names, "category_ids": classes.category_ids, "file": str(records.file)}
+        info |= {"stuff": classes.stuff_of(records)}
         dataset = self._rows(entry, split, (records, classes), info)
         _write_json(entry, info)
         return dataset
@@ -115,10 +123,10 @@ class SplitCache:
         def rows() -> Iterator[dict[str, Any]]:
             if content is None:
                 raise FileNotFoundError
-            for row in _to_rows(*content):
+            for row in _to_rows(*content, self.masks):
                 yield row if images is None else {name: value for name, value in row.items() if name != "image"}
 
-        all_features = loaded_features(info["names"])
+        all_features = loaded_features(info["names"], self.masks)
         images = self.source.images(split)
         features = {name: f for name, f in all_features.items() if images is None or name != "image"}
         bars_disabled = datasets.are_progress_bars_disabled()
@@ -142,7 +150,7 @@ class SplitCache:
                 datasets.enable_progress_bars()
         if images is not None:
             dataset = concatenate_datasets([images, dataset], axis=1).select_columns(list(all_features))
-        dataset.info.description = describe_source(info["category_ids"], info["file"])
+        dataset.info.description = describe_source(info["category_ids"], info["file"], info["stuff"])
         return dataset
 
 
@@ -152,8 +160,8 @@ def _write_json(file: Path, content: Any) -> None:
         json.dump(content, partial)
 
 
-def _to_rows(source: AnnotatedSplit, classes: Classes) -> Iterator[dict[str, Any]]:
+def _to_rows(source: AnnotatedSplit, classes: Classes, masks: bool) -> Iterator[dict[str, Any]]:
     image_ids = numbered([image.source_id for image in source.images])
     box_ids = iter(numbered([box.id for image in source.images for box in image.boxes]))
     for image, image_id in zip(source.images, image_ids, strict=True):
-        yield to_row(image, image_id, classes.class_ids, [next(box_ids) for _ in image.boxes])
+        yield to_row(image, image_id, classes.class_ids, [next(box_ids) for _ in image.boxes], masks)

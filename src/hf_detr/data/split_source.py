@@ -42,25 +42,30 @@ class SplitSource(Protocol):
 
 
 class FolderSource:
-    """An annotated folder."""
+    """An annotated folder.
+
+    Args:
+        masks: the masks are wanted, so that panoptic annotations come before those without stuff.
+    """
 
     max_invalid = 0.001  # COCO itself has two invalid boxes
 
-    def __init__(self, folder: DatasetFolder) -> None:
+    def __init__(self, folder: DatasetFolder, masks: bool = False) -> None:
         self.folder = folder
+        self.masks = masks
         self.name = str(folder.path)
 
     def state(self) -> str:
         given = {split: str(file.resolve()) for split, file in self.folder.files_given.items()}
         images = self.folder.images_given
         places = [str(self.folder.path.resolve()), given, None if images is None else str(images.resolve())]
-        return json.dumps([*places, self.folder.state(files_elsewhere(self.folder))])
+        return json.dumps([*places, self.masks, self.folder.state(files_elsewhere(self.folder))])
 
     def has(self, split: str) -> bool:
-        return find_annotations(self.folder, split) is not None
+        return find_annotations(self.folder, split, masks=self.masks) is not None
 
     def find(self, split: str, progress: Progress) -> AnnotatedSplit | None:
-        found = find_annotations(self.folder, split)
+        found = find_annotations(self.folder, split, masks=self.masks)
         if found is not None:
             read_headers(found.images, lambda headers: progress(headers, len(found.images)))
         return found

@@ -14,7 +14,8 @@ from transformers.utils import logging
 
 from ..data.checks import quick_checks
 from ..data.coco_export import write_coco
-from ..data.findings import Finding
+from ..data.findings import MASK_ERRORS, Finding
+from ..data.masks import mask_areas, mask_boxes, to_coco_rle
 from ..data.records import AnnotatedSplit, BoxRecord, ImageRecord
 from ..data.rows import take_crowds_as_objects
 from .box_repair import repaired_boxes
@@ -37,7 +38,14 @@ REMOVED_IMAGES = {
     "image-unsupported",
     "image-id-duplicate",
 }
-REMOVED_BOXES = {"box-not-numbers", "box-empty", "box-outside", "category-unknown", "box-duplicate"}
+REMOVED_BOXES = {
+    "box-not-numbers",
+    "box-empty",
+    "box-outside",
+    "category-unknown",
+    "box-duplicate",
+    *MASK_ERRORS,
+}
 MUCH = 0.1  # fraction of images or boxes whose removal is worth a warning
 
 
@@ -81,6 +89,7 @@ def write_clean_copy(result: CheckResult, folder: str | Path, *, progress: bool 
             name,
             dict(zip(split.category_ids, split.names, strict=True)),
             ((_to_record(image, split), _copy_of(image)) for image in images),
+            split.stuff,
         )
     return dict(cleaned.handled)
 
@@ -93,7 +102,9 @@ def clean(result: CheckResult) -> CleanResult:
     validation images that are also in test; invalid boxes; boxes of classes that the training split does not have.
     Corrected: boxes of images that were resized (scaled) or recorded before their EXIF orientation (turned), boxes
     beyond the image (clipped), boxes stored as corners or relative values, objects that are all marked as crowds,
-    several records of one file (merged), areas, duplicate ids and category names.
+    several records of one file (merged), areas, duplicate ids and category names. If masks were checked, objects
+    without a usable mask and images that were resized or turned are removed, and boxes that disagree with their masks
+    become those of the masks.
     """
     handled: Counter[str] = Counter()
     codes_of: dict[int, set[str]] = {}  # by the `id()` of an image or box record
@@ -113,17 +124,18 @@ def clean(result: CheckResult) -> CleanResult:
         images = []
         for image in split.images:
             codes = codes_of.get(id(image), set())
-            reasons = codes & REMOVED_IMAGES
-            if id(image) in duplicates:
-                reasons = reasons | {"image-duplicate"}
-            if image.source_id in split.ambiguous_ids:
-                reasons = reasons | {"image-id-duplicate"}
-            if id(image) in leaked:
-                reasons = reasons | {"image-leaked"}
+            misplaced = codes & {"image-size-mismatch", "image-size-before-exif"}
+            conditions = {
+                "image-duplicate": id(image) in duplicates,
+                "image-id-duplicate": image.source_id in split.ambiguous_ids,
+                "image-leaked": id(image) in leaked,
+            }
+            reasons = codes & REMOVED_IMAGES | {code for code, holds in conditions.items() if holds}
+            if any(box.mask is not None or box.mask_problem is not None for box in image.boxes):
+                reasons |= misplaced  # where the masks would have to be is not known
             kept: ImageRecord | None = image
             if not reasons and stored_as:
                 kept = replace(image, boxes=[_converted(box, image.size, stored_as) for box in image.boxes])
-            misplaced = codes & {"image-size-mismatch", "image-size-before-exif"}
             if kept is not None and not reasons and misplaced:
                 kept = repaired_boxes(kept)
                 handled.update(misplaced)
@@ -200,7 +212,11 @@ def _clean_box(
     if w <= 0 or h <= 0:
         handled["box-empty"] += 1
         return None
-    handled.update(codes & {"box-partly-outside", "area-wrong"})
+    handled.update(codes & {"box-partly-outside", "area-wrong", "mask-outside-box", "thing-without-box"})
+    if box.mask is not None and ("mask-outside-box" in codes or "area-wrong" in codes):
+        area = float(mask_areas([box.mask], (height, width))[0])
+        bbox = mask_boxes([box.mask], (height, width))[0] if "mask-outside-box" in codes else [x, y, w, h]
+        return replace(box, bbox=bbox, area=area)
     unreliable = box.area is None or changed or "area-wrong" in codes
     return replace(box, bbox=[x, y, w, h], area=w * h if unreliable else min(box.area or 0.0, w * h))
 
@@ -258,6 +274,7 @@ def _to_record(image: ImageRecord, split: AnnotatedSplit) -> dict[str, Any]:
                 "bbox": list(box.bbox),
                 "area": box.area,
                 "iscrowd": box.iscrowd,
+                **({} if box.mask is None else {"segmentation": to_coco_rle(box.mask, (height, width))}),
             }
             for box in image.boxes
         ],

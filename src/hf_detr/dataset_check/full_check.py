@@ -13,6 +13,7 @@ from ..data.checks import numeric_boxes, quick_checks
 from ..data.findings import KINDS, Finding
 from ..data.image_files import image_files
 from ..data.load import find_source
+from ..data.mask_checks import mask_checks, read_masks
 from ..data.records import AnnotatedSplit
 from ..data.rows import reinterpret
 from ..data.similarity import Appearance, appearances
@@ -67,6 +68,7 @@ def check_dataset(
     image_range: tuple[float, float] | None = None,
     bbox_format: str | None = None,
     crowds_as_objects: bool = False,
+    masks: bool = False,
     num_workers: int | None = None,
     progress: bool = True,
     **kwargs: Any,
@@ -74,7 +76,7 @@ def check_dataset(
     """Read every record and every image once, as training does, and report all problems.
 
     Args:
-        path, files, images, bbox_format, crowds_as_objects, kwargs: what is checked; see
+        path, files, images, bbox_format, crowds_as_objects, masks, kwargs: what is checked; see
             [`~hf_detr.data.load_detection_dataset`].
         num_queries: of the model; images with more objects are reported.
         feature_stride: of the model, in pixels; boxes that are smaller at the training resolution are reported.
@@ -86,7 +88,7 @@ def check_dataset(
         ValueError: the annotations of no split can be read; the message names the file.
     """
     started = time.perf_counter()
-    source = find_source(path, files=files, images=images, **kwargs)
+    source = find_source(path, files=files, images=images, masks=masks, **kwargs)
 
     def bar(iterable: Iterable[Any], total: int, text: str) -> Any:
         return tqdm(iterable, desc=text, total=total, disable=not progress, leave=False)
@@ -99,6 +101,9 @@ def check_dataset(
     looks: dict[str, list[Appearance]] = {}
     for name, split in splits.items():
         reinterpret(split, bbox_format, crowds_as_objects)
+        if masks:
+            read_masks(split.images, lambda images: bar(images, len(split.images), f"{name}: masks"))  # noqa: B023
+            findings += mask_checks(split)
         quick = quick_checks(split, bbox_format=bbox_format)
         findings += quick
         looks[name] = appearances(
@@ -200,7 +205,9 @@ def _class_problems(splits: dict[str, AnnotatedSplit]) -> Iterator[Finding]:
 
 
 def _images_without_record(splits: dict[str, AnnotatedSplit]) -> Iterator[Finding]:
-    known = {image.path.resolve() for split in splits.values() for image in split.images}
+    images = [image for split in splits.values() for image in split.images]
+    known = {image.path.resolve() for image in images}
+    known |= {image.segment_map.path.resolve() for image in images if image.segment_map is not None}
     reported: set[Path] = set()
     for name, split in splits.items():
         if any(image.read is not None for image in split.images):

@@ -3,15 +3,12 @@
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import box_convert
-from tqdm.auto import tqdm
 
 from ..model.annotations import canonical_id
 from ..model.post_processing import to_host
-from ..runtime.extras import import_extra
 from .coco_metrics import MAX_DETECTIONS, coco_metrics, no_garbage_collection
 
 if TYPE_CHECKING:
@@ -31,6 +28,8 @@ class CocoEvaluator:
         id2label: class id to name; `category_ids`: class id to the source's category id.
         images: records with `id`, `width`, `height`; `annotations`: records as `coco_metrics` takes them.
     """
+
+    place = "bbox"  # the field of detections that says where they are
 
     def __init__(self, dataset: "DetectionDataset") -> None:
         from ..data.schema import category_ids, id2label, source_id
@@ -52,9 +51,14 @@ class CocoEvaluator:
                 )
             ]
         self._image_ids = {canonical_id(image["id"]): image["id"] for image in self.images}
-        self._found: dict[Any, tuple[Any, Any, Any]] = {}  # image id -> boxes xywh (N, 4), labels (N,), scores (N,)
+        # image id -> boxes xywh (N, 4) or what else `place` names, labels (N,), scores (N,)
+        self._found: dict[Any, tuple[Any, Any, Any]] = {}
 
-    def update(self, image_ids: Iterable[Any], results: Iterable[Mapping[str, Tensor]]) -> None:
+    def post_process(self, processor: "DetrImageProcessor", outputs: Any, sizes: Tensor) -> list[dict[str, Any]]:
+        """A model's outputs to what `update` takes; `sizes` (B, 2) are the images' height and width in pixels."""
+        return processor.post_process_object_detection(to_host(outputs), threshold=0.0, target_sizes=sizes)
+
+    def update(self, image_ids: Iterable[Any], results: Iterable[Mapping[str, Any]]) -> None:
         """Add the results of `post_process_object_detection` (boxes xyxy in pixels of the original image, threshold 0)
         for these images. An image seen twice counts once; several processes repeat images to fill the last batch.
 
@@ -65,11 +69,15 @@ class CocoEvaluator:
             key = canonical_id(image_id)
             if key not in self._image_ids:
                 raise ValueError(f"Image {key} is not of the data set that is measured against.")
-            self._found[key] = (
-                box_convert(result["boxes"].detach().cpu().double(), "xyxy", "xywh").numpy(),
-                result["labels"].cpu().numpy(),
-                result["scores"].detach().float().cpu().numpy(),
-            )
+            self._found[key] = self._read(key, result)
+
+    def _read(self, key: Any, result: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+        """What is kept of the result for an image."""
+        return (
+            box_convert(result["boxes"].detach().cpu().double(), "xyxy", "xywh").numpy(),
+            result["labels"].cpu().numpy(),
+            result["scores"].detach().float().cpu().numpy(),
+        )
 
     def gather(self) -> None:
         """Exchange the detections of all processes, so that every process has all of them."""
@@ -82,10 +90,10 @@ class CocoEvaluator:
     def predictions(self) -> list[dict[str, Any]]:
         """Detections as `coco_metrics` takes them: with class ids, in the order of the data set's images."""
         return [
-            {"image_id": image_id, "category_id": label, "bbox": box, "score": score}
+            {"image_id": image_id, "category_id": label, self.place: place, "score": score}
             for key, image_id in self._image_ids.items()
             if key in self._found
-            for box, label, score in zip(*(array.tolist() for array in self._found[key]), strict=True)
+            for place, label, score in zip(*(values.tolist() for values in self._found[key]), strict=True)
         ]
 
     def detections(self) -> list[dict[str, Any]]:
@@ -104,41 +112,3 @@ class CocoEvaluator:
         return coco_metrics(
             self.images, self.annotations, self.predictions(), self.id2label, max_detections=max_detections
         )
-
-
-@torch.no_grad()
-def evaluate_detection(
-    model: nn.Module,
-    loader: Iterable[Mapping[str, Any]],
-    dataset: "DetectionDataset",
-    processor: "DetrImageProcessor",
-    *,
-    progress: bool = True,
-) -> CocoEvaluator:
-    """Run a model over the batches of a data set and collect the detections of all processes in every process.
-
-    Args:
-        model: in training or evaluation mode; the mode is restored at the end.
-        loader: batches as `DetectionCollator` makes them, on any device.
-        progress: show a progress bar.
-
-    Raises:
-        ImportError: hotcoco is not installed; raised before the first batch.
-    """
-    import_extra("hotcoco", "evaluation")
-    # without the DistributedDataParallel wrapper, which would wait for processes that have no images left
-    model = getattr(model, "module", model)
-    was_training = model.training
-    model.eval()
-    evaluator = CocoEvaluator(dataset)
-    device: Any = getattr(model, "device", torch.device("cpu"))  # exported models run on the host
-    for batch in tqdm(loader, desc="Evaluating", disable=not progress, leave=False):
-        images, mask = (batch[name].to(device, non_blocking=True) for name in ("pixel_values", "pixel_mask"))
-        outputs = to_host(model(pixel_values=images, pixel_mask=mask))
-        numbers = [torch.cat((label["image_id"].reshape(1), label["orig_size"])) for label in batch["labels"]]
-        image_ids, sizes = torch.stack(numbers).cpu().split((1, 2), dim=1)
-        results = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
-        evaluator.update(image_ids[:, 0].tolist(), results)
-    evaluator.gather()
-    model.train(was_training)
-    return evaluator

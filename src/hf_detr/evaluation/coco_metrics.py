@@ -42,6 +42,7 @@ def coco_metrics(
     id2label: Mapping[int, str],
     *,
     max_detections: int = MAX_DETECTIONS,
+    masks: bool = False,
 ) -> dict[str, Any]:
     """COCO's twelve numbers.
 
@@ -54,6 +55,8 @@ def coco_metrics(
         id2label: class id to name.
         max_detections: the detections with the highest scores that count per image and class. AR1, AR10 and AR100
             count at most the number in their name.
+        masks: the overlap is that of masks: all records need a `segmentation` with `size` (height, width) and `counts`,
+            a COCO run-length encoding, and no `bbox`; areas default to the number of pixels.
 
     Returns:
         the numbers by the names in `METRICS`, in [0, 1] (-1 where there is nothing to measure), and `per_class`: class
@@ -63,7 +66,9 @@ def coco_metrics(
         ImportError: hotcoco is not installed; the message names the extra that installs it.
         ValueError: a record is invalid; the message names the record and the reason.
     """
-    return coco_details(images, annotations, detections, id2label, max_detections=max_detections)["metrics"]
+    return coco_details(images, annotations, detections, id2label, max_detections=max_detections, masks=masks)[
+        "metrics"
+    ]
 
 
 def coco_details(
@@ -73,6 +78,7 @@ def coco_details(
     id2label: Mapping[int, str],
     *,
     max_detections: int = MAX_DETECTIONS,
+    masks: bool = False,
 ) -> dict[str, Any]:
     """The twelve numbers with what is behind them. Arguments and errors as in `coco_metrics`.
 
@@ -84,7 +90,7 @@ def coco_details(
         interpolated precisions, without classes that have no objects.
     """
     max_counts = sorted({min(limit, max_detections) for limit in (1, 10, 100)} | {max_detections})
-    engine = _run_engine(images, annotations, detections, id2label, max_counts)
+    engine = _run_engine(images, annotations, detections, id2label, max_counts, masks)
     names = class_names(id2label)
     precision = engine.eval["precision"][..., -1]  # (10 IoUs, 101 recalls, classes, all and 3 sizes)
     recalls = engine.eval["recall"]  # (10 IoUs, classes, all and 3 sizes, max_counts)
@@ -98,7 +104,7 @@ def coco_details(
     values = [every, every[0], every[5], *(precision[..., size] for size in (1, 2, 3))]
     values += [*(at_most[limit][..., 0] for limit in (1, 10, 100)), *(recall[..., size] for size in (1, 2, 3))]
     metrics: dict[str, Any] = {name: _mean(value) for name, value in zip(METRICS, values, strict=True)}
-    areas = np.array([_area(record) for record in annotations if not is_ignored(record)])
+    areas = np.array([_area(record, masks) for record in annotations if not is_ignored(record)])
     return {
         "metrics": metrics | {"per_class": per_class(0)},
         "by_size": {
@@ -152,19 +158,16 @@ def _run_engine(
     detections: Sequence[Record],
     id2label: Mapping[int, str],
     max_counts: list[int],
+    masks: bool,
 ) -> Any:
-    """A `hotcoco.COCOeval` with its results. Images and classes are numbered from 1, since the engine stores ids as
-    float64, which represents integers exactly only up to 2^53."""
+    """A `hotcoco.COCOeval` with its results."""
     engine = import_extra("hotcoco", "evaluation")
-    count = Counter(canonical_id(image["id"]) for image in images)
-    if not count or not id2label:
-        raise ValueError("There is nothing to measure: no images, or no classes.")
-    if (repeated := count.most_common(1)[0])[1] > 1:
-        raise ValueError(f"{repeated[1]} images share one id, {repeated[0]!r}. Give each image an id of its own.")
-    numbers = {image_id: number for number, image_id in enumerate(sorted(count, key=id_order), start=1)}
-    classes = {canonical_id(i): number for number, i in enumerate(sorted(id2label, key=id_order), start=1)}
-    objects = _columns("Annotation", annotations, numbers, classes)
-    found = _columns("Detection", detections, numbers, classes)
+    images = list(images)
+    numbers, classes = engine_numbers(images, id2label)
+    objects = _columns("Annotation", annotations, numbers, classes, masks)
+    found = _columns("Detection", detections, numbers, classes, masks)
+    if masks:
+        check_sizes(images, annotations, detections)
 
     ground_truth = engine.COCO.from_arrays(
         [{"id": number} for number in numbers.values()],
@@ -172,18 +175,65 @@ def _run_engine(
         objects[:, 0].astype(np.int64),
         objects[:, 6].astype(np.int64),
         objects[:, 1:5],
-        area=np.array([_area(record) for record in annotations], dtype=np.float64),
+        area=np.array([_area(record, masks) for record in annotations], dtype=np.float64),
         iscrowd=np.array([is_ignored(record) for record in annotations], dtype=bool),
+        **({"segmentation": [dict(record["segmentation"]) for record in annotations]} if masks else {}),
     )
-    run = engine.COCOeval(ground_truth, ground_truth.load_res(found), "bbox")
+    if masks:
+        predicted = ground_truth.load_res(found, segmentation=[dict(record["segmentation"]) for record in detections])
+        areas = np.array([mask_area(record) for record in detections], dtype=np.float64)
+        predicted.update_anns(ids=np.arange(1, len(areas) + 1), area=areas)  # not those of the boxes
+    else:
+        predicted = ground_truth.load_res(found)
+    run = engine.COCOeval(ground_truth, predicted, "segm" if masks else "bbox")
     run.params.max_dets = max_counts
     run.evaluate()
     run.accumulate()
     return run
 
 
-def _columns(kind: str, records: Sequence[Record], numbers: Mapping[Any, int], classes: Mapping[Any, int]) -> Floats:
-    """(N, 7): image number, bbox, score (0 for annotations), class number. Invalid records raise a ValueError."""
+def engine_numbers(images: Iterable[Record], id2label: Mapping[int, str]) -> tuple[dict[Any, int], dict[Any, int]]:
+    """Numbers from 1 of images and classes, by their ids, since the engine stores ids as float64, which represents
+    integers exactly only up to 2^53.
+
+    Raises:
+        ValueError: there are no images or classes, or two images share an id.
+    """
+    count = Counter(canonical_id(image["id"]) for image in images)
+    if not count or not id2label:
+        raise ValueError("There is nothing to measure: no images, or no classes.")
+    if (repeated := count.most_common(1)[0])[1] > 1:
+        raise ValueError(f"{repeated[1]} images share one id, {repeated[0]!r}. Give each image an id of its own.")
+    numbers = {image_id: number for number, image_id in enumerate(sorted(count, key=id_order), start=1)}
+    classes = {canonical_id(i): number for number, i in enumerate(sorted(id2label, key=id_order), start=1)}
+    return numbers, classes
+
+
+def check_sizes(images: Iterable[Record], *groups: Sequence[Record]) -> None:
+    """Raises ValueError if masks of one image have different sizes, or another one than the image, where that is
+    known."""
+    known = (image for image in images if "height" in image and "width" in image)
+    sizes: dict[Any, tuple[int, ...]] = {canonical_id(im["id"]): (im["height"], im["width"]) for im in known}
+    for record in (record for records in groups for record in records):
+        size = tuple(record["segmentation"]["size"])
+        first = sizes.setdefault(canonical_id(record["image_id"]), size)
+        if size != first:
+            raise ValueError(
+                f"Image {record['image_id']} has {first[0]} x {first[1]} pixels (height x width), and a mask "
+                f"{size[0]} x {size[1]}. Masks must be of the size of the image (target_sizes in post-processing)."
+            )
+
+
+def mask_area(record: Record) -> float:
+    """The number of pixels of a record's mask."""
+    return float(import_extra("hotcoco", "evaluation").mask.area(record["segmentation"]))
+
+
+def _columns(
+    kind: str, records: Sequence[Record], numbers: Mapping[Any, int], classes: Mapping[Any, int], masks: bool
+) -> Floats:
+    """(N, 7): image number, bbox (zeros for masks), score (0 for annotations), class number. Invalid records raise a
+    ValueError."""
     rows = []
     for index, record in enumerate(records):
         number = numbers.get(canonical_id(record["image_id"]))
@@ -196,21 +246,25 @@ def _columns(kind: str, records: Sequence[Record], numbers: Mapping[Any, int], c
                 f"{min(classes, key=id_order)} to {max(classes, key=id_order)}. Give the data set the classes of the "
                 "model (id2label)."
             )
-        rows.append((number, *record["bbox"], record.get("score", 0.0), class_number))
+        if masks and not isinstance(record.get("segmentation"), Mapping):
+            raise ValueError(f"{kind} {index} (image {record['image_id']}) has no mask, which is what is measured.")
+        rows.append((number, *((0, 0, 0, 0) if masks else record["bbox"]), record.get("score", 0.0), class_number))
     columns = np.array(rows, dtype=np.float64).reshape(-1, 7)
     invalid = np.flatnonzero(~np.isfinite(columns).all(axis=1))
     if len(invalid):
         record = records[invalid[0]]
         raise ValueError(
-            f"{kind} {invalid[0]} (image {record['image_id']}) is not finite: bbox {record['bbox']}, score "
+            f"{kind} {invalid[0]} (image {record['image_id']}) is not finite: bbox {record.get('bbox')}, score "
             f"{record.get('score', 'none')}."
         )
     return columns
 
 
-def _area(record: Record) -> float:
+def _area(record: Record, masks: bool) -> float:
     area = record.get("area")
-    return float(record["bbox"][2] * record["bbox"][3] if area is None else area)
+    if area is None:
+        return mask_area(record) if masks else float(record["bbox"][2] * record["bbox"][3])
+    return float(area)
 
 
 def _mean(values: Floats) -> float:

@@ -51,7 +51,7 @@ def load_data(args: FinetuneArguments, accelerator: Accelerator) -> tuple[Any, A
             require_source(source)
     with accelerator.main_process_first():
         if data.is_drawn:
-            few = {"num_train": QUICK_IMAGES, "num_val": 16} if data.quick else {}
+            few: dict[str, Any] = {"num_train": QUICK_IMAGES, "num_val": 16} if data.quick else {}
             draw_shapes_dataset(data.location, progress=progress, **few)
         train_set = load_detection_dataset(split="train", progress=progress, **data.source)
         if data.overfit:

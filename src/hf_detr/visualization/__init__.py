@@ -1,5 +1,6 @@
-"""Boxes drawn on images."""
+"""Boxes and masks drawn on images."""
 
 from .draw import compare_with_ground_truth, contact_sheet, draw_boxes, draw_detections
+from .masks_drawing import draw_masks
 
-__all__ = ["compare_with_ground_truth", "contact_sheet", "draw_boxes", "draw_detections"]
+__all__ = ["compare_with_ground_truth", "contact_sheet", "draw_boxes", "draw_detections", "draw_masks"]

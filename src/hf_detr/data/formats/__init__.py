@@ -6,21 +6,24 @@ from pathlib import Path
 from ..dataset_folder import DatasetFolder
 from ..records import AnnotatedSplit
 from .coco import COCO
+from .coco_panoptic import COCO_PANOPTIC
 from .imagefolder import IMAGEFOLDER
 from .labelme import LABELME
 from .via import VIA
 from .voc import PASCAL_VOC
 from .yolo import YOLO
 
-FORMATS = (COCO, YOLO, PASCAL_VOC, IMAGEFOLDER, LABELME, VIA)  # in the order in which they are looked for
+# in the order in which they are looked for
+FORMATS = (COCO, COCO_PANOPTIC, YOLO, PASCAL_VOC, IMAGEFOLDER, LABELME, VIA)
 
 
-def find_annotations(folder: DatasetFolder, split: str) -> AnnotatedSplit | None:
+def find_annotations(folder: DatasetFolder, split: str, *, masks: bool = False) -> AnnotatedSplit | None:
     """One split of an annotated folder: the file that was given for it, or else what the first of `FORMATS` finds. A
     YOLO description that was named is the only one that is searched.
 
     Args:
         split: "train", "val" (found as "valid" and "validation", too), "test" or any other name.
+        masks: panoptic annotations come first, since they have the masks of stuff, too.
 
     Returns:
         the split, or None if there is no such split.
@@ -38,7 +41,8 @@ def find_annotations(folder: DatasetFolder, split: str) -> AnnotatedSplit | None
         raise ValueError(f"{file} is of none of the formats that can be read: {names}.")
     if not folder.is_searched:
         return None
-    for annotation_format in FORMATS if folder.description is None else (YOLO,):
+    formats = FORMATS if folder.description is None else (YOLO,)
+    for annotation_format in sorted(formats, key=lambda entry: masks and entry is not COCO_PANOPTIC):
         found = annotation_format.find(folder, split)
         if found is not None:
             return found

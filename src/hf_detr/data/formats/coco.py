@@ -1,9 +1,10 @@
 """Reading COCO JSON."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...model.annotations import canonical_id, is_ignored
+from ...model.annotations import canonical_id, is_ignored, read_flag
 from ..dataset_folder import DatasetFolder
 from ..records import AnnotatedSplit, AnnotationFormat, BoxRecord, ImageRecord, Orphan
 from ..split_names import name_rank
@@ -22,7 +23,7 @@ def find_coco(folder: DatasetFolder, split: str) -> AnnotatedSplit | None:
     if found is None:
         return None
     result = read_coco(folder, found.file, split, found.content)
-    result.orphans += found.unused
+    result.orphans += [orphan for orphan in found.unused if not orphan[1].startswith("panoptic_")]  # has its own format
     return result
 
 
@@ -39,7 +40,14 @@ def read_coco_file(folder: DatasetFolder, file: Path, split: str) -> AnnotatedSp
 
 
 def is_coco(content: Any) -> bool:
-    return isinstance(content, dict) and set(content) >= KEYS
+    return isinstance(content, dict) and set(content) >= KEYS and not is_panoptic(content)
+
+
+def is_panoptic(content: Any) -> bool:
+    """Whether a file is COCO's panoptic format, which has a record per image and not per object."""
+    if not isinstance(content, dict) or not set(content) >= KEYS or not isinstance(content["annotations"], list):
+        return False
+    return any(isinstance(record, dict) and "segments_info" in record for record in content["annotations"][:1])
 
 
 def _missing_keys(content: Any) -> str | None:
@@ -58,16 +66,36 @@ def read_coco(folder: DatasetFolder, file: Path, split: str, content: dict[str, 
     for key in KEYS:
         if not isinstance(content[key], list) or not all(isinstance(record, dict) for record in content[key]):
             raise ValueError(f"{file} is not COCO: {key} must be a list of records.")
-    categories = _classes(file, content)
-    stem = file.stem.removeprefix("instances_")
+    return read_records(folder, file, split, content, content["annotations"], "COCO", _add_boxes)
+
+
+def read_records(
+    folder: DatasetFolder,
+    file: Path,
+    split: str,
+    content: dict[str, Any],
+    objects: list[dict[str, Any]],
+    name: str,
+    add_objects: Callable[[dict[Any, ImageRecord], list[dict[str, Any]], dict[Any, int]], list[Orphan]],
+) -> AnnotatedSplit:
+    """The split of a file with COCO's `images` and `categories`.
+
+    Args:
+        objects: all records that have a `category_id`.
+        name: of the format.
+        add_objects: attaches the content's `annotations` to their images (by id), given the class ids by category id,
+            and returns the orphans.
+    """
+    categories = _classes(file, content["categories"], objects)
+    stem = file.stem.removeprefix("instances_").removeprefix("panoptic_")
     places = image_places(folder, file.parent, *dict.fromkeys((stem, split, *_named_after(folder, split))))
     images, orphans, ambiguous_ids = _images(folder, content["images"], places, split)
     class_ids = {canonical_id(category["id"]): class_id for class_id, category in enumerate(categories)}
-    orphans += _add_boxes(images, content["annotations"], class_ids)
+    orphans += add_objects(images, content["annotations"], class_ids)
     parents = {image.path.parent for image in images.values()}
     inside = [place for place in places if place in parents or any(place in p.parents for p in parents)]
     return AnnotatedSplit(
-        "COCO",
+        name,
         split,
         file,
         [str(category["name"]) for category in categories],
@@ -76,7 +104,15 @@ def read_coco(folder: DatasetFolder, file: Path, split: str, content: dict[str, 
         inside[0] if inside else folder.path,
         orphans,
         ambiguous_ids,
+        stuff=[str(category["name"]) for category in categories if _is_stuff(file, category)],
     )
+
+
+def _is_stuff(file: Path, category: dict[str, Any]) -> bool:
+    try:
+        return not read_flag(category.get("isthing", 1))
+    except ValueError as error:
+        raise ValueError(f"{file}: isthing of the category {category['name']!r} {error}.") from None
 
 
 def _named_after(folder: DatasetFolder, split: str) -> list[str]:
@@ -86,15 +122,15 @@ def _named_after(folder: DatasetFolder, split: str) -> list[str]:
     return sorted(part for part in parts if name_rank(part, split) is not None)
 
 
-def _classes(file: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
+def _classes(file: Path, categories: list[dict[str, Any]], objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The categories that are classes, by id."""
-    for category in content["categories"]:
+    for category in categories:
         category_id = canonical_id(category.get("id"))
         if isinstance(category_id, bool) or not isinstance(category_id, (int, str)) or not category.get("name"):
             raise ValueError(f"{file}: each category needs an id and a name, got {category}.")
-    used = {canonical_id(record.get("category_id")) for record in content["annotations"]}
-    parents = {c.get("supercategory") for c in content["categories"] if c.get("supercategory") != c["name"]} - {"none"}
-    classes = [c for c in content["categories"] if canonical_id(c["id"]) in used or c["name"] not in parents]
+    used = {canonical_id(record.get("category_id")) for record in objects}
+    parents = {c.get("supercategory") for c in categories if c.get("supercategory") != c["name"]} - {"none"}
+    classes = [c for c in categories if canonical_id(c["id"]) in used or c["name"] not in parents]
     return sorted(classes, key=lambda c: (isinstance(canonical_id(c["id"]), str), canonical_id(c["id"])))
 
 
@@ -146,9 +182,10 @@ def _add_boxes(
 def _box(record: dict[str, Any], described: str, box_id: Any, class_ids: dict[Any, int]) -> BoxRecord:
     category_id, bbox, area, problem = record.get("category_id"), record.get("bbox"), record.get("area"), None
     crowd = False
+    has_own_box = not (bbox is None or bbox == [])
     try:
         crowd = is_ignored(record)
-        if bbox is None or bbox == []:
+        if not has_own_box:
             bbox = box_of_segmentation(record.get("segmentation"))
     except ValueError as error:
         problem = str(error)
@@ -162,6 +199,8 @@ def _box(record: dict[str, Any], described: str, box_id: Any, class_ids: dict[An
         int(crowd),
         problem,
         category_name=category_id,
+        has_own_box=has_own_box,
+        segmentation=record.get("segmentation"),
     )
 
 

@@ -152,9 +152,10 @@ def read_objects(objects: Any, where: str) -> list[BoxRecord]:
 
 def _box_record(entry: Mapping[str, Any], record: str, position: int) -> BoxRecord:
     problem, crowd, bbox = None, False, entry.get("bbox")
+    has_own_box = bbox is not None and len(bbox) > 0
     try:
         crowd = is_ignored(entry)
-        bbox = box_of_segmentation(entry.get("segmentation")) if bbox is None or len(bbox) == 0 else _box_numbers(bbox)
+        bbox = _box_numbers(bbox) if has_own_box else box_of_segmentation(entry.get("segmentation"))
     except (ValueError, TypeError) as error:
         problem = str(error)
     area = entry.get("area")
@@ -168,6 +169,8 @@ def _box_record(entry: Mapping[str, Any], record: str, position: int) -> BoxReco
         int(crowd),
         problem,
         category_name=category.item() if isinstance(category, np.generic) else category,
+        has_own_box=has_own_box,
+        segmentation=entry.get("segmentation"),
     )
 
 

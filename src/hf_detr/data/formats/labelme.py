@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...model.annotations import canonical_id
 from ..dataset_folder import DatasetFolder
 from ..image_files import walk_files
@@ -87,6 +89,7 @@ def _box(shape: Any, record: str, number: int, class_ids: dict[str, int]) -> Box
     if not isinstance(shape, dict):
         return BoxRecord(record, shape, None, number, problem="a shape must be a JSON object")
     name, points = shape.get("label"), shape.get("points")
+    is_outline = shape.get("shape_type", "polygon") == "polygon"
     problem: str | None = None
     bbox: Any
     try:
@@ -99,7 +102,15 @@ def _box(shape: Any, record: str, number: int, class_ids: dict[str, int]) -> Box
     except (ValueError, TypeError) as error:
         problem, bbox = f"points: {error}", points
     category = class_ids.get(str(name)) if name else None
-    return BoxRecord(record, bbox, category, number, problem=problem, category_name=canonical_id(name))
+    return BoxRecord(
+        record,
+        bbox,
+        category,
+        number,
+        problem=problem,
+        category_name=canonical_id(name),
+        segmentation=[np.ravel(points or []).tolist()] if is_outline and problem is None else None,
+    )
 
 
 LABELME = AnnotationFormat(

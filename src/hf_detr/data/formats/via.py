@@ -121,8 +121,16 @@ def _box(region: Any, record: str, number: int, attribute: str, class_ids: dict[
         problem = f"shape_attributes: {error} is missing"
     except (TypeError, ValueError) as error:
         problem = f"shape_attributes: {error}"
+    is_outline = problem is None and isinstance(shape, dict) and shape.get("name") == "polygon"
+    points = zip(shape["all_points_x"], shape["all_points_y"], strict=True) if is_outline and shape is not None else ()
     return BoxRecord(
-        record, bbox, None if name is None else class_ids[name], number, problem=problem, category_name=name
+        record,
+        bbox,
+        None if name is None else class_ids[name],
+        number,
+        problem=problem,
+        category_name=name,
+        segmentation=[[value for point in points for value in point]] if is_outline else None,
     )
 
 

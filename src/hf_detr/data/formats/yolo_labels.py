@@ -56,7 +56,17 @@ def read_labels(
         category = class_ids.get(int(class_number)) if valid_class else None
         relative, problem = _relative_box(values)
         bbox = [value * side for value, side in zip(relative, (*image_size, *image_size), strict=False)]
-        yield BoxRecord(record, bbox, category, 0, problem=problem, category_name=line.split()[0])
+        is_outline = problem is None and len(values) > 4
+        outline = [value * image_size[position % 2] for position, value in enumerate(values)] if is_outline else None
+        yield BoxRecord(
+            record,
+            bbox,
+            category,
+            0,
+            problem=problem,
+            category_name=line.split()[0],
+            segmentation=[outline] if outline is not None else None,
+        )
 
 
 def _relative_box(values: list[float]) -> tuple[list[float], str | None]:
