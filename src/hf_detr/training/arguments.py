@@ -27,7 +27,14 @@ SHAPES_OF_WEIGHTS = (
 
 
 # More of them, which a checkpoint may get anew, but not within a run.
-PARTS_OF_MODEL = ("num_queries", "num_channels", "query_groups", "denoising_groups", "dense_loss_coefficient")
+PARTS_OF_MODEL = (
+    "num_queries",
+    "num_channels",
+    "query_groups",
+    "denoising_groups",
+    "dense_loss_coefficient",
+    "query_proposals",
+)
 
 
 def option(help: str, default: Any = None, **metadata: Any) -> Any:
