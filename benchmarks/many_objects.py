@@ -10,6 +10,7 @@ resolution, with its own queries and after `model.resize_queries`, and on tiles 
 """
 
 import argparse
+import dataclasses
 import time
 from typing import Any
 
@@ -23,7 +24,8 @@ from hf_detr.evaluation.coco_metrics import coco_metrics
 from hf_detr.prediction import Tiling, load_image, predict_batch
 from hf_detr.speed import prepare_for_inference
 
-TRAINED_SIDE, TRAINED_OBJECTS = small_symbols.SIDE, small_symbols.MAX_OBJECTS
+TRAINED = small_symbols.SCENES["symbols"]
+TRAINED_SIDE, TRAINED_OBJECTS = TRAINED.side, TRAINED.counts[1]
 CASES = [  # (objects, side of the image in pixels)
     *((count, TRAINED_SIDE) for count in (8, 16, 32)),
     *((count, round(TRAINED_SIDE * (count / TRAINED_OBJECTS) ** 0.5)) for count in (30, 100, 300, 1000)),
@@ -31,9 +33,8 @@ CASES = [  # (objects, side of the image in pixels)
 
 
 def draw(image_id: int, count: int, side: int) -> small_symbols.Drawing:
-    small_symbols.SIDE = side
-    small_symbols.MIN_OBJECTS = small_symbols.MAX_OBJECTS = count
-    return small_symbols.draw_symbols_image(np.random.default_rng([11, count, side, image_id]))
+    scene = dataclasses.replace(TRAINED, side=side, counts=(count, count))
+    return small_symbols.draw_symbols_image(np.random.default_rng([11, count, side, image_id]), scene)
 
 
 def build_detector(args: argparse.Namespace, num_queries: int | None, side: int) -> Any:

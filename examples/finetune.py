@@ -36,6 +36,7 @@ from hf_detr.training import (
     load_data,
     parameter_groups,
     parse_finetune_args,
+    plan_time,
     repeat_images,
     resolve_recipe,
 )
@@ -55,6 +56,7 @@ def main(augmentation: Callable[[Any], Any] | None = None) -> None:
     recipe = resolve_recipe(args, train_set, processor)
     accelerator.print(recipe.description)
     model = build_model(args, recipe, train_set)
+    recipe = plan_time(args, recipe, model, train_set, val_set, processor, accelerator)
 
     # the run: its folder, its progress, its checkpoints
     run = TrainingRun(args, recipe, accelerator, processor)

@@ -81,6 +81,11 @@ class DetrConfig(PreTrainedConfig):
         modulate_attention: anchors only: scale the sine embeddings of x by `predicted width / w` and those of y by
             `predicted height / h`, which fits the extent of attention to the box (DAB-DETR, equation 6). Use it for
             objects of very different sizes.
+        query_proposals: anchors only: the queries of an image start at its most confident locations. Each location of
+            the encoder's output predicts a class and a box; the boxes of the best `num_queries` are the anchors, their
+            feature vectors the content (two stages, arXiv 2010.04159, section 4.2; see
+            [`~hf_detr.model.proposals.Proposals`]). Needs `dense_loss_coefficient`, which trains the locations. Use it
+            with a `class_cost` of 6: what distinguishes queries at the same object is their score.
         query_groups: training only: number of groups of `num_queries` queries. Queries attend only within their group,
             each group is matched to all objects, the loss is the mean over the groups, and the first group predicts
             (Group DETR, arXiv 2207.13085). Decoder and matching cost grows in proportion. The paper has 1.
@@ -154,6 +159,7 @@ class DetrConfig(PreTrainedConfig):
 
     query_type: str = "learned"
     modulate_attention: bool = True
+    query_proposals: bool = False
     query_groups: int = 1
     denoising_groups: int = 0
     dense_loss_coefficient: float | int = 0
@@ -350,6 +356,12 @@ class DetrConfig(PreTrainedConfig):
                 '`denoising_groups` needs `query_type="anchor"`: a noised box is the anchor of its query, and learned '
                 "queries have no anchor."
             )
+        if self.query_proposals and self.query_type != "anchor":
+            raise ValueError('`query_proposals` needs `query_type="anchor"`: a proposal is the box of its query.')
+        if self.query_proposals and not self.dense_loss_coefficient:
+            raise ValueError("`query_proposals` needs `dense_loss_coefficient` above 0, which trains the proposals.")
+        if self.query_proposals and self.query_groups > 1:
+            raise ValueError("`query_proposals` and `query_groups` exclude each other: proposals make one group.")
         if self.prior_probability is not None and not 0 < self.prior_probability < 1:
             raise ValueError(f"`prior_probability` must be between 0 and 1, got {self.prior_probability}.")
 

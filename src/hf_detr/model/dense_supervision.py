@@ -1,10 +1,11 @@
-"""Step 7, training only: every location of the feature map predicts the object at its position, so that backbone and
+"""Step 7: every location of the feature map predicts the object at its position, so that backbone and
 encoder get a gradient from the first step on.
 
 Matching gives the image's features a gradient through a handful of queries, whose decoder does not yet attend to the
 right locations. Here each location in the middle of an object predicts its class and box from its feature vector,
 before and after the encoder: one-to-many labels on an auxiliary head, as in Co-DETR (arXiv 2211.12860), with the
-central region of FCOS (arXiv 1904.01355) as assignment. The head takes no part in predictions.
+central region of FCOS (arXiv 1904.01355) as assignment. The head takes part in predictions only where queries are
+proposals (see `proposals.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -30,6 +31,12 @@ def location_centers(mask: Tensor) -> Tensor:
     y, x = mask.cumsum(1, dtype=torch.float32) - 0.5, mask.cumsum(2, dtype=torch.float32) - 0.5
     rows, columns = (mask.any(axis).sum(1).clamp(min=1)[:, None, None] for axis in (2, 1))
     return torch.stack((x / columns, y / rows), dim=-1).masked_fill(~mask[..., None], -1.0).flatten(1, 2)
+
+
+def location_anchors(mask: Tensor) -> Tensor:
+    """The boxes that the locations of a feature map refine, (B, h, w) bool to (B, hw, 4) cxcywh."""
+    centers = location_centers(mask)
+    return torch.cat((centers, torch.full_like(centers, INITIAL_SIDE)), dim=-1)
 
 
 @torch.no_grad()
@@ -108,22 +115,22 @@ class DenseHead(nn.Module):
             num_boxes: see [`~hf_detr.model.loss.LossNormalizers`].
             class_weights: (num_labels+1,), of each class and, last, 1 for "no object"; None: all 1.
         """
-        centers, valid = location_centers(mask), mask.flatten(1)
+        anchors, valid = location_anchors(mask), mask.flatten(1)
         no_object = self.class_labels_classifier.out_features - 1
-        classes, boxes = assign_locations(centers, valid, labels, no_object)
+        classes, boxes = assign_locations(anchors[..., :2], valid, labels, no_object)
         assigned = classes < no_object
         counts = torch.tensor([len(label["class_labels"]) for label in labels], device=mask.device)
         weights = counts.clamp(min=1) / assigned.sum(1).clamp(min=1) / num_boxes  # (B,)
         of_classes = torch.where(assigned, 1.0, NO_OBJECT_WEIGHT) * valid * weights[:, None]
         if class_weights is not None:
             of_classes = of_classes * class_weights[classes]
-        each = [self._terms(features, centers, classes, boxes, weights, of_classes) for features in feature_sets]
+        each = [self._terms(features, anchors, classes, boxes, weights, of_classes) for features in feature_sets]
         return {name: torch.stack([terms[name] for terms in each]).sum() for name in each[0]}
 
     def _terms(
         self,
         features: Tensor,
-        centers: Tensor,
+        anchors: Tensor,
         classes: Tensor,
         boxes: Tensor,
         weights: Tensor,
@@ -132,7 +139,6 @@ class DenseHead(nn.Module):
         logits = self.class_labels_classifier(features).float()
         assigned = classes < logits.shape[-1] - 1
         log_p = logits.log_softmax(-1).gather(-1, classes[..., None])[..., 0]
-        anchors = torch.cat((centers, torch.full_like(centers, INITIAL_SIDE)), dim=-1)
         at = assigned.flatten().nonzero()[:, 0]
         vectors, anchors, targets = (tensor.flatten(0, 1)[at] for tensor in (features, anchors, boxes))
         box_weights = weights[at // assigned.shape[1]]

@@ -14,6 +14,7 @@ from .dense_supervision import PRIOR, DenseHead
 from .encoder import Encoder, FeedForward
 from .heads import MLP, inverse_sigmoid
 from .position_embedding import LearnedPositionEmbedding
+from .proposals import Proposals
 from .queries import Denoising
 
 
@@ -29,6 +30,8 @@ def init_module(module: nn.Module, config: DetrConfig) -> None:
         init.uniform_(module.column_embeddings.weight)
     elif isinstance(module, Denoising):
         init.normal_(module.class_embedding.weight)
+    elif isinstance(module, Proposals):
+        init_mlp(module.overlap_embedding)
     elif isinstance(module, DenseHead):
         init_class_head(module.class_labels_classifier, PRIOR)
         init_mlp(module.bbox_predictor)

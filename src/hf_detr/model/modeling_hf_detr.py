@@ -28,6 +28,7 @@ from .matcher import Matching
 from .outputs import DetrDetectionOutput, DetrModelOutput, detection_output
 from .position_embedding import build_position_embedding
 from .pretrained import DetrPreTrainedModel
+from .proposals import Proposals
 from .queries import Denoising, DenoisingQueries, Queries, build_queries
 from .resizing import resize_class_head, resize_queries
 
@@ -72,6 +73,7 @@ class DetrModel(DetrPreTrainedModel):
         width, extra = 4 if are_boxes else config.d_model, config.query_groups - 1
         self.query_position_embeddings = nn.Embedding(config.num_queries, width)
         self.extra_query_groups = nn.Embedding(extra * config.num_queries, width) if extra else None
+        self.proposals = Proposals(config.d_model, config.num_labels) if config.query_proposals else None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -138,6 +140,8 @@ class DetrModel(DetrPreTrainedModel):
         groups = [rows(self.query_position_embeddings)]
         if self.training and self.extra_query_groups is not None:
             groups += rows(self.extra_query_groups).split(config.num_queries)
+        if content is not None and self.proposals is not None:
+            raise ValueError("`query_proposals` take their content from the image, not from `decoder_inputs_embeds`.")
         expected = (batch_size, config.num_queries, config.d_model)
         if content is not None and tuple(content.shape) != expected:
             raise ValueError(f"`decoder_inputs_embeds` must be {expected}, got {tuple(content.shape)}.")
@@ -228,11 +232,13 @@ class DetrModel(DetrPreTrainedModel):
 
         queries = queries or self.build_queries(features.shape[0], features.device, content=decoder_inputs_embeds)
         queries = queries.to(encoder_states[-1].dtype)
+        memory = Memory(encoder_states[-1], positions, feature_mask, (height, width))
+        if self.proposals is not None:
+            queries = self.proposals(queries, memory, self.config.num_queries)
         if attention not in (self.decoder.attn_implementations or (attention,)):
             attention = "sdpa"
-        mask = self._attention_mask(feature_mask, queries.content, encoder_states[-1], attention)
-        memory = Memory(encoder_states[-1], positions, feature_mask, (height, width), mask)
-        decoded = self.decoder(queries, memory, attention, **kwargs)
+        mask = self._attention_mask(feature_mask, queries.content, memory.features, attention)
+        decoded = self.decoder(queries, memory._replace(attention_mask=mask), attention, **kwargs)
         return DetrModelOutput(
             last_hidden_state=decoded.hidden_states[-1],
             encoder_last_hidden_state=memory.features,
@@ -298,6 +304,7 @@ class DetrForDetection(DetrPreTrainedModel):
         # training only
         denoise, dense = config.denoising_groups > 0, config.dense_loss_coefficient > 0
         self.denoising = Denoising(config.num_labels, config.d_model, config.denoising_groups) if denoise else None
+        dense = dense and not config.query_proposals  # which have the head
         self.dense_head = DenseHead(config.d_model, config.num_labels) if dense else None
         self.post_init()
 
@@ -391,7 +398,8 @@ class DetrForDetection(DetrPreTrainedModel):
             labels = tensor_labels(labels)
             check_labels(labels, self.config.num_labels, given.shape[0], sizes, needs_masks=self.needs_masks)
             denoising = self.denoising(labels) if self.model.training and self.denoising is not None else None
-        dense_head = self.dense_head if self.model.training and labels is not None else None
+        dense_head = self.dense_head if self.model.proposals is None else self.model.proposals.head
+        dense_head = dense_head if self.model.training and labels is not None else None
         outputs = self.model(  # steps 2 to 4
             pixel_values,
             pixel_mask,

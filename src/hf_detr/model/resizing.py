@@ -57,7 +57,8 @@ def resize_class_head(model: Any, id2label: dict[int, str]) -> str:
     row_of = {n: row for row, n in old_names.items() if count[n] == 1 and not re.fullmatch(r"LABEL_\d+", n)}
     kept = {row: row_of[name] for row, name in id2label.items() if name in row_of}
     no_object = {len(new_names): width}
-    for owner in (model, model.dense_head):
+    proposals = model.model.proposals
+    for owner in (model, model.dense_head, None if proposals is None else proposals.head):
         if owner is not None:
             head = build_class_head(config.d_model, len(new_names))
             owner.class_labels_classifier = _copy_rows(head, owner.class_labels_classifier, kept | no_object)

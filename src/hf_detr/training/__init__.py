@@ -18,6 +18,7 @@ from .setup import (
     repeat_images,
 )
 from .step import TrainStep
+from .timing import plan_time
 from .trainer import DetrTrainer
 from .training_run import TrainingRun
 
@@ -39,6 +40,7 @@ __all__ = [
     "next_free_run",
     "parameter_groups",
     "parse_finetune_args",
+    "plan_time",
     "preferred_precision",
     "repeat_images",
     "resolve_recipe",

@@ -27,7 +27,14 @@ SHAPES_OF_WEIGHTS = (
 
 
 # More of them, which a checkpoint may get anew, but not within a run.
-PARTS_OF_MODEL = ("num_queries", "num_channels", "query_groups", "denoising_groups", "dense_loss_coefficient")
+PARTS_OF_MODEL = (
+    "num_queries",
+    "num_channels",
+    "query_groups",
+    "denoising_groups",
+    "dense_loss_coefficient",
+    "query_proposals",
+)
 
 
 def option(help: str, default: Any = None, **metadata: Any) -> Any:
@@ -174,6 +181,9 @@ class RecipeArguments:
 class RunArguments:
     output_dir: str | None = option("default: the next free runs/NAME-N; the same command again continues the run")
     resume: bool = option("continue the run in --output_dir with its arguments, except those given now", False)
+    minutes: float | None = option(
+        "train for about so long: as many epochs as fit, by a measured step; the schedule ends with them", metavar="N"
+    )
     mixed_precision: str | None = option("default: bf16 where it is fast", choices=("no", "bf16", "fp16"))
     gradient_accumulation_steps: int = HfArg(
         default_factory=lambda: int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")),
@@ -201,6 +211,8 @@ class RunArguments:
         _check_at_least_one(self, "max_detections")
         if not 0 <= self.save_minutes < math.inf:
             raise ValueError("--save_minutes must be a number that is at least 0")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise ValueError("--minutes must be a number above 0")
         if self.seed < 0:
             raise ValueError("--seed must not be negative")
         if self.ema is not None and not 0 < self.ema < 1:
@@ -226,6 +238,8 @@ class FinetuneArguments:
             raise ValueError("--overfit memorizes a few images; there is nothing to push")
         if self.model.freeze_backbone and self.recipe.backbone_learning_rate and not self.saved:
             raise ValueError("--backbone_learning_rate is for a backbone that trains; omit --freeze_backbone")
+        if self.run.minutes is not None and not self.saved and (self.recipe.epochs or self.data.quick):
+            raise ValueError("--minutes chooses the number of epochs; omit --epochs and --quick")
         if self.embedded and self.model.freeze_backbone:
             raise ValueError("--freeze_backbone needs trained weights: name --model, or --dataset or --backbone")
 

@@ -36,7 +36,8 @@ def fit_batch_size(
     def build_optimizer(copy: DetrForDetection) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameter_groups(copy, 0.0, 0.0, 0.0), fused=True)
 
-    trial = trial_step(model, build_optimizer, train_set, sizes, DetectionCollator(processor), accelerator)
+    collate = DetectionCollator(processor)
+    trial = trial_step(model, build_optimizer, train_set, most_expensive(sizes), collate, accelerator)
     found = find_batch_size(trial, recipe.batch_size, accelerator)
     return found, recipe.gradient_accumulation_steps * (recipe.batch_size // found)
 
@@ -92,34 +93,28 @@ def trial_step(
     model: DetrForDetection,
     build_optimizer: Callable[[DetrForDetection], torch.optim.Optimizer],
     rows: Any,
-    sizes: Sequence[tuple[int, int]],
+    choose: Callable[[int], Sequence[int]],
     collate: Callable[[Sequence[Any]], Mapping[str, Any]],
     accelerator: Accelerator,
 ) -> Callable[[int], None]:
-    """For [`find_batch_size`]: a function that runs the most expensive training step on a copy of the model.
+    """A function that runs a training step on a copy of the model, for [`find_batch_size`] and [`measure_step`].
 
-    Its batch has the tallest, the widest and otherwise the largest images. Forward, backward and optimizer run in the
-    precision of `accelerator`. The model, its gradients and PyTorch's random state are unchanged, and the copy is
-    freed. The gradient buffers of DistributedDataParallel, about the size of the trained weights, are not included.
+    Forward, backward and optimizer run in the precision of `accelerator`. The model, its gradients and PyTorch's random
+    state are unchanged, and the copy is freed. The gradient buffers of DistributedDataParallel, about the size of the
+    trained weights, are not included.
 
     Args:
         model: not yet prepared.
         build_optimizer: for the copy.
         rows: training images without augmentation, which makes them smaller.
-        sizes: (height, width) of each after the resize, see `hf_detr.data.resized_sizes`.
+        choose: batch size to indices of rows, such as [`most_expensive`].
         collate: makes a batch of them.
     """
-    numbers = range(len(sizes))
-    largest = sorted(numbers, key=lambda index: math.prod(sizes[index]), reverse=True)
-    tallest, widest = (max(numbers, key=lambda index: sizes[index][axis]) for axis in (0, 1))
 
     def step(batch_size: int) -> None:
-        # a small data set is repeated
-        repeated = (largest * -(-batch_size // len(largest)))[:batch_size]
-        chosen = repeated if batch_size < 2 else [tallest, widest, *repeated[: batch_size - 2]]
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            batch = send_to_device(collate([rows[index] for index in chosen]), accelerator.device)
+            batch = send_to_device(collate([rows[index] for index in choose(batch_size)]), accelerator.device)
             copy = deepcopy(model).to(accelerator.device).train()
             optimizer = build_optimizer(copy)
             # of this process only: the others would wait for one that runs out of memory
@@ -130,3 +125,26 @@ def trial_step(
             optimizer.step()
 
     return step
+
+
+def most_expensive(sizes: Sequence[tuple[int, int]]) -> Callable[[int], list[int]]:
+    """For [`trial_step`]: the tallest, the widest and otherwise the largest images.
+
+    Args:
+        sizes: (height, width) of each image after the resize, see `hf_detr.data.resized_sizes`.
+    """
+    numbers = range(len(sizes))
+    largest = sorted(numbers, key=lambda index: math.prod(sizes[index]), reverse=True)
+    tallest, widest = (max(numbers, key=lambda index: sizes[index][axis]) for axis in (0, 1))
+
+    def choose(batch_size: int) -> list[int]:
+        repeated = (largest * -(-batch_size // len(largest)))[:batch_size]  # a small data set is repeated
+        return repeated if batch_size < 2 else [tallest, widest, *repeated[: batch_size - 2]]
+
+    return choose
+
+
+def typical(sizes: Sequence[tuple[int, int]]) -> Callable[[int], list[int]]:
+    """For [`trial_step`]: images evenly spaced by size, see [`most_expensive`]."""
+    order = sorted(range(len(sizes)), key=lambda index: math.prod(sizes[index]))
+    return lambda batch_size: [order[(2 * k + 1) * len(order) // (2 * batch_size)] for k in range(batch_size)]

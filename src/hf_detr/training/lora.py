@@ -18,6 +18,7 @@ FULLY_TRAINED = (
     "query_position_embeddings",
     "extra_query_groups",
     "dense_head",
+    "proposals",
     "denoising",
 )
 

@@ -17,6 +17,7 @@ IMAGES_SEEN = {"checkpoint": 30_000, "backbone": 60_000, "scratch": 100_000}
 MAX_QUERIES = 1000  # of a checkpoint that gets more; the cost of the decoder grows with their square
 MAX_TOKENS = 1500  # locations of the feature map; the cost of self-attention grows with their square
 STRIDES = (8, 16, 32)  # of most backbones
+SMALL_DATA = 5_000  # images from which a pretrained backbone gets the paper's transformer
 SMALL_IMAGE = 200  # pixels of the longest side up to which batches of 32 fit anywhere
 
 
@@ -171,6 +172,8 @@ def _model(data: DataSummary, start: Start, image_size: tuple[int, int], strides
     queries = min(300, max(10, math.ceil(2.5 * data.max_objects)))
     model = {
         "query_type": Choice("anchor", "queries that are boxes attend to the right location from the first step"),
+        "query_proposals": Choice(True, "queries start at the most confident locations of the image"),
+        "class_cost": Choice(6, "the matching follows the scores, so that one query keeps an object"),
         "dense_loss_coefficient": Choice(
             1, "every location of the feature map is supervised, not only matched queries"
         ),
@@ -186,7 +189,9 @@ def _model(data: DataSummary, start: Start, image_size: tuple[int, int], strides
         ),
     }
     if start == "scratch":
-        model |= _random_backbone() | {
+        model |= _random_backbone()
+    if has_small_transformer(data, start):
+        model |= {
             "d_model": Choice(128, "a small transformer trains faster from random weights"),
             "encoder_layers": Choice(3, "as d_model"),
             "decoder_layers": Choice(3, "as d_model"),
@@ -196,6 +201,11 @@ def _model(data: DataSummary, start: Start, image_size: tuple[int, int], strides
             "dropout": Choice(0.0, "augmentation is enough regularization at this size"),
         }
     return model
+
+
+def has_small_transformer(data: DataSummary, start: Start) -> bool:
+    """Whether the recipe has a transformer of 3 + 3 layers of 128 channels instead of the paper's 6 + 6 of 256."""
+    return start == "scratch" or data.num_images < SMALL_DATA
 
 
 def choose_stride(side: float, image_size: tuple[int, int], strides: Sequence[int] = STRIDES) -> int:
@@ -217,6 +227,8 @@ def _training(data: DataSummary, start: Start, image_size: tuple[int, int], upri
         "scratch": (8e-4, 4.8e-3, "the backbone is random too, and tolerates a higher rate than the transformer"),
     }
     rate, backbone_rate, why = rates[start]
+    if start == "backbone" and has_small_transformer(data, start):
+        rate, backbone_rate, why = 8e-4, 4e-4, "a small transformer tolerates a high rate"
     if start == "scratch" and not small:
         rate, backbone_rate, why = 2e-4, 4e-4, "all weights are random, and batches are small"
     return {
