@@ -15,8 +15,8 @@ import argparse
 import json
 from pathlib import Path
 
-from hf_detr import DetrForDetection, DetrForSegmentation, DetrImageProcessor
-from hf_detr.interop import load_original, save_for_transformers
+from hf_detr import DetrImageProcessor
+from hf_detr.interop import load_model, load_original, save_for_transformers
 from hf_detr.runtime import exit_on_error, prepare_output, require_source
 
 
@@ -60,11 +60,7 @@ def main() -> None:
         )
         processor = DetrImageProcessor()  # its defaults are the paper's
     else:
-        model, info = DetrForDetection.from_pretrained(args.source, revision=args.revision, output_loading_info=True)
-        if any(name.startswith("mask_head.") for name in info["unexpected_keys"]):
-            model, info = DetrForSegmentation.from_pretrained(
-                args.source, revision=args.revision, output_loading_info=True
-            )
+        model, info = load_model(args.source, revision=args.revision, output_loading_info=True)
         processor = DetrImageProcessor.from_pretrained(args.source, revision=args.revision)
         if info["missing_keys"]:
             raise ValueError(f"{args.source} has no weights for {sorted(info['missing_keys'])}; nothing was written.")

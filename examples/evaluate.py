@@ -1,5 +1,7 @@
 """Print the COCO table of a checkpoint on a data set; with --report, also write a page that analyses its errors.
 
+A model with masks is measured by those, too: mask AP and, where the data set has stuff, panoptic quality.
+
 accelerate launch examples/evaluate.py --model CHECKPOINT --dataset FOLDER --report report
 """
 
@@ -10,17 +12,18 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from hf_detr import DetrForDetection, DetrImageProcessor
+from hf_detr import DetrImageProcessor
 from hf_detr.data import DetectionCollator, load_detection_dataset, require_objects, source_of
 from hf_detr.evaluation import (
+    ModelEvaluation,
     best_thresholds,
-    evaluate_detection,
     f1_by_threshold,
-    format_metrics,
+    format_evaluation,
     save_class_thresholds,
     write_report,
 )
 from hf_detr.export import is_exported, load_exported
+from hf_detr.interop import load_model
 from hf_detr.runtime import exit_on_error, import_extra, prepare_output, require_source
 from hf_detr.speed import prepare_for_inference
 from hf_detr.training import use_all_cores
@@ -37,6 +40,11 @@ def main() -> None:
     parser.add_argument("--images", metavar="FOLDER", help="folder of the images, if it is not beside the annotations")
     parser.add_argument("--bbox_format", choices=("xywh", "xyxy"), help="xyxy: boxes are stored as corners")
     parser.add_argument("--crowds_as_objects", action="store_true", help="count objects that are marked as crowds")
+    parser.add_argument(
+        "--masks",
+        action=argparse.BooleanOptionalAction,
+        help="measure masks, too; default: those of a model that has them",
+    )
     parser.add_argument("--batch_size", type=int, default=8, help="images per process and forward pass, default 8")
     parser.add_argument("--num_workers", type=int, default=1, help="processes that load images, default 1")
     parser.add_argument(
@@ -78,8 +86,11 @@ def main() -> None:
     if is_exported(args.model):
         model = load_exported(args.model, args.dtype)
     else:
-        model = DetrForDetection.from_pretrained(args.model)
-        model = prepare_for_inference(model, args.dtype)
+        model = prepare_for_inference(load_model(args.model), args.dtype)
+    has_masks = model.has_masks if is_exported(args.model) else model.needs_masks
+    if args.masks and not has_masks:
+        raise ValueError(f"{args.model} has no masks to measure. Train them: examples/finetune.py --masks.")
+    with_masks = has_masks if args.masks is None else args.masks
     processor = DetrImageProcessor.from_pretrained(args.model)
     with accelerator.main_process_first():  # the other processes read its cache
         dataset = load_detection_dataset(
@@ -90,6 +101,7 @@ def main() -> None:
             id2label=model.config.id2label,
             bbox_format=args.bbox_format,
             crowds_as_objects=args.crowds_as_objects,
+            masks=with_masks,
             progress=accelerator.is_main_process,
         )
     require_objects(dataset, source_of(dataset), "measured")
@@ -97,18 +109,22 @@ def main() -> None:
         dataset, batch_size=args.batch_size, collate_fn=DetectionCollator(processor), num_workers=args.num_workers
     )
     model, loader = model.to(accelerator.device), accelerator.prepare(loader)  # unwrapped: nothing trains
-    evaluator = evaluate_detection(model, loader, dataset, processor, progress=accelerator.is_main_process)
+    evaluation = ModelEvaluation(dataset, with_masks=with_masks)
+    evaluation.run(model, loader, processor, progress=accelerator.is_main_process)
     if accelerator.is_main_process:
-        metrics = evaluator.compute(args.max_detections)
-        print(f"{args.model} on {len(dataset)} images of {source_of(dataset)}\n{format_metrics(metrics)}")
+        metrics = evaluation.compute(args.max_detections)
+        print(f"{args.model} on {len(dataset)} images of {source_of(dataset)}\n{format_evaluation(metrics)}")
         if args.output:
             args.output.write_text(json.dumps(metrics, indent=2))
         if args.report:
             title = f"{Path(args.model).name} on {Path(args.dataset).name}"
-            write_report(args.report, evaluator, dataset, title, max_detections=args.max_detections)
+            write_report(
+                args.report, evaluation.boxes, dataset, title, max_detections=args.max_detections, metrics=metrics
+            )
             print(f"\n{args.report / 'report.html'} shows the errors.")
         if args.save_thresholds:
-            f1 = f1_by_threshold(evaluator.annotations, evaluator.predictions(), evaluator.id2label)
+            annotations, detections, _ = evaluation.boxes.things()
+            f1 = f1_by_threshold(annotations, detections, evaluation.boxes.id2label)
             path = save_class_thresholds(args.model, best_thresholds(f1))
             print(f'\n{path} has a threshold for each class now; threshold="per_class" uses them:')
             rows = list(f1["best"].items())

@@ -19,22 +19,26 @@ if TYPE_CHECKING:
 class CocoEvaluator:
     """Collects detections batch by batch and computes COCO's numbers from them.
 
-    It keeps three small arrays per image: boxes, labels and scores. It reads no images.
+    It keeps three small arrays per image: boxes, labels and scores. It reads no images. Stuff does not count, as in
+    COCO.
 
     Args:
         dataset: as returned by `hf_detr.data.load_detection_dataset`. Every image counts, also one without an `update`.
 
     Attributes:
         id2label: class id to name; `category_ids`: class id to the source's category id.
+        stuff_labels: names of the classes that are stuff; `stuff_ids`: their class ids.
         images: records with `id`, `width`, `height`; `annotations`: records as `coco_metrics` takes them.
     """
 
     place = "bbox"  # the field of detections that says where they are
 
     def __init__(self, dataset: "DetectionDataset") -> None:
-        from ..data.schema import category_ids, id2label, source_id
+        from ..data.schema import category_ids, id2label, source_id, stuff_labels
 
         self.id2label = id2label(dataset)
+        self.stuff_labels = stuff_labels(dataset)
+        self.stuff_ids = {index for index, name in self.id2label.items() if name in self.stuff_labels}
         self.category_ids = category_ids(dataset)
         self.images: list[dict[str, Any]] = []
         self.annotations: list[dict[str, Any]] = []
@@ -107,8 +111,16 @@ class CocoEvaluator:
             for record in self.predictions()
         ]
 
+    def things(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[int, str]]:
+        """Annotations, predictions and class names without stuff, as `coco_metrics` takes them."""
+        names = {index: name for index, name in self.id2label.items() if index not in self.stuff_ids}
+        annotations, predictions = (
+            [record for record in records if record["category_id"] in names] if self.stuff_ids else records
+            for records in (self.annotations, self.predictions())
+        )
+        return annotations, predictions, names
+
     def compute(self, max_detections: int = MAX_DETECTIONS) -> dict[str, Any]:
         """The result of `coco_metrics`, with its errors."""
-        return coco_metrics(
-            self.images, self.annotations, self.predictions(), self.id2label, max_detections=max_detections
-        )
+        masks = self.place == "segmentation"
+        return coco_metrics(self.images, *self.things(), max_detections=max_detections, masks=masks)

@@ -25,6 +25,7 @@ from .error_analysis import (
     find_errors,
     worst_images,
 )
+from .panoptic_metrics import QUALITIES
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 CONFIG = "preprocessor_config.json"
 MAX_CLASSES = 24  # in the confusion matrix of the page
+NOT_OF_BOXES = ("mask_", "panoptic_", *QUALITIES)  # beginnings of names in `ModelEvaluation.compute`
 PICTURE_SIZE = 360  # longest side, in pixels
 COLOURS = {"object": (255, 255, 255), "correct": (60, 200, 90), "wrong": (255, 70, 60), "missed": (255, 190, 0)}
 ERROR_TEXTS = {
@@ -51,6 +53,7 @@ def write_report(
     title: str,
     *,
     max_detections: int = MAX_DETECTIONS,
+    metrics: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write `report.html` and `report.json` into a folder, which is created if necessary.
 
@@ -58,14 +61,15 @@ def write_report(
         evaluator: after `evaluate_detection`; `dataset`: the data set of the evaluator, for the images.
         title: heading of the page.
         max_detections: as in `coco_metrics`; thresholds, confusions and errors count all detections.
+        metrics: the result of [`ModelEvaluation.compute`], for its numbers of masks and segments.
 
     Returns:
         the numbers of `report.json`: `images`, `objects`, `detections`; `metrics`, `by_size` and `precision_recall`
         (see `coco_details`), `f1` (`f1_by_threshold`), `class_thresholds` (`best_thresholds`), and at these thresholds
         `confusion_matrix` (`labels` and `counts`), `errors` (`error_breakdown`, with `count_at_thresholds`) and
-        `worst_images`.
+        `worst_images`. Of a model with masks also `masks`, of [`ModelEvaluation.compute`] what is not of boxes.
     """
-    annotations, detections, id2label = evaluator.annotations, evaluator.predictions(), evaluator.id2label
+    (annotations, detections, _), id2label = evaluator.things(), evaluator.id2label
     f1 = f1_by_threshold(annotations, detections, id2label)
     thresholds = best_thresholds(f1)
     confident = above(detections, thresholds)
@@ -88,10 +92,13 @@ def write_report(
         "errors": breakdown,
         "worst_images": worst_images(find_errors(annotations, confident)),
     }
+    of_masks = {name: value for name, value in (metrics or {}).items() if name.startswith(NOT_OF_BOXES)}
+    if of_masks:
+        numbers["masks"] = of_masks
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
-    pictures = _pictures(dataset, evaluator, confident, numbers["worst_images"])
+    pictures = _pictures(dataset, id2label, annotations, confident, numbers["worst_images"])
     (folder / "report.html").write_text(_page(numbers, pictures), encoding="utf-8")
     return numbers
 
@@ -150,6 +157,8 @@ def _page(numbers: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -> 
         numbers=numbers,
         metrics=[(name, numbers["metrics"][name], text) for name, text in DESCRIPTIONS.items()],
         rows=rows,
+        mask_rows=_mask_rows(numbers.get("masks", {})),
+        qualities=QUALITIES,
         charts={name: Markup(chart) for name, chart in charts.items()},
         confusion=_confusion_table(**numbers["confusion_matrix"]),
         error_texts=ERROR_TEXTS,
@@ -157,6 +166,20 @@ def _page(numbers: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -> 
         pictures=pictures,
         colours={name: "#{:02x}{:02x}{:02x}".format(*rgb) for name, rgb in COLOURS.items()},
     )
+
+
+def _mask_rows(masks: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Mask AP and panoptic quality of all classes, things, stuff and each class."""
+    if not masks:
+        return []
+    groups = {"": "all", "_things": "things", "_stuff": "stuff"} if "PQ" in masks else {"": "all"}
+    rows = [
+        {"name": name, "AP": masks["mask_AP"] if not suffix else None}
+        | {quality: masks.get(f"{quality}{suffix}") for quality in QUALITIES}
+        for suffix, name in groups.items()
+    ]
+    of_class, ap = masks.get("panoptic_per_class", {}), masks["mask_per_class"]
+    return rows + [{"name": name, "AP": ap.get(name), **of_class.get(name, {})} for name in {**ap, **of_class}]
 
 
 def _confusion_table(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -187,17 +210,21 @@ def _confusion_table(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> 
 
 
 def _pictures(
-    dataset: "Dataset", evaluator: CocoEvaluator, detections: Sequence[Record], rows: Sequence[Mapping[str, Any]]
+    dataset: "Dataset",
+    id2label: Mapping[int, str],
+    annotations: Sequence[Record],
+    detections: Sequence[Record],
+    rows: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
     """The rows of `worst_images` with file name and drawn image."""
     index_of = {canonical_id(row["image_id"]): index for index, row in enumerate(dataset.select_columns("image_id"))}
-    names = dict(enumerate(class_names(evaluator.id2label)))
+    names = dict(enumerate(class_names(id2label)))
     pictures = []
     for row in rows:
         item = dataset[index_of[canonical_id(row["image_id"])]]
         objects, found = (
             [record for record in records if record["image_id"] == row["image_id"]]
-            for records in (evaluator.annotations, detections)
+            for records in (annotations, detections)
         )
         file = io.BytesIO()
         _draw(item["image"], objects, found, names).save(file, "JPEG", quality=85)

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from .coco_evaluator import CocoEvaluator
-from .coco_metrics import MAX_DETECTIONS, coco_metrics
+from .coco_metrics import MAX_DETECTIONS
 from .panoptic_metrics import panoptic_metrics, refuse_overlaps
 
 if TYPE_CHECKING:
@@ -16,17 +16,13 @@ if TYPE_CHECKING:
 
 
 class MaskEvaluator(CocoEvaluator):
-    """Collects the masks of objects batch by batch and computes COCO's numbers from them: mask AP. Stuff does not
-    count, as in COCO.
+    """Collects the masks of objects batch by batch and computes COCO's numbers from them: mask AP.
 
     It keeps a run-length encoding, a label and a score per detection, and reads no images. `detections()` are COCO
     results with `segmentation`, as pycocotools reads them.
 
     Args:
         dataset: loaded with masks. Every image counts, also one without an `update`.
-
-    Attributes:
-        stuff_labels: names of the classes that are stuff.
 
     Raises:
         ValueError: the data set has no masks.
@@ -36,23 +32,17 @@ class MaskEvaluator(CocoEvaluator):
 
     def __init__(self, dataset: "DetectionDataset") -> None:
         from ..data.masks import to_coco_rle
-        from ..data.schema import has_masks, stuff_labels
+        from ..data.schema import has_masks
 
         if not has_masks(dataset):
             raise ValueError("The data set has no masks to measure against: load it with masks=True.")
         super().__init__(dataset)
-        self.stuff_labels = stuff_labels(dataset)
         self._sizes = {image["id"]: (image["height"], image["width"]) for image in self.images}
         rows = dataset.select_columns("objects").with_format(None)
         masks = (counts for row in rows for counts in row["objects"]["mask"])
         sizes = (self._sizes[record["image_id"]] for record in self.annotations)
         for record, counts, size in zip(self.annotations, masks, sizes, strict=True):
             record["segmentation"] = to_coco_rle(counts, size)
-
-    @property
-    def stuff_ids(self) -> set[int]:
-        """The class ids of the stuff."""
-        return {index for index, name in self.id2label.items() if name in self.stuff_labels}
 
     def post_process(self, processor: "DetrImageProcessor", outputs: Any, sizes: Tensor) -> list[dict[str, Any]]:
         return processor.post_process_instance_segmentation(
@@ -70,15 +60,6 @@ class MaskEvaluator(CocoEvaluator):
         places[:] = [to_coco_rle(text, size) for text in counts]
         labels = np.array([segment["label_id"] for segment in segments], dtype=np.int64)
         return places, labels, np.array([segment.get("score", 1.0) for segment in segments], dtype=np.float64)
-
-    def compute(self, max_detections: int = MAX_DETECTIONS) -> dict[str, Any]:
-        """The result of `coco_metrics` of masks over the classes that are not stuff, with its errors."""
-        things = {index: name for index, name in self.id2label.items() if index not in self.stuff_ids}
-        annotations, detections = (
-            [record for record in records if record["category_id"] not in self.stuff_ids]
-            for records in (self.annotations, self.predictions())
-        )
-        return coco_metrics(self.images, annotations, detections, things, max_detections=max_detections, masks=True)
 
 
 class PanopticEvaluator(MaskEvaluator):
