@@ -4,9 +4,10 @@
     python examples/export.py MODEL --format openvino --int8 --calibration IMAGES --dataset FOLDER
     python examples/export.py MODEL --format onnx --shape 1 320 320 --opset 18 --post_process
 
-The graph takes any batch size, height and width, or with --shape only one, and `pixel_mask` as an input. Before
-anything is written, its outputs are compared with those of PyTorch on batches of many shapes, with and without padding.
-Files in the output folder:
+The graph of a model with masks also gives `pred_masks`, logits of the masks of all queries at a quarter of the size of
+the batch, and `mask_sizes`, the rows and columns of each that show the image. The graph takes any batch size, height
+and width, or with --shape only one, and `pixel_mask` as an input. Before anything is written, its outputs are compared
+with those of PyTorch on batches of many shapes, with and without padding. Files in the output folder:
 
     model.onnx, or model.xml and model.bin, or model.pt2
     config.json, preprocessor_config.json    of the model and its image processor
@@ -28,10 +29,11 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from hf_detr import DetrForDetection, DetrImageProcessor
+from hf_detr import DetrImageProcessor
 from hf_detr.data import DetectionCollator, load_detection_dataset, require_objects, source_of
-from hf_detr.evaluation import evaluate_detection
+from hf_detr.evaluation import ModelEvaluation
 from hf_detr.export import export_model
+from hf_detr.interop import load_model
 from hf_detr.runtime import exit_on_error, import_extra, prepare_output, require_source
 from hf_detr.training import use_all_cores
 
@@ -45,16 +47,19 @@ def main() -> None:
     use_all_cores()
     if args.dataset:
         import_extra("hotcoco", "evaluation")
-    model = DetrForDetection.from_pretrained(args.model, dtype=torch.float32)
+    model = load_model(args.model, dtype=torch.float32)
     processor = DetrImageProcessor.from_pretrained(args.model)
     evaluate = None
     if args.dataset:
-        dataset = load_detection_dataset(args.dataset, args.split, id2label=model.config.id2label)
+        dataset = load_detection_dataset(
+            args.dataset, args.split, id2label=model.config.id2label, masks=model.needs_masks
+        )
         require_objects(dataset, source_of(dataset), "measured")
         loader = DataLoader(dataset, batch_size=args.batch_size, collate_fn=DetectionCollator(processor))
 
         def evaluate(model_or_export):
-            return evaluate_detection(model_or_export, loader, dataset, processor).compute()
+            evaluation = ModelEvaluation(dataset, with_masks=model.needs_masks)
+            return evaluation.run(model_or_export, loader, processor).compute()
 
     output_dir = args.output_dir or Path(
         "exports", f"{Path(args.model).resolve().name}-{args.format}{'-int8' * args.int8}{'-fp16' * args.fp16}"

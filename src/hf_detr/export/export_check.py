@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model.post_processing import post_process_detection
+from ..model.segmentation import NO_MASK
 
 if TYPE_CHECKING:
     from ..model.modeling_hf_detr import DetrForDetection
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4  # for float32
 TOLERANCE_FLOAT16 = 0.05  # its usual differences are 0.001 to 0.005
-COMPARED = ("logits", "pred_boxes", "scores", "boxes")
+COMPARED = ("logits", "pred_boxes", "pred_masks", "scores", "boxes")
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,14 @@ def compare(exported: "ExportedDetr", model: "DetrForDetection", cases: list[Cas
         if exported.export["post_processing"]:
             results = post_process_detection(ours.logits, ours.pred_boxes, threshold=-1.0)
             expected |= {name: torch.stack([result[name] for result in results]) for name in ("scores", "boxes")}
+        if exported.has_masks:
+            sizes, wanted_sizes = theirs["mask_sizes"], ours["mask_sizes"]
+            if not torch.equal(sizes, wanted_sizes):
+                raise ValueError(f"The sizes of masks differ: {sizes.tolist()} and {wanted_sizes.tolist()}.")
+            height, width = sizes.amax(0).tolist()  # a graph of one shape has more, all of it padding
+            found, wanted = (output["pred_masks"][..., :height, :width] for output in (theirs, ours))
+            padding = (found <= NO_MASK) & (wanted <= NO_MASK)  # the largest values, which tell nothing
+            theirs["pred_masks"], expected["pred_masks"] = (part.masked_fill(padding, 0) for part in (found, wanted))
         differences = {name: _difference(theirs[name], value) for name, value in expected.items()}
         worst[case.padded] = max(worst[case.padded], *differences.values())
         rows.append(asdict(case) | differences)

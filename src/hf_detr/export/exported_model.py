@@ -13,7 +13,8 @@ from torch.nn import functional
 from ..model.backbone import image_sizes
 from ..model.configuration_hf_detr import DetrConfig
 from ..model.image_io import check_images
-from ..model.outputs import DetrDetectionOutput
+from ..model.outputs import DetrSegmentationOutput
+from ..model.segmentation import NO_MASK
 from ..speed import named_dtype
 from .runtimes import GRAPH_FILES, Run, open_graph
 
@@ -24,13 +25,15 @@ def input_names(post_process: bool) -> list[str]:
     return ["pixel_values", "pixel_mask", *(["target_sizes"] if post_process else [])]
 
 
-def output_names(post_process: bool) -> list[str]:
-    return ["logits", "pred_boxes", *(["scores", "labels", "boxes"] if post_process else [])]
+def output_names(post_process: bool, has_masks: bool) -> list[str]:
+    of_masks = ["pred_masks", "mask_sizes"] if has_masks else []
+    return ["logits", "pred_boxes", *of_masks, *(["scores", "labels", "boxes"] if post_process else [])]
 
 
 @dataclass
-class ExportedOutput(DetrDetectionOutput):
-    """`logits` and `pred_boxes` of an exported model, and the detections if its graph includes post-processing.
+class ExportedOutput(DetrSegmentationOutput):
+    """`logits` and `pred_boxes` of an exported model, the masks of one that has them, and the detections if its graph
+    includes post-processing.
 
     Args:
         scores, labels: (B, Q), of the best class of each query.
@@ -43,8 +46,8 @@ class ExportedOutput(DetrDetectionOutput):
 
 
 class ExportedDetr:
-    """An exported model that is called like [`DetrForDetection`], and can replace it in `pipeline("object-detection")`
-    and [`~hf_detr.evaluation.evaluate_detection`]. Create it with [`load_exported`].
+    """An exported model that is called like [`DetrForDetection`] or [`DetrForSegmentation`], and can replace it in
+    pipelines and [`~hf_detr.evaluation.run_evaluators`]. Create it with [`load_exported`].
 
     It computes on the CPU, and returns outputs on the device of its inputs. It has no loss and no training mode.
 
@@ -72,6 +75,10 @@ class ExportedDetr:
 
     def __repr__(self) -> str:
         return f"ExportedDetr({self.config.name_or_path!r}, {self.export['format']}, {self.export['precision']})"
+
+    @property
+    def has_masks(self) -> bool:
+        return "pred_masks" in self.export["outputs"]
 
     def graph_files(self) -> list[Path]:
         """The files of the graph and its weights."""
@@ -122,8 +129,10 @@ class ExportedDetr:
                 target_sizes = torch.ones(len(pixel_values), 2)
             inputs["target_sizes"] = target_sizes.long().cpu()
         outputs = self._run_graph(inputs) if self.export["padding_exact"] else self._by_size(inputs)
-        names = output_names(self.export["post_processing"])
+        names = output_names(self.export["post_processing"], self.has_masks)
         found: dict[str, Any] = dict(zip(names, (value.to(pixel_values.device) for value in outputs), strict=True))
+        if self.has_masks:
+            found["image_sizes"] = torch.stack((pixel_mask.any(2).sum(1), pixel_mask.any(1).sum(1)), dim=1)
         return ExportedOutput(**found)
 
     def _check(self, pixel_values: Tensor, pixel_mask: Tensor | None, target_sizes: Tensor | None) -> None:
@@ -185,9 +194,21 @@ class ExportedDetr:
             part["pixel_mask"] = part["pixel_mask"][:, :height, :width].contiguous()
             found = self._run_graph(part)
             outputs = outputs or [value.new_empty(len(sizes), *value.shape[1:]) for value in found]
-            for output, value in zip(outputs, found, strict=True):
-                output[indices] = value
+            for number, values in enumerate(found):
+                if values.ndim == 4:  # masks, whose size is that of the images
+                    outputs[number], values = _pad_masks(outputs[number], values)  # noqa: PLW2901
+                outputs[number][indices] = values
         return outputs
+
+
+def _pad_masks(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Both (..., h, w), padded at the bottom and the right to the larger height and width."""
+    height, width = (max(first.shape[axis], second.shape[axis]) for axis in (-2, -1))
+    padded = (
+        functional.pad(masks, (0, width - masks.shape[-1], 0, height - masks.shape[-2]), value=NO_MASK)
+        for masks in (first, second)
+    )
+    return next(padded), next(padded)
 
 
 def is_exported(path: str | Path) -> bool:
@@ -231,7 +252,7 @@ def _read_export(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / EXPORT_FILE} is damaged: {error}") from error
     if not isinstance(export, dict) or export.get("format") not in GRAPH_FILES:
         raise ValueError(f"{folder / EXPORT_FILE} was not written by hf_detr, or by a newer version.")
-    missing = {"precision", "post_processing", "padding_exact", "smallest_side", "shape"} - export.keys()
+    missing = {"precision", "outputs", "post_processing", "padding_exact", "smallest_side", "shape"} - export.keys()
     if missing:
         raise ValueError(f"{folder / EXPORT_FILE} is damaged: it has no {', '.join(sorted(missing))}.")
     files = [GRAPH_FILES[export["format"]], "config.json", *(["model.bin"] if export["format"] == "openvino" else [])]

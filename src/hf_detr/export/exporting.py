@@ -51,7 +51,7 @@ def export_model(
     windowed attention); `padding_exact` is False then, and [`load_exported`] runs images of equal size together.
 
     Args:
-        model: float32.
+        model: float32. One with masks also gives `pred_masks` and `mask_sizes`.
         output_dir: a new or empty folder, or an earlier export of the same model, which is replaced.
         graph_format: "onnx", "openvino" or "torch".
         post_process: see [`~hf_detr.export.graph.ExportGraph`].
@@ -156,13 +156,14 @@ class _Job:
         """Write one graph, and compare it with the model."""
         program = trace(self.model, mask_padding=mask_padding, post_process=post_process, shape=self.shape)
         fixed = self.shape is not None
-        write_graph(program, graph_format, post_process, self.folder, fixed=fixed, opset=self.opset)
+        inputs, outputs = input_names(post_process), output_names(post_process, self.model.needs_masks)
+        write_graph(program, graph_format, inputs, outputs, self.folder, fixed=fixed, opset=self.opset)
         export: dict[str, Any] = {
             "format": graph_format,
             "precision": "float32",
             "opset": _opset(self.folder) if graph_format == "onnx" else None,
-            "inputs": input_names(post_process),
-            "outputs": output_names(post_process),
+            "inputs": inputs,
+            "outputs": outputs,
             "post_processing": post_process,
             "padding_exact": mask_padding,
             "shape": list(self.shape) if self.shape else None,

@@ -3,7 +3,7 @@
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from ..speed import prepare_for_inference
-from .exported_model import input_names, output_names
+from .exported_model import input_names
 from .masked_backbone import MaskedBackbone, plan_masks
 from .runtimes import GRAPH_FILES, check_packages
 
@@ -25,7 +25,8 @@ MAX_ONE_FILE = 1.5 * 2**30  # bytes of weights in one ONNX file; protobuf is lim
 
 
 class ExportGraph(nn.Module):
-    """The module that is exported: `pixel_values` and `pixel_mask` in, `logits` and `pred_boxes` out.
+    """The module that is exported: `pixel_values` and `pixel_mask` in, `logits` and `pred_boxes` out, and of a model
+    with masks `pred_masks` (B, Q, h, w) of all queries and `mask_sizes` (B, 2), what of h and w shows the image.
 
     Args:
         model: in eval mode; modified in place.
@@ -54,12 +55,13 @@ class ExportGraph(nn.Module):
     ) -> tuple[Tensor, ...]:
         outputs = self.model(pixel_values=pixel_values, pixel_mask=pixel_mask)
         logits, pred_boxes = outputs.logits, outputs.pred_boxes
+        plain = (logits, pred_boxes, *((outputs.pred_masks, outputs.mask_sizes) if self.model.needs_masks else ()))
         if not self.post_process or target_sizes is None:
-            return logits, pred_boxes
+            return plain
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)
         height, width = target_sizes.to(pred_boxes.dtype).unbind(1)
         scale = torch.stack((width, height, width, height), dim=1)[:, None]
-        return logits, pred_boxes, scores, labels, box_convert(pred_boxes, "cxcywh", "xyxy").clamp(0, 1) * scale
+        return *plain, scores, labels, box_convert(pred_boxes, "cxcywh", "xyxy").clamp(0, 1) * scale
 
 
 def trace(
@@ -126,7 +128,8 @@ def quiet(*names: str) -> Iterator[None]:
 def write_graph(
     program: torch.export.ExportedProgram,
     graph_format: str,
-    post_process: bool,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
     folder: Path,
     *,
     fixed: bool = False,
@@ -135,6 +138,7 @@ def write_graph(
     """Write the graph as `model.onnx`, `model.xml` with `model.bin`, or `model.pt2`.
 
     Args:
+        inputs, outputs: their names.
         fixed: the program was traced for one shape.
         opset: version of ONNX's operators; None: that of `torch.onnx.export`.
 
@@ -147,27 +151,31 @@ def write_graph(
     if graph_format == "torch":
         torch.export.save(program, path)
     elif graph_format == "onnx":
-        _write_onnx(program, post_process, path, fixed, opset)
+        _write_onnx(program, inputs, outputs, path, fixed, opset)
     else:
-        _write_openvino(program, post_process, path, fixed)
+        _write_openvino(program, inputs, outputs, path, fixed)
 
 
 def _write_onnx(
-    program: torch.export.ExportedProgram, post_process: bool, path: Path, fixed: bool, opset: int | None
+    program: torch.export.ExportedProgram,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    path: Path,
+    fixed: bool,
+    opset: int | None,
 ) -> None:
     shapes = {
         "pixel_values": {0: "batch", 2: "height", 3: "width"},
         "pixel_mask": {0: "batch", 1: "height", 2: "width"},
         "target_sizes": {0: "batch"},
     }
-    names = input_names(post_process)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "# The axis name")  # the two inputs share axes on purpose
         written = torch.onnx.export(
             program,
-            input_names=names,
-            output_names=output_names(post_process),
-            dynamic_shapes=None if fixed else {name: shapes[name] for name in names},
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=None if fixed else {name: shapes[name] for name in inputs},
             opset_version=opset,
             dynamo=True,
             verbose=False,
@@ -181,7 +189,9 @@ def _write_onnx(
     written.save(path, external_data=size > MAX_ONE_FILE)
 
 
-def _write_openvino(program: torch.export.ExportedProgram, post_process: bool, path: Path, fixed: bool) -> None:
+def _write_openvino(
+    program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], path: Path, fixed: bool
+) -> None:
     openvino = importlib.import_module("openvino")
     # not through ONNX: in PyTorch's graph attention is one node
     graph = openvino.convert_model(program)
@@ -190,8 +200,8 @@ def _write_openvino(program: torch.export.ExportedProgram, post_process: bool, p
     shapes = {"pixel_values": [-1, channels, -1, -1], "pixel_mask": [-1, -1, -1], "target_sizes": [-1, 2]}
     if fixed:
         shapes = {name: list(example.shape) for name, example in examples.items()}
-    graph.reshape({name: shapes[name] for name in input_names(post_process)})
-    for output, name in zip(graph.outputs, output_names(post_process), strict=True):
+    graph.reshape({name: shapes[name] for name in inputs})
+    for output, name in zip(graph.outputs, outputs, strict=True):
         output.get_tensor().set_names({name})
     openvino.save_model(graph, path, compress_to_fp16=False)
 

@@ -77,8 +77,11 @@ class _DetrPipeline(Pipeline):
         inputs = self.image_processor(pixels, do_pad=False, input_data_format="channels_first", return_tensors="pt")
         return {"pixel_values": [inputs["pixel_values"][0]], "target_size": [tuple(pixels.shape[-2:])]}
 
-    def _predict(self, model_inputs: dict[str, Any], **kwargs: Any) -> tuple[Any, list[tuple[int, int]]]:
-        """The model's outputs for a batch, and the (height, width) of its images before any resizing."""
+    def _predict(
+        self, model_inputs: dict[str, Any], masks_above: float | None = None
+    ) -> tuple[Any, list[tuple[int, int]]]:
+        """The model's outputs for a batch, and the (height, width) of its images before any resizing. `masks_above` is
+        for models that choose which masks to compute; exports compute all."""
         images, target_sizes = (_flatten(model_inputs[key]) for key in ("pixel_values", "target_size"))
         predictor = self._predictor()
         sizes = [(image.shape[1], image.shape[2]) for image in images]
@@ -88,7 +91,8 @@ class _DetrPipeline(Pipeline):
         for image, values, (height, width) in zip(images, pixel_values, sizes, strict=True):
             values[:, :height, :width] = image
         is_padded = len(set(sizes)) > 1
-        outputs = predictor(pixel_values=pixel_values, pixel_mask=pixel_mask if is_padded else None, **kwargs)
+        chosen = {"masks_above": masks_above} if isinstance(predictor, DetrForSegmentation) else {}
+        outputs = predictor(pixel_values=pixel_values, pixel_mask=pixel_mask if is_padded else None, **chosen)
         return outputs, target_sizes
 
 
@@ -113,9 +117,7 @@ class DetrDetectionPipeline(_DetrPipeline, ObjectDetectionPipeline):
         return preprocess, forward, postprocess | ({} if round_boxes is None else {"round_boxes": round_boxes})
 
     def _forward(self, model_inputs: dict[str, Any]) -> ModelOutput:
-        # a model with masks is not asked for any
-        no_masks = {"masks_above": 1.0} if isinstance(self.model, DetrForSegmentation) else {}
-        outputs, target_sizes = self._predict(model_inputs, **no_masks)
+        outputs, target_sizes = self._predict(model_inputs, masks_above=1.0)  # none
         return ModelOutput(target_size=torch.tensor(target_sizes), **to_host(outputs))
 
     def postprocess(
@@ -136,12 +138,13 @@ class DetrSegmentationPipeline(_DetrPipeline, ImageSegmentationPipeline):
     `_DetrPipeline`); `rule` is an argument, as of `post_process_panoptic_segmentation`; `threshold` is by default 0.85
     for the paper's rule of panoptic segmentation and 0.5 otherwise; classes in `config.stuff_labels` are fused.
 
-    Masks are computed for queries above the threshold only, except for semantic segmentation, which needs all.
+    Masks are computed for queries above the threshold only, except for semantic segmentation, which needs all, and by
+    exports.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not isinstance(self.model, DetrForSegmentation):
+        if not (isinstance(self.model, DetrForSegmentation) or getattr(self.model, "has_masks", False)):
             raise ValueError(
                 f"{type(self.model).__name__} has no masks. Load the checkpoint with DetrForSegmentation and train its "
                 'mask head, or use the pipeline "object-detection".'
