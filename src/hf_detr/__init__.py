@@ -13,6 +13,7 @@
     step 4  attention                    multi-head attention
             encoder                      feature map -> memory
             queries                      the object queries of a batch; in training also groups and noised boxes
+            proposals                    queries that start at the most confident locations of the image
             decoder                      queries + memory -> hidden states and boxes: learned queries
             anchor_decoder               the same for queries that are boxes
             decoders                     the decoders by name
@@ -41,7 +42,7 @@ The toolbox: everything else, a package per task
     speed                                prepare a model for fast prediction or training
     evaluation                           COCO metrics and error analysis
     prediction                           pipeline, image folders, tiles, videos
-    visualization                        draw boxes
+    visualization                        draw boxes and masks
     export                               ONNX and other runtimes
     interop                              read and write checkpoints of transformers' DETR and of the paper's code
     hub                                  push checkpoints with a model card

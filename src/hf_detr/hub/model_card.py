@@ -12,11 +12,19 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..evaluation import METRICS
+from ..evaluation import MASK_METRICS, METRICS, PANOPTIC_METRICS
 from ..evaluation.coco_metrics import DESCRIPTIONS
+from ..evaluation.panoptic_metrics import QUALITIES
 from ..model.image_processing_hf_detr import HfDetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
 
+# {name: meaning} of the numbers in the card
+TEXTS = DESCRIPTIONS | {name: f"masks: {DESCRIPTIONS[name.removeprefix('mask_')]}" for name in MASK_METRICS}
+TEXTS |= {
+    name: f"{QUALITIES[quality]}{f' (of {group})' if group else ''}"
+    for name in PANOPTIC_METRICS
+    for quality, _, group in (name.partition("_"),)
+}
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 MARKER = "<!-- Written by hf_detr. Delete this line to keep your edits: the next push then leaves this page alone. -->"
 PICTURE = "validation.png"
@@ -68,7 +76,7 @@ def build_model_card(
     Args:
         repo_id: the model's Hub id, for the code examples in the card.
         processor: its image processor, for the input size.
-        metrics: the result of `CocoEvaluator.compute` for exactly these weights, with `dataset`, `split` and
+        metrics: the result of `ModelEvaluation.compute` for exactly these weights, with `dataset`, `split` and
             `num_images`. None: the card states that the model was not evaluated.
         settings: training settings, {name: value}.
         picture: show `validation.png`, which lies next to the card.
@@ -83,14 +91,15 @@ def build_model_card(
     name = repo_id.rsplit("/", maxsplit=1)[-1]
     labels = [label for label in config.id2label.values() if label != "N/A"]
     measured = metrics is not None and source is None
+    task = "image-segmentation" if model.needs_masks else "object-detection"
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="object-detection",
-        tags=["object-detection", "vision", "detr", "hf_detr"],
+        pipeline_tag=task,
+        tags=[task, "vision", "detr", "hf_detr"],
         license=license,
         base_model=base_model,
         datasets=datasets,
-        metrics=["mean_average_precision"] if metrics is not None else None,
+        metrics=_metric_types(metrics) if metrics is not None else None,
         model_name=name if measured else None,
         eval_results=_eval_results(metrics) if metrics is not None and measured else None,
     )
@@ -104,12 +113,12 @@ def build_model_card(
         parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}",
         picture=PICTURE if picture else None,
         base_model=base_model,
-        metrics=[(key, _number(metrics[key]), DESCRIPTIONS[key]) for key in METRICS if key in metrics]
+        metrics=[(key, _number(metrics[key]), text) for key, text in TEXTS.items() if key in metrics]
         if metrics
         else None,
-        per_class=[(key.replace("|", "\\|"), _number(ap)) for key, ap in metrics.get("per_class", {}).items()]
-        if metrics
-        else None,
+        per_class=_per_class(metrics) if metrics else None,
+        metrics_of_masks=_columns_of_masks(metrics or {}),
+        task=task,
         dataset_name=metrics.get("dataset") if metrics else None,
         split=metrics.get("split") if metrics else None,
         num_images=metrics.get("num_images") if metrics else None,
@@ -129,16 +138,35 @@ def _eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
     dataset = str(metrics["dataset"])
     return [
         EvalResult(
-            task_type="object-detection",
+            task_type="object-detection" if key in METRICS else "image-segmentation",
             dataset_name=dataset,
             dataset_type="custom",  # the Hub treats any other value as the id of one of its data sets
             dataset_split=metrics["split"],
-            metric_type="mean_average_precision",
-            metric_name=f"{key} ({DESCRIPTIONS[key]})",
+            metric_type="panoptic_quality" if key.startswith("PQ") else "mean_average_precision",
+            metric_name=f"{key} ({TEXTS[key]})",
             metric_value=round(metrics[key], 4),
         )
-        for key in ("AP", "AP50", "AP75")
-        if metrics[key] >= 0
+        for key in ("AP", "AP50", "AP75", "mask_AP", "mask_AP50", "mask_AP75", "PQ", "PQ_things", "PQ_stuff")
+        if metrics.get(key, -1) >= 0
+    ]
+
+
+def _metric_types(metrics: Mapping[str, Any]) -> list[str]:
+    return ["mean_average_precision", *(["panoptic_quality"] if "PQ" in metrics else [])]
+
+
+def _columns_of_masks(metrics: Mapping[str, Any]) -> list[str]:
+    return [*(["mask AP"] if "mask_AP" in metrics else []), *(["PQ"] if "PQ" in metrics else [])]
+
+
+def _per_class(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(class, AP) rows; with masks (class, AP and the AP of masks, PQ), which stuff has only the last of."""
+    ap, of_masks = metrics.get("per_class", {}), metrics.get("mask_per_class")
+    segments = {name: row["PQ"] for name, row in metrics.get("panoptic_per_class", {}).items()}
+    columns = [ap] + ([] if of_masks is None else [of_masks]) + ([segments] if segments else [])
+    return [
+        (name.replace("|", "\\|"), " | ".join(_number(column.get(name, -1)) for column in columns))
+        for name in dict.fromkeys([*ap, *segments])
     ]
 
 

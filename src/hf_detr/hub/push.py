@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 from transformers.utils import logging
 
+from ..interop import load_model
 from ..model.image_processing_hf_detr import HfDetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
 from .model_card import PICTURE, TEMPLATE, build_model_card, hash_of_weights, may_replace, read_metrics
@@ -152,7 +153,7 @@ def prepare_repo(repo_id: str, *, private: bool | None = None, token: str | bool
 
 
 def _load(folder: Path) -> tuple[DetrForDetection, HfDetrImageProcessor]:
-    model, info = DetrForDetection.from_pretrained(folder, output_loading_info=True)
+    model, info = load_model(folder, output_loading_info=True)
     if info["missing_keys"]:
         raise ValueError(f"{folder} has no weights for {sorted(info['missing_keys'])[:5]}. It is incomplete.")
     return model, HfDetrImageProcessor.from_pretrained(folder)

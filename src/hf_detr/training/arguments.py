@@ -18,6 +18,7 @@ from .optimization import SCHEDULES
 from .recipes import AUGMENTATIONS, RECIPES
 
 METRICS = ("AP", "AP50", "AP75", "AR100")
+METRICS_OF_MASKS = ("mask_AP", "mask_AP50", "mask_AP75", "mask_AR100", "PQ", "PQ_things", "PQ_stuff")
 # Fields of DetrConfig on which the shape or the meaning of trained weights depends.
 SHAPES_OF_WEIGHTS = (
     "backbone", "backbone_kwargs", "dilation", "feature_stride", "d_model", "encoder_layers", "encoder_attention_heads",
@@ -49,6 +50,8 @@ class DataArguments:
     val: str | None = option("annotation file of the validation images", metavar="FILE")
     images: str | None = option("folder of the images, if it is not beside the annotations", metavar="FOLDER")
     bbox_format: str | None = option("xyxy: boxes are stored as corners", choices=("xywh", "xyxy"))
+    masks: bool = option("learn and measure masks, too: panoptic and instance segmentation", False)
+    stuff: bool = option("learn the boxes of stuff, too: the detector for --masks --freeze_detector", False)
     crowds_as_objects: bool = option("learn objects that are marked as crowds (iscrowd, difficult)", False)
     image_range: list[float] | None = field(
         default=None,
@@ -67,6 +70,8 @@ class DataArguments:
         _check_at_least_one(self, "image_size", "overfit")
         if self.repeat_threshold is not None and not 0 < self.repeat_threshold <= 1:
             raise ValueError("--repeat_threshold is a fraction of the images, above 0 and at most 1")
+        if self.masks and self.stuff:
+            raise ValueError("--masks learns stuff in any case; omit --stuff")
         if not self.dataset and not self.train and (self.val or self.images):
             raise ValueError("--val and --images need --train FILE or --dataset FOLDER")
 
@@ -76,11 +81,16 @@ class DataArguments:
         return not (self.dataset or self.train)
 
     @property
+    def reads_masks(self) -> bool:
+        """Whether masks are read: panoptic annotations, which have stuff, are found with them."""
+        return self.masks or self.stuff
+
+    @property
     def location(self) -> str:
         """The folder or the Hub id; where no data set was named, the folder for the drawn one."""
         if self.train and not self.dataset:
             return str(Path(self.train).parent)
-        return self.dataset or ("data/shapes-quick" if self.quick else "data/shapes")
+        return self.dataset or f"data/shapes{'-masks' if self.reads_masks else ''}{'-quick' if self.quick else ''}"
 
     @property
     def source(self) -> dict[str, Any]:
@@ -92,6 +102,7 @@ class DataArguments:
             "images": self.images,
             "bbox_format": self.bbox_format,
             "crowds_as_objects": self.crowds_as_objects,
+            "masks": self.reads_masks,
         }
 
     @property
@@ -112,6 +123,7 @@ class ModelArguments:
     backbone_weights: str | None = option('a local file, or "none" for random weights; default: from the Hub')
     set: list[str] | None = field(default=None, metadata={"help": "fields of DetrConfig", "metavar": "FIELD=VALUE"})
     freeze_backbone: bool = option("train everything but the backbone, whose weights stay as they are", False)
+    freeze_detector: bool = option("with --masks: train the mask head only, as the paper does on a box model", False)
     lora_rank: int | None = option("train LoRA adapters of this rank and the heads only", metavar="R")
     gradient_checkpointing: bool = option("recompute activations: less memory, more time", False)
     compile: bool = option("torch.compile backbone, encoder and decoder", False)
@@ -122,6 +134,11 @@ class ModelArguments:
             raise ValueError("--lora_rank adapts a trained detector: name one with --model")
         if self.freeze_backbone and self.backbone_weights == "none":
             raise ValueError("--freeze_backbone would keep the random weights of --backbone_weights none")
+        if self.freeze_detector and not self.model:
+            raise ValueError("--freeze_detector keeps a trained detector as it is: name one with --model")
+        if self.freeze_detector and (self.freeze_backbone or self.lora_rank):
+            other = "--freeze_backbone" if self.freeze_backbone else "--lora_rank"
+            raise ValueError(f"--freeze_detector trains the mask head only; omit {other}")
         if self.freeze_backbone and self.lora_rank:
             raise ValueError("--lora_rank trains no weight of the backbone already; omit --freeze_backbone")
         for name in ("backbone", "backbone_weights"):
@@ -191,7 +208,10 @@ class RunArguments:
     )
     auto_batch_size: bool = option("reduce the batch size until it fits, and accumulate gradients instead", False)
     ema: float | None = option("average the weights; evaluate and save the average; such as 0.9998", metavar="DECAY")
-    metric: str = option("selects the best checkpoint, default AP", "AP", choices=METRICS)
+    metric: str | None = option(
+        "selects the best checkpoint, default AP; with --masks PQ where there is stuff, and mask_AP elsewhere",
+        choices=(*METRICS, *METRICS_OF_MASKS),
+    )
     max_detections: int = option("per image and class in the metrics, by score, default 100", 100, metavar="N")
     early_stopping: int | None = option("stop after N evaluations without improvement", metavar="N")
     save_minutes: float = option("between checkpoints within an epoch, default 15", 15)
@@ -236,6 +256,12 @@ class FinetuneArguments:
     def __post_init__(self) -> None:
         if self.data.overfit and self.run.push_to_hub:
             raise ValueError("--overfit memorizes a few images; there is nothing to push")
+        if self.model.freeze_detector and not self.data.masks:
+            raise ValueError("--freeze_detector trains the mask head only: add --masks")
+        if self.run.metric in METRICS_OF_MASKS and not self.data.masks:
+            raise ValueError(f"--metric {self.run.metric} measures masks: add --masks")
+        if self.model.freeze_detector and self.recipe.backbone_learning_rate and not self.saved:
+            raise ValueError("--backbone_learning_rate is for a backbone that trains; omit --freeze_detector")
         if self.model.freeze_backbone and self.recipe.backbone_learning_rate and not self.saved:
             raise ValueError("--backbone_learning_rate is for a backbone that trains; omit --freeze_backbone")
         if self.run.minutes is not None and not self.saved and (self.recipe.epochs or self.data.quick):
@@ -309,7 +335,11 @@ class _HelpFormatter(RawDescriptionHelpFormatter):
 def _check_unchanged(args: FinetuneArguments) -> None:
     """Raise ValueError where an argument cannot change within a run."""
     saved, now = args.saved, args.to_dict()
-    changed = [name for name in ("ema", "freeze_backbone", "overfit") if bool(saved.get(name)) != bool(now[name])]
+    changed = [
+        name
+        for name in ("ema", "freeze_backbone", "freeze_detector", "masks", "overfit", "stuff")
+        if bool(saved.get(name)) != bool(now[name])
+    ]
     fixed = ("backbone", "backbone_weights", "lora_rank", "metric", "model", "recipe", "repeat_threshold")
     changed += [name for name in fixed if saved.get(name) != now[name]]
     before = DetrConfig().to_dict() | saved.get("set", {})

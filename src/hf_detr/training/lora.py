@@ -18,6 +18,8 @@ FULLY_TRAINED = (
     "query_position_embeddings",
     "extra_query_groups",
     "dense_head",
+    "mask_head",
+    "bbox_attention",
     "proposals",
     "denoising",
 )
@@ -27,9 +29,9 @@ def add_lora(model: DetrForDetection, rank: int) -> DetrForDetection:
     """Add low-rank adapters to the transformer of a trained detector and freeze its weights, in place.
 
     Every linear map W of attention and feed-forward layers, and the input projection, becomes W + 2·B·A, with B
-    (outputs, rank) initially zero, so that predictions are unchanged at first. Class head, box head, object queries and
-    modules that exist in training only are trained fully. Everything else is frozen: the backbone with the statistics
-    of its batch norms, layer norms, position embeddings and the position networks of the anchor decoder.
+    (outputs, rank) initially zero, so that predictions are unchanged at first. Class head, box head, mask head, object
+    queries and modules that exist in training only are trained fully. Everything else is frozen: the backbone with the
+    statistics of its batch norms, layer norms, position embeddings and the position networks of the anchor decoder.
 
     Args:
         model: from a checkpoint.

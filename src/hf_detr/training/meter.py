@@ -95,10 +95,12 @@ def describe_epoch(line: Mapping[str, float], epochs: int, *, left: float | None
         best: the best evaluation so far, in words; empty before the first one.
     """
     text = f"epoch {line['epoch']:3}/{epochs}  {line['seconds']:6.1f} s  loss {line.get('loss', math.nan):7.4f}"
-    terms = (name for name in ("loss_ce", "loss_bbox", "loss_giou") if name in line)
+    terms = (name for name in ("loss_ce", "loss_bbox", "loss_giou", "loss_mask", "loss_dice") if name in line)
     text += "".join(f"  {name.removeprefix('loss_')} {line[name]:.3f}" for name in terms)
     if "AP" in line:
         text += f"  AP {line['AP']:.4f}  AP50 {line['AP50']:.4f}  IoU {line['matched_iou']:.2f}"
+        text += f"  mask AP {line['mask_AP']:.4f}" if "mask_AP" in line else ""
+        text += f"  PQ {line['PQ']:.4f}" if "PQ" in line else ""
         text += f"  changed matches {line['changed_matches']:.0%}" if "changed_matches" in line else ""
     text += f"  best {best}" if best else ""
     return text if left is None else f"{text}  {describe_duration(left)} left"

@@ -1,12 +1,16 @@
 """What one run trains with: the recipe, updated with what was given on the command line."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..data.schema import stuff_labels
 from ..model.configuration_hf_detr import DetrConfig
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.processor_size import size_range
+from ..model.segmentation import STRIDES as MASK_STRIDES
 from ..model.timm_network import feature_strides
+from ..runtime import listed
 from .arguments import FinetuneArguments
 from .recipes import DataSummary, Start, choose_recipe, summarize
 
@@ -23,6 +27,7 @@ class RunRecipe:
     """Hyperparameters of a run; see `Recipe.training` for the first ones.
 
     Args:
+        metric: name of the number that selects the best checkpoint.
         config: fields of [`DetrConfig`] that differ from its defaults, or from those of the checkpoint.
         random_backbone: no pretrained weights are loaded into it.
         data: statistics of the training images.
@@ -40,6 +45,7 @@ class RunRecipe:
     decay: float
     augmentation: str
     eval_every: int
+    metric: str
     config: dict[str, Any]
     random_backbone: bool
     data: DataSummary
@@ -81,9 +87,9 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
             data,
             start,
             size_range(processor.size),
-            strides=[] if start == "checkpoint" else feature_strides(backbone),
+            strides=[] if start == "checkpoint" else _strides(backbone, masks=args.data.reads_masks),
             upright=not args.data.is_drawn,
-            num_queries=_queries_of(args.model.model) if args.model.model else None,
+            num_queries=_queries_of(args.model.model) if args.model.model and not args.model.freeze_detector else None,
         )
         description = recipe.describe(config | given)
         given = recipe.values("training", given)
@@ -92,14 +98,41 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
         else:
             small = {"attn_implementation": "eager"} if args.embedded else {}  # the fastest at so few locations
             config = recipe.values("model", {"backbone": backbone} | small | config)
+    metric, why = _choose_metric(args, stuff_labels(train_set))
     return RunRecipe(
         **given,
+        metric=metric,
         gradient_accumulation_steps=args.run.gradient_accumulation_steps,
         config=config,
         random_backbone=random_backbone,
         data=data,
-        description=description,
+        description=f"{description}{why}",
     )
+
+
+def _strides(backbone: str, *, masks: bool) -> list[int]:
+    """The strides of a backbone that a recipe may choose; with masks not the finer ones, which the mask head reads."""
+    strides = feature_strides(backbone)
+    return [stride for stride in strides if stride >= MASK_STRIDES[-1]] or strides if masks else strides
+
+
+def _choose_metric(args: FinetuneArguments, stuff: Sequence[str]) -> tuple[str, str]:
+    """The number that selects the best checkpoint, and a sentence on it; empty for boxes.
+
+    Raises:
+        ValueError: panoptic quality was asked for, and there is no stuff.
+    """
+    asked = args.run.metric
+    if not args.data.masks:
+        return asked or "AP", ""
+    if asked is not None and asked.startswith("PQ") and not stuff:
+        raise ValueError(
+            f"--metric {asked} is of panoptic segmentation, but no class of {args.data.location} is stuff. Use "
+            "--metric mask_AP."
+        )
+    metric = asked or ("PQ" if stuff else "mask_AP")
+    kinds = f"{listed(stuff)} are stuff" if stuff else "no class is stuff"
+    return metric, f"\nThe best checkpoint has the highest {metric}; {kinds}. To choose another number: --metric"
 
 
 def _queries_of(checkpoint: str) -> int:

@@ -22,11 +22,15 @@ from ..data import (
     resized_sizes,
 )
 from ..data.class_balance import describe_repeats, repeat_rare_classes
-from ..data.schema import learned_objects, require_objects
+from ..data.schema import learned_objects, require_objects, stuff_labels
+from ..evaluation import ModelEvaluation
+from ..interop import has_masks
 from ..model.configuration_hf_detr import DetrConfig
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
 from ..model.processor_size import keeps_aspect_ratio, size_fields
+from ..model.segmentation import STRIDES as MASK_STRIDES
+from ..model.segmentation import DetrForSegmentation
 from ..runtime import listed, require_source
 from .arguments import FinetuneArguments
 from .lora import add_lora
@@ -52,17 +56,21 @@ def load_data(args: FinetuneArguments, accelerator: Accelerator) -> tuple[Any, A
     with accelerator.main_process_first():
         if data.is_drawn:
             few: dict[str, Any] = {"num_train": QUICK_IMAGES, "num_val": 16} if data.quick else {}
-            draw_shapes_dataset(data.location, progress=progress, **few)
+            draw_shapes_dataset(data.location, progress=progress, masks=data.reads_masks, **few)
         train_set = load_detection_dataset(split="train", progress=progress, **data.source)
+        if data.stuff and not stuff_labels(train_set):
+            raise ValueError(f"{data.location}: no class is stuff (COCO's panoptic format has some). Omit --stuff.")
         if data.overfit:
             with_objects = [i for i, objects in enumerate(train_set["objects"]) if learned_objects(objects)["bbox"]]
             if not with_objects:
                 raise ValueError(f"{data.location}: no training image has an object, so there is nothing to learn.")
             train_set = train_set.select(with_objects[: data.overfit])
+            ModelEvaluation(train_set, with_masks=data.masks)
             return train_set, train_set
         val_set = load_detection_dataset(split="val", id2label=id2label(train_set), progress=progress, **data.source)
         require_objects(train_set, f"{data.location}, training", "learned")
         require_objects(val_set, f"{data.location}, validation", "measured")
+        ModelEvaluation(val_set, with_masks=data.masks)  # masks that cannot be measured are refused now
         return train_set, val_set
 
 
@@ -97,17 +105,23 @@ def build_model(args: FinetuneArguments, recipe: RunRecipe, train_set: Any) -> D
     """The checkpoint's model with its class head adapted, or a new one for the classes of `train_set`. Classes that the
     checkpoint has under the same name keep their weights; what was kept and what was reset is logged."""
     names = id2label(train_set)
+    kind: type[DetrForDetection] = DetrForSegmentation if args.data.masks else DetrForDetection
+    fields = recipe.config | ({"stuff_labels": stuff_labels(train_set)} if args.data.reads_masks else {})
     model: DetrForDetection
     if args.model.model:
-        model = DetrForDetection.from_pretrained(
-            args.model.model, id2label=names, ignore_mismatched_sizes=True, **recipe.config
-        )
+        if args.data.masks:
+            _check_stride(args.model.model)
+        if args.model.freeze_detector:
+            _check_known_classes(args.model.model, names)
+        model = kind.from_pretrained(args.model.model, id2label=names, ignore_mismatched_sizes=True, **fields)
     else:
-        config = DetrConfig(**recipe.config, id2label=names, label2id={name: index for index, name in names.items()})
+        config = DetrConfig(**fields, id2label=names, label2id={name: index for index, name in names.items()})
         if recipe.random_backbone:
-            model = DetrForDetection(config)
+            model = kind(config)
         else:
-            model = DetrForDetection.from_pretrained_backbone(config, args.model.backbone_weights)
+            model = kind.from_pretrained_backbone(config, args.model.backbone_weights)
+    if isinstance(model, DetrForSegmentation) and args.model.freeze_detector:
+        model.freeze_detector()
     if args.model.freeze_backbone:
         model.freeze_backbone()
     if args.model.lora_rank:
@@ -115,6 +129,29 @@ def build_model(args: FinetuneArguments, recipe: RunRecipe, train_set: Any) -> D
     if args.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
+
+
+def _check_stride(checkpoint: str) -> None:
+    """Raise ValueError if the features of a detector are too fine for a mask head."""
+    stored, _ = DetrConfig.get_config_dict(checkpoint)
+    stride, smallest = stored.get("feature_stride"), MASK_STRIDES[-1]
+    if stride is not None and stride < smallest:
+        raise ValueError(
+            f"--masks needs features of stride {smallest} or more, and {checkpoint} has {stride}. Train one with "
+            "--stuff, which chooses it, or without --model."
+        )
+
+
+def _check_known_classes(checkpoint: str, names: dict[int, str]) -> None:
+    """Raise ValueError if a detector that is to stay as it is does not know some of these classes."""
+    stored, _ = DetrConfig.get_config_dict(checkpoint)
+    known = set((stored.get("id2label") or {}).values())
+    unknown = [name for name in names.values() if name not in known]
+    if unknown:
+        raise ValueError(
+            f"--freeze_detector keeps the classes of {checkpoint}, which does not detect {listed(unknown)}. Train it "
+            "on all classes first (--stuff, without --masks), or omit --freeze_detector."
+        )
 
 
 def compile_for_training(model: DetrForDetection) -> None:
@@ -203,6 +240,10 @@ def describe_run(
         start += f" LoRA adapters of rank {args.model.lora_rank} and the heads are trained."
     if args.model.freeze_backbone:
         start += " The backbone is frozen."
+    if args.model.freeze_detector:
+        start += " The detector is frozen, and the mask head is trained."
+    if args.model.model and not args.data.masks and has_masks(args.model.model):
+        start += " Its mask head is dropped; --masks keeps it."
     if recipe.data.max_objects > (queries := model.config.num_queries):
         start += (
             f"\nUp to {recipe.data.max_objects} objects per image, but {queries} queries: some cannot be learned. For "

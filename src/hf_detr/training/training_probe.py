@@ -10,6 +10,7 @@ from torchvision.ops import box_convert
 from ..model.boxes import iou
 from ..model.matcher import hungarian_matching
 from ..model.modeling_hf_detr import DetrForDetection
+from ..model.segmentation import DetrForSegmentation
 
 MIN_SCORE = 0.3  # of predictions that are checked for duplicates
 DUPLICATE_IOU = 0.6  # from which two predictions of a class are duplicates
@@ -54,9 +55,9 @@ class TrainingProbe:
         queries, overlaps, wrong, confident, repeated = [], [], [], 0, 0
         for start in range(0, len(self.rows), self.batch_size):
             batch = self.collate([self.rows[i] for i in range(start, min(start + self.batch_size, len(self.rows)))])
-            outputs = model(
-                **{name: batch[name].to(device) for name in ("pixel_values", "pixel_mask") if name in batch}
-            )
+            no_masks = {"masks_above": 1.0} if isinstance(model, DetrForSegmentation) else {}
+            images = {name: batch[name].to(device) for name in ("pixel_values", "pixel_mask") if name in batch}
+            outputs = model(**images, **no_masks)
             logits, boxes = outputs.logits.float(), outputs.pred_boxes.float()
             labels = batch["labels"]
             classes = torch.cat([label["class_labels"] for label in labels]).to(device)

@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
-from ..evaluation import CocoEvaluator, evaluate_detection, format_metrics
+from ..evaluation import ModelEvaluation, format_evaluation
 from ..hub import prepare_repo, push_folder
+from ..interop import load_model
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
 from ..model.processor_size import size_range
 from ..runtime import StopRequest, atomic_write
-from ..visualization import compare_with_ground_truth
+from ..visualization import compare_masks_with_ground_truth, compare_with_ground_truth
 from .arguments import FinetuneArguments
 from .batch_size import fit_batch_size
 from .checkpoints import Progress, any_process, load_checkpoint, save_checkpoint, trim_log, use_plain_weights
@@ -53,7 +55,9 @@ class TrainingRun:
         self.repo_id: str | None = None
         if args.run.push_to_hub and accelerator.is_main_process:  # fails now rather than after training
             self.repo_id = prepare_repo(args.run.push_to_hub, private=args.run.hub_private or None)
-        name = ("shapes" if args.data.is_drawn else args.data.name) + ("-overfit" if args.data.overfit else "")
+        name = (Path(args.data.location).name.removesuffix("-quick") if args.data.is_drawn else args.data.name) + (
+            "-overfit" if args.data.overfit else ""
+        )
         self.folder = acquire_run_dir(
             args.run.output_dir, name, recipe.settings(args), accelerator, resume=args.run.resume
         )
@@ -138,7 +142,7 @@ class TrainingRun:
             if ema is not None:
                 rescale_ema(ema, first=progress.first_step_images, before=progress.step_images, now=step_images)
             if progress.best is not None:
-                accelerator.print(f"Best {self.args.run.metric} so far {progress.best:.4f}")
+                accelerator.print(f"Best {self.recipe.metric} so far {progress.best:.4f}")
             begin(self.folder, accelerator)
         within = 1.0 if progress.trained else progress.batches / (steps_per_epoch * recipe.gradient_accumulation_steps)
         self.began, self.began_with = time.monotonic(), progress.epoch + within  # in epochs
@@ -253,8 +257,8 @@ class TrainingRun:
         """Write the line to the log, the trackers and the console, and save a checkpoint."""
         self.progress.end_epoch()
         self.accelerator.log(line, step=self.progress.step)
-        progress, metric = self.progress, self.args.run.metric
-        progress.columns = list(dict.fromkeys([*progress.columns, *line, *FIGURES, "AP", "AP50", metric]))
+        progress, metric = self.progress, self.recipe.metric
+        progress.columns = list(dict.fromkeys([*progress.columns, *line, *FIGURES, *self.reported()]))
         if self.accelerator.is_main_process:
             with (self.path / "log.jsonl").open("a") as log:  # null: not measured in this epoch
                 log.write(json.dumps({name: line.get(name) for name in progress.columns}) + "\n")
@@ -285,28 +289,44 @@ class TrainingRun:
             return self.probe.measure(self.predictor)
 
     def evaluate(self, val_loader: Any, val_set: Any, line: dict[str, float]) -> dict[str, float]:
-        """AP, AP50 and the metric of the predictor. The model is saved if it is the best so far.
+        """The numbers of the predictor, see `reported`. The model is saved if it is the best so far.
 
         Args:
             line: figures of the epoch, see `epoch_figures`.
         """
-        accelerator, metric = self.accelerator, self.args.run.metric
+        accelerator, metric = self.accelerator, self.recipe.metric
         with accelerator.autocast():
-            evaluator = self._evaluator(self.predictor, val_loader, val_set)
-        metrics = evaluator.compute(self.args.run.max_detections)
-        result = {name: metrics[name] for name in dict.fromkeys(("AP", "AP50", metric))}
+            evaluation = self._evaluate(self.predictor, val_loader, val_set)
+        metrics = evaluation.compute(self.args.run.max_detections)
+        result = {name: metrics[name] for name in self.reported()}
         if self.progress.add_evaluation(line | result, metric):
             split = "train" if self.args.data.overfit else "val"
             about = {"epoch": line["epoch"], "dataset": self.args.data.name, "num_images": len(val_set), "split": split}
             self._save_model(self.path, metrics | about)
         if accelerator.is_main_process and accelerator.trackers:
-            image = compare_with_ground_truth(val_set, evaluator.detections())
+            image = self._picture(val_set, evaluation)
             log_image(accelerator, "validation", image, self.progress.step)
         return result
 
-    def _evaluator(self, model: DetrForDetection, val_loader: Any, val_set: Any) -> CocoEvaluator:
-        progress = self.accelerator.is_main_process
-        return evaluate_detection(model, val_loader, val_set, self.processor, progress=progress)
+    def reported(self) -> list[str]:
+        """The numbers in the log: AP and AP50, with masks also those of masks and the panoptic quality, if there is
+        stuff; and the metric that selects the best checkpoint."""
+        names = ["AP", "AP50"]
+        if self.args.data.masks:
+            names += ["mask_AP", "mask_AP50"]
+            names += ["PQ", "PQ_things", "PQ_stuff"] if self.predictor.config.stuff_labels else []
+        return list(dict.fromkeys([*names, self.recipe.metric]))
+
+    def _evaluate(self, model: DetrForDetection, val_loader: Any, val_set: Any) -> ModelEvaluation:
+        evaluation = ModelEvaluation(val_set, with_masks=self.args.data.masks)
+        return evaluation.run(model, val_loader, self.processor, progress=self.accelerator.is_main_process)
+
+    def _picture(self, val_set: Any, evaluation: ModelEvaluation) -> Image.Image:
+        if evaluation.segments is not None:  # their threshold is that of the post-processing
+            return compare_masks_with_ground_truth(val_set, evaluation.segments.detections(), threshold=0.0)
+        if evaluation.masks is not None:
+            return compare_masks_with_ground_truth(val_set, evaluation.masks.detections())
+        return compare_with_ground_truth(val_set, evaluation.boxes.detections())
 
     def ends_early(self) -> bool:
         """The images of `--overfit` are memorized, or there was no improvement for `--early_stopping` evaluations."""
@@ -314,7 +334,7 @@ class TrainingRun:
         if self.args.data.overfit:
             return self.memorized()
         if patience and self.progress.evaluations_since_best() >= patience:
-            self.accelerator.print(f"No better {self.args.run.metric} in {patience} evaluations: training ends here.")
+            self.accelerator.print(f"No better {self.recipe.metric} in {patience} evaluations: training ends here.")
             return True
         return False
 
@@ -333,22 +353,24 @@ class TrainingRun:
         accelerator, path = self.accelerator, self.path
         self.stop.end()
         accelerator.wait_for_everyone()
-        best = DetrForDetection.from_pretrained(path).to(accelerator.device)
+        best = load_model(path).to(accelerator.device)
         metrics = json.loads((path / "metrics.json").read_text())  # before it is replaced
-        evaluator = self._evaluator(best, val_loader, val_set)
-        metrics |= evaluator.compute(self.args.run.max_detections) | {"num_images": len(val_set)}
+        evaluation = self._evaluate(best, val_loader, val_set)
+        metrics |= evaluation.compute(self.args.run.max_detections) | {"num_images": len(val_set)}
         if accelerator.is_main_process:
             with atomic_write(path / "metrics.json") as file:
                 json.dump(metrics, file, indent=2)
-            compare_with_ground_truth(val_set, evaluator.detections()).save(path / "validation.png")
-        accelerator.print(f"\nBest checkpoint, epoch {metrics['epoch']}\n{format_metrics(metrics)}\n\nSaved in {path}")
+            self._picture(val_set, evaluation).save(path / "validation.png")
+        accelerator.print(
+            f"\nBest checkpoint, epoch {metrics['epoch']}\n{format_evaluation(metrics)}\n\nSaved in {path}"
+        )
         if self.progress.skipped:
             accelerator.print(f"{self.progress.skipped} steps were skipped; their batches are in {path / 'non_finite'}")
         if self.repo_id:
             address = push_folder(path, self.repo_id, private=self.args.run.hub_private or None)
             accelerator.print(f"Pushed: {address}")
         last = self.progress.evaluations[-1]
-        self._save_model(path / "last", {name: last[name] for name in ("epoch", "AP", "AP50", self.args.run.metric)})
+        self._save_model(path / "last", {name: last[name] for name in ("epoch", *self.reported())})
         if self.args.data.overfit and accelerator.is_main_process:
             data, config = self.recipe.data, self.predictor.config
             result = describe_overfit(

@@ -1,7 +1,7 @@
 """Boxes on images."""
 
 import colorsys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,17 +90,11 @@ def compare_with_ground_truth(
             `threshold` are drawn.
         num_images: number of images, spread evenly over those of the data set that have objects.
     """
-    found: dict[Any, list[Mapping[str, Any]]] = {}
-    for detection in detections:
-        if detection["score"] > threshold:
-            found.setdefault(detection["image_id"], []).append(detection)
     class_of = {category_id: class_id for class_id, category_id in category_ids(dataset).items()}
     names = id2label(dataset)
-    with_objects = [i for i, row in enumerate(dataset.select_columns("objects")) if row["objects"]["bbox"]]
-    shown = with_objects[:: max(1, len(with_objects) // num_images)][:num_images]
     images = []
-    for row in (dataset[index] for index in shown):
-        image, objects, predicted = row["image"], row["objects"]["bbox"], found.get(source_id(row), [])
+    for row, predicted in rows_with_results(dataset, detections, num_images, threshold):
+        image, objects = row["image"], row["objects"]["bbox"]
         scale = 312 / max(image.size)  # enlarged before drawing, so that lines on small images are thin
         image = image.resize([max(1, round(side * scale)) for side in image.size])
         image = draw_boxes(image, [_corners(box, scale) for box in objects], (), [(255, 255, 255)] * len(objects), 3)
@@ -109,6 +103,20 @@ def compare_with_ground_truth(
         captions = [f"{names[i]} {detection['score']:.2f}" for i, detection in zip(classes, predicted, strict=True)]
         images.append(draw_boxes(image, boxes, captions, [class_colour(i) for i in classes], 1))
     return contact_sheet(images)
+
+
+def rows_with_results(
+    dataset: "Dataset", results: Iterable[Mapping[str, Any]], num_images: int, threshold: float
+) -> Iterator[tuple[dict[str, Any], list[Mapping[str, Any]]]]:
+    """Rows that have objects, spread evenly over the data set, each with its COCO results above `threshold`."""
+    found: dict[Any, list[Mapping[str, Any]]] = {}
+    for result in results:
+        if result["score"] > threshold:
+            found.setdefault(result["image_id"], []).append(result)
+    with_objects = [i for i, row in enumerate(dataset.select_columns("objects")) if row["objects"]["bbox"]]
+    for index in with_objects[:: max(1, len(with_objects) // num_images)][:num_images]:
+        row = dataset[index]
+        yield row, found.get(source_id(row), [])
 
 
 def _corners(box: Sequence[float], scale: float) -> list[float]:

@@ -1,8 +1,8 @@
 """Masks on images, with a legend."""
 
 import colorsys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..data.mask_results import result_masks
-from .draw import class_colour
+from ..data.masks import decode_masks, resize_masks
+from ..data.schema import category_ids, id2label
+from .draw import class_colour, contact_sheet, rows_with_results
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Colour = tuple[int, int, int]
 MIN_FONT, MAX_FONT = 11, 28  # pixels
@@ -53,6 +58,32 @@ def draw_masks(
         canvas[_outline(masks[index], thickness)] = colours[index]
     drawn = Image.fromarray(canvas.round().astype(np.uint8))
     return _with_legend(drawn, segments_info, id2label) if legend and segments_info else drawn
+
+
+def compare_masks_with_ground_truth(
+    dataset: "Dataset", results: Iterable[Mapping[str, Any]], *, num_images: int = 8, threshold: float = 0.5
+) -> Image.Image:
+    """Pairs of pictures: an image of a data set with its masks, and with the predicted ones.
+
+    Args:
+        dataset: with the columns of `hf_detr.data.schema`, and masks.
+        results: COCO results with the source's ids (`image_id`, `category_id`, `segmentation`, a run-length encoding,
+            and `score`); those above `threshold` are drawn.
+        num_images: number of images, spread evenly over those of the data set that have objects.
+    """
+    class_of = {category_id: class_id for class_id, category_id in category_ids(dataset).items()}
+    names = id2label(dataset)
+    pictures = []
+    for row, predicted in rows_with_results(dataset, results, num_images, threshold):
+        scale = 312 / max(row["image"].size)  # enlarged before drawing, so that outlines are thin
+        size = max(1, round(row["height"] * scale)), max(1, round(row["width"] * scale))
+        image = row["image"].resize((size[1], size[0]))
+        counts = [result["segmentation"]["counts"] for result in predicted]
+        labels = [class_of[result["category_id"]] for result in predicted]
+        for encoded, of_class in ((row["objects"]["mask"], row["objects"]["category"]), (counts, labels)):
+            masks = resize_masks(decode_masks(encoded, (row["height"], row["width"])), size)
+            pictures.append(draw_masks(image, masks, [{"label_id": i} for i in of_class], names, legend=False))
+    return contact_sheet(pictures)
 
 
 def segment_shades(labels: Sequence[int]) -> list[Colour]:
