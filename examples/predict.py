@@ -12,7 +12,9 @@ images:
     images.json        the matching COCO images and categories, and the files that could not be read
     shards/*.parquet   the same, written during prediction: file, width, height, and lists of scores, labels, label_ids
                        and boxes (x_min, y_min, x_max, y_max in pixels); error tells why a file could not be read
-    FILE.png           pictures with boxes, by default for up to 1,000 images; never taken for input later
+    masks.json         of a model with masks: COCO results with run-length encodings, one mask per object
+    panoptic.json      of a model with masks: COCO's panoptic format, with the PNGs in panoptic/
+    FILE.png           pictures with boxes or masks, by default for up to 1,000 images; never taken for input later
     downloads/         what URLs name
 
 Image and category ids come from the COCO annotations of the folder, if it has any and is the only input; otherwise they
@@ -40,13 +42,15 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import pipeline
 
-from hf_detr import DetrForDetection, DetrImageProcessor
+from hf_detr import DetrImageProcessor
 from hf_detr.export import ExportedDetr, is_exported, load_exported
+from hf_detr.interop import load_model as load_checkpoint
 from hf_detr.prediction import (
     Inputs,
     OutputFolder,
     PlannedJobs,
     PredictionJob,
+    SegmentOptions,
     ShardWriter,
     Tiling,
     VideoJob,
@@ -67,7 +71,7 @@ from hf_detr.prediction import (
 from hf_detr.runtime import LongBarrier, StopRequest, end_with_launcher, exit_on_error, require_source
 from hf_detr.speed import prepare_for_inference
 from hf_detr.training import use_all_cores
-from hf_detr.visualization import draw_detections
+from hf_detr.visualization import draw_detections, draw_masks
 
 MAX_PICTURES = 1000  # images that are drawn by default
 
@@ -89,6 +93,9 @@ def main() -> None:
     settings = {"model": str(Path(args.model).resolve()) if Path(args.model).exists() else args.model}
     settings |= {"threshold": args.threshold, "dtype": dtype}
     settings |= {"tile": args.tile, "overlap": args.overlap if args.tiling else None}
+    segments = choose_masks(args, model)
+    if segments is not None:
+        settings |= {"masks": segments.kinds, "panoptic_threshold": segments.panoptic_threshold}
     settings |= model_settings(model, processor)
     if not isinstance(model, ExportedDetr):
         model = prepare_for_inference(model, dtype=dtype, compile=args.compile)
@@ -108,16 +115,21 @@ def main() -> None:
         job = open_job(plan.output.path, plan.images, plan.settings, id2label, process_index=index)
     if accelerator.is_main_process:
         barrier.wait()
-    predict(args, accelerator, detector, job, plan)
+    predict(args, accelerator, detector, job, plan, segments)
     accelerator.end_training()
 
 
 def predict(
-    args: argparse.Namespace, accelerator: Accelerator, detector: Any, job: PredictionJob | None, plan: PlannedJobs
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    detector: Any,
+    job: PredictionJob | None,
+    plan: PlannedJobs,
+    segments: SegmentOptions | None,
 ) -> None:
     """All jobs, whether or not another one fails."""
     output, failed = plan.output, list[Exception]()
-    if job is not None and not predict_images(args, accelerator, job, detector, output):
+    if job is not None and not predict_images(args, accelerator, job, detector, output, segments):
         failed.append(ValueError("None of the images could be read."))
     for path, of_video in plan.videos.items():
         try:
@@ -136,7 +148,7 @@ def predict(
 def load_model(args: argparse.Namespace) -> tuple[Any, str]:
     """A checkpoint or an export, and the name of the dtype in which it computes."""
     if not is_exported(args.model):
-        model = DetrForDetection.from_pretrained(args.model)
+        model = load_checkpoint(args.model)
         return model, args.dtype or str(model.dtype).removeprefix("torch.")
     if args.compile or args.device not in (None, "cpu"):
         raise ValueError(f"{args.model} is an export, which runs on the CPU: no --compile, and no --device but cpu.")
@@ -144,8 +156,28 @@ def load_model(args: argparse.Namespace) -> tuple[Any, str]:
     return exported, args.dtype or exported.export["precision"]
 
 
+def choose_masks(args: argparse.Namespace, model: Any) -> SegmentOptions | None:
+    """The masks to write; None: boxes only."""
+    has_masks = model.has_masks if isinstance(model, ExportedDetr) else model.needs_masks
+    asked = args.masks or []
+    if not has_masks or asked == ["none"] or (args.tiling is not None and not asked):
+        if set(asked) - {"none"}:
+            raise ValueError(f"{args.model} has no masks. Train them: examples/finetune.py --masks.")
+        return None
+    if args.tiling is not None:
+        raise ValueError("Tiles are merged as boxes: use --tile without --masks, or --masks without --tile.")
+    stuff = frozenset(model.config.stuff_label_ids)
+    kinds = tuple(dict.fromkeys(asked)) or ("panoptic" if stuff else "instance",)
+    return SegmentOptions(kinds, stuff, args.threshold, args.panoptic_threshold)
+
+
 def predict_images(
-    args: argparse.Namespace, accelerator: Accelerator, job: PredictionJob, detector: Any, output: OutputFolder
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    job: PredictionJob,
+    detector: Any,
+    output: OutputFolder,
+    segments: SegmentOptions | None,
 ) -> bool:
     """Predict what is not done. False if no image could be read."""
     barrier = LongBarrier()
@@ -163,7 +195,7 @@ def predict_images(
         job.check_pictures(images)
     barrier.wait()  # no shard is written before all processes have listed the pending images
     stop = StopRequest()
-    if detect(args, accelerator, job, detector, images, pictures, stop):
+    if detect(args, accelerator, job, detector, images, pictures, stop, segments):
         if accelerator.is_main_process:
             print("Stopped; results so far are in the shards. The same command resumes the job.", flush=True)
         raise SystemExit(stop.exit_code)
@@ -190,6 +222,7 @@ def detect(
     images: Any,
     pictures: bool,
     stop: StopRequest,
+    segments: SegmentOptions | None,
 ) -> bool:
     """Predict this process' part of the pending images. True if it was asked to stop before the end."""
     id2label = detector.model.config.id2label
@@ -201,14 +234,22 @@ def detect(
         batch_size=args.batch_size, num_workers=args.num_workers, pictures=pictures, tiles=args.tiling is not None,
     )  # fmt: skip
     with (
-        ShardWriter(job.shards, accelerator.process_index, id2label, args.shard_size) as writer,
+        ShardWriter(
+            job.shards, accelerator.process_index, id2label, args.shard_size, masks=segments is not None
+        ) as writer,
         closing(batches),
         tqdm(total=len(images), desc="Detecting", disable=not accelerator.is_main_process) as bar,
     ):
         for batch in batches:
-            for prediction in predict_batch(detector, batch, args.threshold, args.tiling, args.batch_size):
+            for prediction in predict_batch(detector, batch, args.threshold, args.tiling, args.batch_size, segments):
                 if prediction.picture is not None:
-                    picture = draw_detections(prediction.picture, prediction.objects(id2label), label2id)
+                    picture, found = prediction.picture, prediction.segments
+                    for kind in ("panoptic", "instance"):
+                        if kind in found:
+                            picture = draw_masks(picture, **found[kind], id2label=id2label)
+                            break
+                    if "panoptic" not in found:
+                        picture = draw_detections(picture, prediction.objects(id2label), label2id)
                     save_picture(picture, picture_of(job.folder, prediction.file))
                 writer.add(prediction)
             bar.update(len(batch))
@@ -300,6 +341,15 @@ def parse_args() -> argparse.Namespace:
         default=0.5,
         help="minimum score of a detection, default 0.5; per_class: what evaluate.py --save_thresholds has stored",
     )
+    parser.add_argument(
+        "--masks",
+        nargs="+",
+        choices=("panoptic", "instance", "none"),
+        help="what to write of a model with masks; default: panoptic if it has stuff, otherwise instance",
+    )
+    parser.add_argument(
+        "--panoptic_threshold", type=float, default=0.85, help="minimum score of a panoptic segment, default 0.85"
+    )
     parser.add_argument("--tile", type=int, help="also detect in tiles of this many pixels (for large images)")
     parser.add_argument("--overlap", type=float, default=0.25, help="overlap of tiles, as a fraction of their side")
     parser.add_argument("--batch_size", type=int, default=1, help="images, frames or tiles per forward pass")
@@ -321,6 +371,10 @@ def parse_args() -> argparse.Namespace:
         args.tiling = Tiling(args.tile, args.overlap) if args.tile is not None else None
     except ValueError as error:
         parser.error(f"--tile, --overlap: {error}")
+    if args.masks and "none" in args.masks and len(args.masks) > 1:
+        parser.error("--masks none writes no masks: omit the others.")
+    if not 0 <= args.panoptic_threshold <= 1:
+        parser.error("--panoptic_threshold must be between 0 and 1.")
     for name in ("batch_size", "shard_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1.")

@@ -8,6 +8,7 @@ from .job import PredictionJob, model_settings, open_job
 from .merge import is_unreadable, merge_shards
 from .output_folder import OutputFolder
 from .predict import load_batches, load_image, predict_batch
+from .segments import SegmentOptions
 from .shards import ShardWriter
 from .tiles import Tiling
 from .video import VideoReader, load_frames
@@ -18,6 +19,7 @@ __all__ = [
     "OutputFolder",
     "PlannedJobs",
     "PredictionJob",
+    "SegmentOptions",
     "ShardWriter",
     "Tiling",
     "VideoJob",

@@ -9,6 +9,7 @@ from PIL import Image, PngImagePlugin
 from ..data.image_files import IMAGE_SUFFIXES
 
 MARK = b"drawn by hf_detr"
+PANOPTIC = "panoptic"  # folder of the PNGs in the output folder
 MARK_WITHIN = 200  # bytes: it comes before the pixels
 
 
@@ -36,7 +37,10 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 
 def is_drawing(path: Path) -> bool:
-    """Whether a file is an image or a video that `predict.py` drew: by the mark in it, or the job file beside it."""
+    """Whether a file is an image or a video that `predict.py` drew: by the mark in it, or the job file beside it; or
+    PNGs of panoptic segments, which are in a folder beside it."""
+    if path.suffix == ".png" and path.parent.name == PANOPTIC and (path.parent.parent / "job.json").is_file():
+        return True
     if path.suffix == ".png" and Path(path.stem).suffix.lower() in IMAGE_SUFFIXES:
         try:
             with path.open("rb") as file:

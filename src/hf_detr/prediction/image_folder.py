@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..data.dataset_folder import DatasetFolder
 from ..data.formats.coco import find_coco, read_coco_file
+from ..data.formats.coco_panoptic import read_panoptic_file
 from ..data.image_files import IMAGE_SUFFIXES, is_litter, walk_files
 from ..data.records import AnnotatedSplit
 from ..data.split_names import name_rank, split_of
@@ -55,7 +56,9 @@ def _images_at(path: Path) -> list[Path]:
     return [*images, *unlisted]
 
 
-def annotation_ids(folder: Path, files: Sequence[bytes]) -> tuple[list[Any], AnnotatedSplit] | None:
+def annotation_ids(
+    folder: Path, files: Sequence[bytes], *, panoptic: bool = False
+) -> tuple[list[Any], AnnotatedSplit] | None:
     """Image ids from the COCO annotations of a folder, so that detections can be evaluated against them.
 
     If the folder is named after a split (`val`, `val2017`, `test`, `train`), COCO files of that split are looked for
@@ -63,6 +66,7 @@ def annotation_ids(folder: Path, files: Sequence[bytes]) -> tuple[list[Any], Ann
 
     Args:
         folder: absolute path; `files` are relative to it.
+        panoptic: prefer COCO's panoptic format, which has the categories of stuff, too.
 
     Returns:
         one id per file, a number or text, and the annotations; None if there are no annotations, or if some images
@@ -71,8 +75,12 @@ def annotation_ids(folder: Path, files: Sequence[bytes]) -> tuple[list[Any], Ann
     split = split_of(folder.name)
     try:
         inside = DatasetFolder(folder)
-        for file in _coco_files(folder, split):
-            source = read_coco_file(inside, file, split or "train")
+        found_files = _coco_files(folder, split)
+        readers = [(file, read_coco_file) for file in found_files]
+        if panoptic:
+            readers = [(file, read_panoptic_file) for file in found_files] + readers
+        for file, read in readers:
+            source = read(inside, file, split or "train")
             found = None if source is None else _ids_of(folder, files, source)
             if source is not None and found is not None:
                 return found, source

@@ -6,6 +6,8 @@ worklist.parquet   image_id, path, the source's id, size in bytes and time of ev
 shards/            results, see `shards`; an image is done once a shard contains it
 detections.json    COCO results, and
 images.json        the images they belong to; both are written when all images are done
+masks.json         with masks: COCO results with run-length encodings, one mask per object
+panoptic.json      and `panoptic/`: COCO's panoptic format
 ```
 """
 
@@ -25,7 +27,7 @@ from ..data.records import numbered
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
 from ..runtime import PARTIAL, acquire_lock, atomic_write, shortened
-from .drawings import file_as_text, is_drawing, picture_of
+from .drawings import PANOPTIC, file_as_text, is_drawing, picture_of
 from .image_folder import annotation_ids, category_records, find_images
 from .shards import done_ids
 from .work_list import WORKLIST, update_work_list, work_list_rows, write_work_list
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from ..export.exported_model import ExportedDetr
 
 JOB_FILE = "job.json"
+RESULTS = ("detections.json", "images.json", "masks.json", "panoptic.json")
 MAIN_LOCK = ".main.lock"
 # fields of configurations that do not affect results
 IGNORED_FIELDS = {"transformers_version", "_name_or_path", "architectures", "auto_map", "dtype"}
@@ -51,6 +54,8 @@ class PredictionJob:
         num_images: size of the work list.
         finished: results of all images had been merged before this start.
         notes: what has changed in the image folder since the job started, in sentences.
+        mask_kinds: the masks that are written, see [`~hf_detr.prediction.segments.SegmentOptions`].
+        stuff_labels: names of the classes that are stuff.
     """
 
     folder: Path
@@ -60,6 +65,8 @@ class PredictionJob:
     num_images: int
     finished: bool
     notes: tuple[str, ...] = ()
+    mask_kinds: tuple[str, ...] = ()
+    stuff_labels: tuple[str, ...] = ()
     _lock: Any = field(default=None, repr=False)  # held as long as the job is referenced
 
     @property
@@ -69,6 +76,15 @@ class PredictionJob:
     @property
     def detections_file(self) -> Path:
         return self.folder / "detections.json"
+
+    @property
+    def masks_file(self) -> Path:
+        return self.folder / "masks.json"
+
+    @property
+    def panoptic_file(self) -> Path:
+        """Its PNGs are in the folder of the same name."""
+        return self.folder / f"{PANOPTIC}.json"
 
     @property
     def images_file(self) -> Path:
@@ -149,12 +165,13 @@ def open_job(
             f"Processes of another launch still work on {folder}. Wait for them, or end them."
         ) from error
     check_folder(folder, settings)  # another job may have started in the meantime
-    for name in ("shards/*.parquet", job_file.name, worklist.name, "images.json", "detections.json"):
+    for name in ("shards/*.parquet", job_file.name, worklist.name, *RESULTS):
         for orphan in folder.glob(f"{name}.*{PARTIAL}"):  # left by a kill
             orphan.unlink()
     image_folder, files = find_images(*sources)
     # several sources may have nothing in common but the root of the file system
-    annotated = annotation_ids(image_folder, files) if len(sources) == 1 else None
+    panoptic = "panoptic" in (settings.get("masks") or ())
+    annotated = annotation_ids(image_folder, files, panoptic=panoptic) if len(sources) == 1 else None
     notes = []
     if job_file.exists():
         content = json.loads(job_file.read_text(encoding="utf-8"))
@@ -183,6 +200,8 @@ def _read_job(folder: Path, lock: Any, notes: Sequence[str] = ()) -> PredictionJ
         pq.read_metadata(folder / WORKLIST).num_rows,
         False,
         tuple(notes),
+        tuple(content["settings"].get("masks") or ()),
+        tuple(content["settings"].get("config.stuff_labels") or ()),
         lock,
     )
     return replace(job, finished=job.detections_file.exists() and not len(job.pending()))
@@ -202,7 +221,7 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     job_file = folder / JOB_FILE
     if not job_file.exists():
-        for name in ("detections.json", "images.json", "shards/*.parquet"):
+        for name in (*RESULTS, "shards/*.parquet"):
             for path in folder.glob(name):
                 raise ValueError(
                     f"{path} already exists but does not belong to a prediction job. Use another --output_dir."

@@ -1,12 +1,15 @@
 """Merging the shards of a job into COCO's JSON files, a few rows at a time."""
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
 
+from ..data.masks import decode_masks, to_coco_rle
+from ..data.panoptic_export import PanopticWriter
 from ..runtime import atomic_write
 from .job import PredictionJob
 from .shards import done_ids, read_shards
@@ -38,7 +41,7 @@ def is_unreadable(job: PredictionJob) -> bool:
 
 
 def merge_shards(job: PredictionJob, max_errors: int = 100) -> Summary:
-    """Write `images.json` and `detections.json`.
+    """Write `images.json` and `detections.json`; of a job with masks also `masks.json`, and `panoptic.json` with PNGs.
 
     Images have the ids of the annotations, if there are any.
 
@@ -97,10 +100,54 @@ def merge_shards(job: PredictionJob, max_errors: int = 100) -> Summary:
         file.write(f',\n"categories": {json.dumps(job.categories)},\n"unreadable": ')
         _write_list(file, unreadable_images())
         file.write("}\n")
+    if "instance" in job.mask_kinds:
+        with atomic_write(job.masks_file) as file:
+            _write_list(file, _masks(job, source_ids))
+            file.write("\n")
+    if "panoptic" in job.mask_kinds:
+        _write_panoptic(job, source_ids)
     with atomic_write(job.detections_file) as file:  # last, because it marks the job as finished
         _write_list(file, detections())
         file.write("\n")
     return Summary(objects, images, unreadable, errors)
+
+
+def _masks(job: PredictionJob, source_ids: dict[int, Any]) -> Iterator[dict[str, Any]]:
+    for row in read_shards(job.shards, ["image_id", "width", "height", "segments"]):
+        for segment in row["segments"] or ():
+            if segment["kind"] == "instance":
+                yield {
+                    "image_id": source_ids[row["image_id"]],
+                    "category_id": job.categories[segment["label_id"]]["id"],
+                    "segmentation": to_coco_rle(segment["counts"], (row["height"], row["width"])),
+                    "score": round(segment["score"], 6),
+                }
+
+
+def _write_panoptic(job: PredictionJob, source_ids: dict[int, Any]) -> None:
+    job.panoptic_file.unlink(missing_ok=True)  # of fewer images
+    shutil.rmtree(job.panoptic_file.with_suffix(""), ignore_errors=True)
+    categories = [entry | {"isthing": int(entry["name"] not in job.stuff_labels)} for entry in job.categories]
+    writer = PanopticWriter(job.panoptic_file, categories)
+    for row in read_shards(job.shards, ["image_id", "file", "width", "height", "segments", "error"]):
+        if row["error"] is not None:
+            continue
+        found = [segment for segment in row["segments"] if segment["kind"] == "panoptic"]
+        size = (row["height"], row["width"])
+        ids = np.zeros(size, dtype=np.int64)
+        for number, mask in enumerate(decode_masks([segment["counts"] for segment in found], size).numpy(), start=1):
+            ids[mask] = number
+        segments = [
+            {
+                "id": number,
+                "category_id": job.categories[segment["label_id"]]["id"],
+                "score": round(segment["score"], 6),
+            }
+            for number, segment in enumerate(found, start=1)
+        ]
+        image = {"id": source_ids[row["image_id"]], "file_name": row["file"], "width": size[1], "height": size[0]}
+        writer.add(image, ids, segments)
+    writer.close()
 
 
 def _write_list(file: IO[str], records: Iterable[dict[str, Any]]) -> None:

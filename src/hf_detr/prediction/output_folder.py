@@ -9,7 +9,7 @@ from typing import Any
 
 from ..runtime import PARTIAL, acquire_lock
 from .drawings import is_drawing
-from .job import JOB_FILE, MAIN_LOCK, check_folder
+from .job import JOB_FILE, MAIN_LOCK, RESULTS, check_folder
 from .video_job import check_video, output_files
 from .work_list import WORKLIST
 
@@ -132,7 +132,7 @@ def _foreign_files(folder: Path, images: Mapping[str, Any] | None, videos: Itera
     """Files in a folder that these jobs do not make."""
     own = {path for video in videos for path in output_files(folder, video)}
     if images is not None:
-        own |= {folder / name for name in (JOB_FILE, WORKLIST, "images.json", "detections.json")}
+        own |= {folder / name for name in (JOB_FILE, WORKLIST, *RESULTS)}
     found = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
     return [
         path

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ..model.image_io import Image, open_image
+from ..model.post_processing import to_host
 from .drawings import file_as_text
 from .pipeline import DetrDetectionPipeline
+from .segments import SegmentOptions
 from .size_batches import run_ahead, size_sorted_batches
 from .tiles import Tiling, merge_views
 
@@ -49,6 +51,7 @@ class Prediction:
         scores: (N,).
         label_ids: (N,) class ids.
         boxes: (N, 4) xyxy in pixels of the image, clipped to it.
+        segments: masks by kind, see [`~hf_detr.prediction.segments.SegmentOptions`].
     """
 
     image_id: int
@@ -59,6 +62,7 @@ class Prediction:
     scores: Tensor
     label_ids: Tensor
     boxes: Tensor
+    segments: dict[str, Any]
 
     def objects(self, id2label: dict[int, str]) -> list[dict[str, Any]]:
         """In the format of `pipeline("object-detection")`."""
@@ -160,6 +164,7 @@ def predict_batch(
     threshold: float | str,
     tiling: Tiling | None = None,
     batch_size: int = 1,
+    segments: SegmentOptions | None = None,
 ) -> list[Prediction]:
     """Detections in each image of a batch, equal to those of the pipeline with `round_boxes=False`, in its order.
 
@@ -167,31 +172,44 @@ def predict_batch(
         threshold: see `DetrImageProcessor.post_process_object_detection`.
         tiling: also detect in tiles of each image, and merge the results; see [`~hf_detr.prediction.Tiling`].
         batch_size: tiles per forward pass.
+        segments: also compute masks, of a model that has them; not with `tiling`, which merges boxes.
 
     Raises:
         ValueError: `tiling` is given but an image was loaded without `tiles=True`.
     """
     readable = [image.inputs for image in batch if image.inputs is not None]
-    results = iter(_detect(detector, readable, threshold) if readable else [])
-    nothing = {"scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
+    results = iter(_detect(detector, readable, threshold, segments) if readable else [])
+    nothing: dict[str, Any] = {"scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
+    nothing |= {"boxes": torch.zeros(0, 4), "segments": {}}
     predictions = []
     for image in batch:
         result = nothing if image.inputs is None else next(results)
         if tiling is not None and image.inputs is not None:
             result = _detect_in_tiles(detector, image, result, threshold, tiling, batch_size)
-        found = (result[name] for name in ("scores", "labels", "boxes"))
+        found = (result.get(name, {}) for name in ("scores", "labels", "boxes", "segments"))
         predictions.append(Prediction(image.image_id, image.file, image.size, image.picture, image.error, *found))
     return predictions
 
 
 def _detect(
-    detector: DetrDetectionPipeline, inputs: Sequence[dict[str, Any]], threshold: float | str
-) -> list[dict[str, Tensor]]:
-    """`scores`, `labels` and `boxes` (in pixels) per image, on the CPU."""
+    detector: DetrDetectionPipeline,
+    inputs: Sequence[dict[str, Any]],
+    threshold: float | str,
+    segments: SegmentOptions | None = None,
+) -> list[dict[str, Any]]:
+    """`scores`, `labels` and `boxes` (in pixels) per image, on the CPU, and with `segments` these."""
+    processor = detector.image_processor
     gathered = {key: [given[key][0] for given in inputs] for key in ("pixel_values", "target_size")}
     with detector.device_placement(), detector.get_inference_context()():
-        outputs = detector._forward(detector._ensure_tensor_on_device(gathered, device=detector.device))
-    return detector.image_processor.post_process_object_detection(outputs, threshold, gathered["target_size"])
+        outputs, sizes = detector._predict(
+            detector._ensure_tensor_on_device(gathered, device=detector.device),
+            masks_above=1.0 if segments is None else segments.lowest(processor),
+        )
+    results: list[dict[str, Any]] = processor.post_process_object_detection(to_host(outputs), threshold, sizes)
+    if segments is not None:
+        for result, of_image in zip(results, segments.of(processor, outputs, sizes), strict=True):
+            result["segments"] = of_image
+    return results
 
 
 def _detect_in_tiles(

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..runtime import atomic_write
+from .segments import segment_rows
 
 if TYPE_CHECKING:
     from .predict import Prediction
@@ -30,6 +31,23 @@ SHARD_SCHEMA = pa.schema(
 )
 
 
+MASK_SCHEMA = SHARD_SCHEMA.append(
+    pa.field(
+        "segments",
+        pa.list_(
+            pa.struct(
+                {
+                    "kind": pa.string(),  # panoptic or instance
+                    "label_id": pa.int32(),
+                    "score": pa.float32(),
+                    "counts": pa.string(),  # COCO's run-length encoding, for an image of this height and width
+                }
+            )
+        ),
+    )
+)  # of a job with masks
+
+
 class ShardWriter:
     """Collects predictions, and writes a shard whenever there are `size` of them and when it is closed, also after an
     error.
@@ -42,14 +60,18 @@ class ShardWriter:
         process_index: part of the file names.
         id2label: class id to name.
         size: images per shard.
+        masks: store masks, too.
     """
 
-    def __init__(self, folder: Path, process_index: int, id2label: Mapping[int, str], size: int = 512) -> None:
+    def __init__(
+        self, folder: Path, process_index: int, id2label: Mapping[int, str], size: int = 512, *, masks: bool = False
+    ) -> None:
         if size < 1:
             raise ValueError(f"A shard must hold at least 1 image, got size={size}.")
         self.folder = folder
         self.id2label = id2label
         self.size = size
+        self.schema = MASK_SCHEMA if masks else SHARD_SCHEMA
         self._name = f"{process_index:05d}-{uuid.uuid4().hex[:12]}"
         self._number = 0
         self._rows: list[dict[str, Any]] = []
@@ -65,6 +87,7 @@ class ShardWriter:
                 "labels": [self.id2label[index] for index in label_ids],
                 "label_ids": label_ids,
                 "boxes": prediction.boxes.tolist(),
+                "segments": segment_rows(prediction.segments, prediction.file),
             }
         self._rows.append(row)
         if len(self._rows) >= self.size:
@@ -78,7 +101,7 @@ class ShardWriter:
             path = self.folder / f"{self._name}-{self._number:06d}.parquet"
             self._number += 1
             with atomic_write(path, "wb") as file:
-                pq.write_table(pa.Table.from_pylist(rows, schema=SHARD_SCHEMA), file)
+                pq.write_table(pa.Table.from_pylist(rows, schema=self.schema), file)
 
     def __enter__(self) -> "ShardWriter":
         return self
