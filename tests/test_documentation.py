@@ -282,6 +282,9 @@ class Workplace:
             for name, split in (("a", "train"), ("b", "val")):
                 (cwd / name).mkdir()
                 shutil.copy(data / "annotations" / f"instances_{split}.json", cwd / name / "boxes.json")
+        elif page == "docs/masks.md":
+            draw_shapes_dataset(cwd / "FOLDER", num_train=8, num_val=4, masks=True, progress=False)
+            del places["FOLDER"]
         for name, source in places.items():
             shutil.copytree(source, cwd / name)
         return cwd
