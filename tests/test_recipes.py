@@ -343,3 +343,25 @@ def test_arguments_and_what_the_recipe_decides_do_not_change(drawn):
     for part, name in ((args, "data"), (args.run, "seed"), (args.recipe, "epochs"), (recipe, "epochs")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(part, name, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "mean", "std"),
+    [
+        (("--backbone", "tf_efficientnet_lite0"), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        (("--set", "backbone=vit_small_patch16_224"), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        (("--backbone", "resnet50"), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ((), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # resnet50
+        (
+            ("--backbone", "tf_efficientnet_lite0", "--backbone_weights", "none"),
+            (0.485, 0.456, 0.406),
+            (0.229, 0.224, 0.225),
+        ),
+        (("--backbone", "resnet50", "--set", "num_channels=1"), (0.449,), (0.226,)),
+    ],
+)
+def test_images_are_normalised_as_the_pretrained_backbone_was_trained(options, mean, std):
+    args = parse_finetune_args(None, ["--dataset", "somewhere", *options])
+    processor = build_processor(args)
+    assert list(processor.image_mean) == pytest.approx(mean)
+    assert list(processor.image_std) == pytest.approx(std)
