@@ -114,7 +114,7 @@ def test_values_follow_the_data():
     small = choose_recipe("auto", SMALL, "scratch", (128, 128))
     assert photos["num_queries"] == 100
     assert photos["feature_stride"] == 32  # 160 pixels
-    assert small.values("model", {})["num_queries"] == 20
+    assert small.values("model", {})["num_queries"] == 50
     assert small.values("model", {})["feature_stride"] == 8  # 13 pixels
     assert (
         small.values("training", {})["epochs"]
@@ -142,7 +142,7 @@ def test_every_value_has_a_reason_and_can_be_overridden():
     assert set(lines) == set(choices) | {"backbone"}
     assert "yours" in lines["epochs"]
     assert "yours" in lines["num_queries"]
-    assert "20" in lines["num_queries"]
+    assert "50" in lines["num_queries"]
     assert "yours" not in lines["dropout"]  # the recipe has it, too
     assert recipe.values("training", {"epochs": 7})["epochs"] == 7
     assert recipe.values("training", {})["augmentation"] == "turns"
