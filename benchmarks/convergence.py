@@ -69,6 +69,7 @@ from hf_detr.data import (
     paper_augmentation,
 )
 from hf_detr.evaluation import CocoEvaluator, evaluate_detection
+from hf_detr.speed import prepare_for_training
 from hf_detr.training import (
     choose_recipe,
     feature_strides,
@@ -202,6 +203,8 @@ class Recipe:
 
 PLAIN = {
     "query_type": "learned",
+    "query_proposals": False,
+    "class_cost": 1,
     "query_groups": 1,
     "denoising_groups": 0,
     "dense_loss_coefficient": 0,
@@ -219,6 +222,15 @@ OURS: dict[str, dict[str, Any]] = {
     "focal": _PRIOR | {"class_loss": "focal", "class_loss_coefficient": 2, "class_cost": 2},
     "iou-aware": _PRIOR | {"class_loss": "iou_aware"},
     "dense": {"dense_loss_coefficient": 1},
+}
+
+# The recipe with one step of the ladder left out.
+WITHOUT: dict[str, dict[str, Any]] = {
+    "proposals": {"query_proposals": False},
+    "class-cost": {"class_cost": 1},
+    "denoising": {"denoising_groups": 0},
+    "iou-aware": {"class_loss": "focal", "class_loss_coefficient": 2},
+    "dense": {"dense_loss_coefficient": 0, "query_proposals": False},
 }
 
 # The rates at which plain DETR learned best on the shapes; the recipe has its own.
@@ -242,7 +254,9 @@ VARIANTS: dict[str, Recipe] = {
     "transformers-dab-tuned": Recipe("dab", **_OUR_RATES, paper_start=True, fields=_TUNED_DAB),
     "transformers-dab-fast": Recipe("dab", **_FAST_RATES, paper_start=True, fields=_TUNED_DAB),
     **{f"ours-{name}": Recipe("ours", **_OUR_RATES, fields=PLAIN | fields) for name, fields in OURS.items()},
-    "ours-recipe": Recipe("ours", 0.0, 0.0, level),  # as `recipe_for` fills it in
+    # with the rates and the batches of the recipe, see `recipe_for`
+    "ours-recipe": Recipe("ours", 0.0, 0.0, level),
+    **{f"ours-without-{name}": Recipe("ours", 0.0, 0.0, level, fields=fields) for name, fields in WITHOUT.items()},
     # published: 8e-4 for batches of 128, half of it in the backbone; 0.35 = sqrt(16 / 128) of it, in the backbone too
     "dfine-n": Recipe("dfine", 2.8e-4, 2.8e-4, level, batch_size=16),
     # published: 1e-4, a tenth in the backbone, for 72 epochs of COCO; at 4e-4 the loss fell faster here
@@ -259,7 +273,8 @@ VARIANTS: dict[str, Recipe] = {
 
 def recipe_for(variant: str, data: Data) -> Recipe:
     recipe = VARIANTS[variant]
-    return dataclasses.replace(recipe, **data.training) if variant == "ours-recipe" else recipe
+    takes_rates = variant == "ours-recipe" or variant.startswith("ours-without-")
+    return dataclasses.replace(recipe, **data.training) if takes_rates else recipe
 
 
 # -- the sides ---------------------------------------------------------------------------------------------------------
@@ -302,6 +317,8 @@ def train(data: Data, variant: str, seed: int, minutes: float) -> Iterator[Line]
     processor = DetrImageProcessor(size=data.size)
     post_processor = processor if recipe.side == "ours" else PEERS[recipe.side].processor or processor
     model = build_model(data, recipe, seed)
+    if recipe.side == "ours":
+        prepare_for_training(model)  # as examples/finetune.py does
     loader = build_loader(
         AugmentedDataset(data.train_rows, augmentation(data.name), seed=seed),
         DetectionCollator(processor),

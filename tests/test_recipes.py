@@ -114,7 +114,7 @@ def test_values_follow_the_data():
     small = choose_recipe("auto", SMALL, "scratch", (128, 128))
     assert photos["num_queries"] == 100
     assert photos["feature_stride"] == 32  # 160 pixels
-    assert small.values("model", {})["num_queries"] == 20
+    assert small.values("model", {})["num_queries"] == 50
     assert small.values("model", {})["feature_stride"] == 8  # 13 pixels
     assert (
         small.values("training", {})["epochs"]
@@ -142,7 +142,7 @@ def test_every_value_has_a_reason_and_can_be_overridden():
     assert set(lines) == set(choices) | {"backbone"}
     assert "yours" in lines["epochs"]
     assert "yours" in lines["num_queries"]
-    assert "20" in lines["num_queries"]
+    assert "50" in lines["num_queries"]
     assert "yours" not in lines["dropout"]  # the recipe has it, too
     assert recipe.values("training", {"epochs": 7})["epochs"] == 7
     assert recipe.values("training", {})["augmentation"] == "turns"
@@ -343,3 +343,25 @@ def test_arguments_and_what_the_recipe_decides_do_not_change(drawn):
     for part, name in ((args, "data"), (args.run, "seed"), (args.recipe, "epochs"), (recipe, "epochs")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(part, name, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "mean", "std"),
+    [
+        (("--backbone", "tf_efficientnet_lite0"), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        (("--set", "backbone=vit_small_patch16_224"), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        (("--backbone", "resnet50"), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ((), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # resnet50
+        (
+            ("--backbone", "tf_efficientnet_lite0", "--backbone_weights", "none"),
+            (0.485, 0.456, 0.406),
+            (0.229, 0.224, 0.225),
+        ),
+        (("--backbone", "resnet50", "--set", "num_channels=1"), (0.449,), (0.226,)),
+    ],
+)
+def test_images_are_normalised_as_the_pretrained_backbone_was_trained(options, mean, std):
+    args = parse_finetune_args(None, ["--dataset", "somewhere", *options])
+    processor = build_processor(args)
+    assert list(processor.image_mean) == pytest.approx(mean)
+    assert list(processor.image_std) == pytest.approx(std)

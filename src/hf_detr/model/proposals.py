@@ -19,7 +19,7 @@ from .heads import MLP
 from .queries import Queries
 
 OVERLAP_WIDTH = 64  # hidden channels of the embedding of the overlaps
-FAR = 1e4  # no log odds are as large
+FAR = 1e3  # no log odds are as large, and float16 tells it from the next 1,000 integers
 
 
 class Proposals(nn.Module):
@@ -68,7 +68,7 @@ class Proposals(nn.Module):
         scores = logits[..., :-1].logsumexp(-1) - logits[..., -1]  # log odds of any object, (B, hw + Q)
         count = boxes.shape[1]
         last = -FAR - torch.arange(count, dtype=scores.dtype, device=scores.device)
-        located = scores[:, :-count].masked_fill(~mask.flatten(1), -2 * FAR)
+        located = scores[:, :-count].masked_fill(~mask.flatten(1), -10 * FAR)
         at = torch.cat((located, last.expand(scores.shape[0], -1)), dim=1).topk(count, dim=1).indices[..., None]
         vectors = torch.cat((features, content), dim=1).gather(1, at.expand(-1, -1, features.shape[-1]))
         anchors = torch.cat((location_anchors(mask), boxes), dim=1).gather(1, at.expand(-1, -1, 4))

@@ -183,6 +183,13 @@ def _modules_in_order(network: nn.Module, name: str, end: str, inclusive: bool) 
         )
 
 
+def pretrained_normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation, per channel, of the images that timm's weights for this network were trained on.
+    None where timm has no weights."""
+    settings = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return None if settings is None else (tuple(settings.mean), tuple(settings.std))
+
+
 def pretrained_state_dict(name: str, kwargs: dict[str, Any], checkpoint: str | Path | None) -> dict[str, Tensor]:
     """timm's pretrained weights for a network that is built with these arguments.
 

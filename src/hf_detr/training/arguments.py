@@ -17,6 +17,7 @@ from ..model.configuration_hf_detr import DetrConfig
 from .optimization import SCHEDULES
 from .recipes import AUGMENTATIONS, RECIPES
 
+EMBEDDED_BACKBONE = "test_resnet"  # for the drawn images; a larger one takes too long on a few CPU cores
 METRICS = ("AP", "AP50", "AP75", "AR100")
 METRICS_OF_MASKS = ("mask_AP", "mask_AP50", "mask_AP75", "mask_AR100", "PQ", "PQ_things", "PQ_stuff")
 # Fields of DetrConfig on which the shape or the meaning of trained weights depends.
@@ -273,6 +274,18 @@ class FinetuneArguments:
     def embedded(self) -> bool:
         """The main job: drawn images and a small model."""
         return bool(self.saved.get("embedded", self.data.is_drawn and not (self.model.model or self.model.backbone)))
+
+    @property
+    def random_backbone(self) -> bool:
+        """Whether a new model starts without pretrained weights."""
+        return self.model.model is None and (self.model.backbone_weights == "none" or self.embedded)
+
+    @property
+    def backbone(self) -> str:
+        """The timm network of a new model."""
+        config = self.saved.get("set", {}) | self.model.config_fields()
+        name: str | None = config.get("backbone") or self.model.backbone
+        return name or (EMBEDDED_BACKBONE if self.embedded else "resnet50")
 
     def to_dict(self) -> dict[str, Any]:
         """Flat, by the names of the command line, with the Hub ids that a model card names."""

@@ -169,7 +169,7 @@ def _more_queries(data: DataSummary, num_queries: int | None) -> dict[str, Choic
 def _model(data: DataSummary, start: Start, image_size: tuple[int, int], strides: Sequence[int]) -> dict[str, Choice]:
     side = data.object_side * image_size[0]
     stride = choose_stride(side, image_size, strides)
-    queries = min(300, max(10, math.ceil(2.5 * data.max_objects)))
+    queries = min(300, max(50, math.ceil(2.5 * data.max_objects)))
     model = {
         "query_type": Choice("anchor", "queries that are boxes attend to the right location from the first step"),
         "query_proposals": Choice(True, "queries start at the most confident locations of the image"),
@@ -181,7 +181,7 @@ def _model(data: DataSummary, start: Start, image_size: tuple[int, int], strides
         "class_loss": Choice("iou_aware", "scores reflect the quality of the box"),
         "prior_probability": Choice(0.05, "initial scores are low, as most queries have no object"),
         "num_queries": Choice(
-            queries, f"2.5 times the maximum number of objects per image ({data.max_objects}), between 10 and 300"
+            queries, f"2.5 times the maximum number of objects per image ({data.max_objects}), between 50 and 300"
         ),
         "feature_stride": Choice(
             stride,

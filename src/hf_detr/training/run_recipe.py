@@ -14,7 +14,6 @@ from ..runtime import listed
 from .arguments import FinetuneArguments
 from .recipes import DataSummary, Start, choose_recipe, summarize
 
-EMBEDDED_BACKBONE = "test_resnet"  # for the drawn images; a larger one takes too long on a few CPU cores
 # nothing may regularize a model that is to memorize a few images
 OVERFIT = {
     "epochs": 400, "eval_every": 20, "augmentation": "none", "weight_decay": 0.0, "schedule": "wsd", "decay": 0.0,
@@ -70,7 +69,6 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
         ValueError: the recipe does not fit the starting point.
     """
     given, config, data = args.recipe.given(), args.model.config_fields(), summarize(train_set)
-    random_backbone = args.model.model is None and (args.model.backbone_weights == "none" or args.embedded)
     if args.saved:  # `given` is complete then
         config = args.saved.get("set", {}) | config
         description = f"Recipe and arguments of the run in {args.run.output_dir}, except those given now."
@@ -79,15 +77,13 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
             given = OVERFIT | given
         if args.data.quick:
             given = QUICK | given
-        start: Start = "checkpoint" if args.model.model else "scratch" if random_backbone else "backbone"
-        backbone = config.get("backbone") or args.model.backbone
-        backbone = backbone or (EMBEDDED_BACKBONE if args.embedded else "resnet50")
+        start: Start = "checkpoint" if args.model.model else "scratch" if args.random_backbone else "backbone"
         recipe = choose_recipe(
             args.recipe.recipe,
             data,
             start,
             size_range(processor.size),
-            strides=[] if start == "checkpoint" else _strides(backbone, masks=args.data.reads_masks),
+            strides=[] if start == "checkpoint" else _strides(args.backbone, masks=args.data.reads_masks),
             upright=not args.data.is_drawn,
             num_queries=_queries_of(args.model.model) if args.model.model and not args.model.freeze_detector else None,
         )
@@ -97,14 +93,14 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
             config = recipe.values("model", config)
         else:
             small = {"attn_implementation": "eager"} if args.embedded else {}  # the fastest at so few locations
-            config = recipe.values("model", {"backbone": backbone} | small | config)
+            config = recipe.values("model", {"backbone": args.backbone} | small | config)
     metric, why = _choose_metric(args, stuff_labels(train_set))
     return RunRecipe(
         **given,
         metric=metric,
         gradient_accumulation_steps=args.run.gradient_accumulation_steps,
         config=config,
-        random_backbone=random_backbone,
+        random_backbone=args.random_backbone,
         data=data,
         description=f"{description}{why}",
     )

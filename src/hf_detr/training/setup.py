@@ -1,5 +1,6 @@
 """From the arguments of `examples/finetune.py` to data, processor, model and loaders."""
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from ..model.modeling_hf_detr import DetrForDetection
 from ..model.processor_size import keeps_aspect_ratio, size_fields
 from ..model.segmentation import STRIDES as MASK_STRIDES
 from ..model.segmentation import DetrForSegmentation
+from ..model.timm_network import pretrained_normalization
 from ..runtime import listed, require_source
 from .arguments import FinetuneArguments
 from .lora import add_lora
@@ -84,17 +86,25 @@ def repeat_images(args: FinetuneArguments, train_set: Any, accelerator: Accelera
 
 
 def build_processor(args: FinetuneArguments) -> DetrImageProcessor:
-    """The checkpoint's or a new one, with the requested size."""
+    """The checkpoint's or a new one, with the requested size. A new one normalises images as those were that the
+    pretrained backbone was trained on."""
     if args.model.model:
         processor = DetrImageProcessor.from_pretrained(args.model.model)
     elif args.embedded:
         processor = DetrImageProcessor(size=SHAPES_SIZE)
     else:
         processor = DetrImageProcessor()
+        known = None if args.random_backbone else pretrained_normalization(args.backbone)
+        if known is not None:
+            processor.image_mean, processor.image_std = known
     if args.data.image_size:
         longest = round(args.data.image_size * 1333 / 800)
         processor.size = type(processor)(size={"shortest_edge": args.data.image_size, "longest_edge": longest}).size
     processor.num_channels = args.model.config_fields().get("num_channels", processor.num_channels)
+    if processor.num_channels != 3 and not args.model.model:  # those of red, green and blue mean nothing there
+        processor.image_mean, processor.image_std = (
+            [statistics.mean(values)] for values in (processor.image_mean, processor.image_std)
+        )
     if args.data.image_range:
         black, white = args.data.image_range
         processor.image_range = black, white
