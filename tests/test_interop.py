@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import RESNET, SMALL_RESNET, save_original, save_v4, save_v5, spread, their_model
-from conftest import padded_batch, randomise_norms, tiny_model, tiny_segmentation
+from conftest import padded_batch, randomise_norms, relative_difference, tiny_model, tiny_segmentation
 
 from hf_detr import DetrConfig, DetrForDetection, DetrForSegmentation, DetrImageProcessor, DetrModel
 from hf_detr.interop import load_original, save_for_transformers, to_transformers
@@ -83,8 +83,8 @@ def their_model_of(fields: str) -> transformers.PreTrainedModel:
 
 @torch.no_grad()
 def largest_difference(ours, theirs) -> float:
-    """Largest difference of logits, boxes and masks: each image alone, and each image of a padded batch against it
-    alone."""
+    """Largest difference of logits, boxes and masks, divided by the largest value if that exceeds 1: each image alone,
+    and each image of a padded batch against it alone."""
     images, mask = padded_batch(SIZES)
     batch = ours(images, mask)
     differences = []
@@ -94,15 +94,14 @@ def largest_difference(ours, theirs) -> float:
         assert expected.pred_boxes[0].std(0).max() > 1e-3, "queries must differ, or equal outputs would prove little"
         for name in ("logits", "pred_boxes"):
             differences += [
-                (alone[name][0] - expected[name][0]).abs().max(),
-                (batch[name][index] - expected[name][0]).abs().max(),
+                relative_difference(found, expected[name][0]) for found in (alone[name][0], batch[name][index])
             ]
         if "pred_masks" in expected:
             assert expected.pred_masks[0].std(0).max() > 10 * TOLERANCE, "masks of queries must differ"
             rows, columns = batch.mask_sizes[index]
             for masks in (alone.pred_masks[0], batch.pred_masks[index, :, :rows, :columns]):
-                differences.append((masks - expected.pred_masks[0]).abs().max())
-    return max(differences).item()
+                differences.append(relative_difference(masks, expected.pred_masks[0]))
+    return float(max(differences))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -242,6 +241,9 @@ def test_the_classes_of_the_panoptic_files_are_those_of_coco_panoptic(tmp_path):
     read = DetrConfig.from_pretrained(folder)
     assert read.stuff_labels == ["banner", "rug-merged"]
     assert read.stuff_label_ids == {92, 200}
+    config["id2label"] = {str(number): f"product {number}" for number in range(250)}  # as many classes of one's own
+    (folder / "config.json").write_text(json.dumps(config | {"label2id": {}}))
+    assert DetrConfig.from_pretrained(folder).stuff_labels == []
 
 
 def test_the_panoptic_checkpoint_of_transformers_loads_as_a_detector(tmp_path):

@@ -1,6 +1,7 @@
 """Masks to segments: the paper's rule against a reading of it pixel by pixel, transformers' rule against transformers,
 and what transformers gets wrong."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -235,6 +236,25 @@ def test_the_paper_s_rule_is_not_that_of_transformers():
     assert {segment["label_id"] for segment in ours["segments_info"]} == {0, 1, 2}
     assert (ours["segmentation"] > 0).all()
     assert (ours["segmentation"][4:] == ours["segmentation"][7, 7]).all(), "pixels of the speck are assigned again"
+
+
+def test_the_threshold_of_panoptic_segments_is_that_of_the_processor_or_the_paper_s(tmp_path):
+    outputs = four_quarters([0, 1, 2, 4])
+    outputs.logits[0, 0, 0], outputs.logits[0, 0, -1] = math.log(0.65), math.log(0.35)  # scores
+    arguments = {"label_ids_to_fuse": set(), "target_sizes": [(8, 8)]}
+
+    def labels(processor, **more):
+        [result] = processor.post_process_panoptic_segmentation(outputs, **arguments, **more)
+        return [segment["label_id"] for segment in result["segments_info"]]
+
+    assert labels(OURS) == [1, 2, 4]
+    DetrImageProcessor(panoptic_threshold=0.6).save_pretrained(tmp_path)
+    trained = DetrImageProcessor.from_pretrained(tmp_path)
+    assert labels(trained) == [0, 1, 2, 4]
+    assert labels(trained, threshold=0.7) == [1, 2, 4]
+    assert labels(trained, rule="transformers", threshold=0.7) == labels(OURS, rule="transformers", threshold=0.7)
+    DetrImageProcessor().save_pretrained(tmp_path)
+    assert "panoptic_threshold" not in (tmp_path / "preprocessor_config.json").read_text()
 
 
 def test_masks_are_resized_from_the_image_and_not_from_the_padded_batch_as_in_transformers():

@@ -13,7 +13,7 @@ from conftest import tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
 from hf_detr import DetrConfig, DetrForDetection, DetrModel
-from hf_detr.model.pretrained import _read_stored_config
+from hf_detr.model.pretrained import read_stored_config
 
 NAMES = {0: "N/A", 1: "cat", 2: "dog", 3: "N/A", 4: "bird"}
 
@@ -130,7 +130,7 @@ def test_an_adapter_takes_its_base_model_s_config(checkpoint, tmp_path):
     (tmp_path / "adapter").mkdir()
     about = {"base_model_name_or_path": str(tmp_path / "base"), "peft_type": "LORA"}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(about))
-    assert _read_stored_config(tmp_path / "adapter", {}, required=True)["model_type"] == "detr"
+    assert read_stored_config(tmp_path / "adapter", {}, required=True)["model_type"] == "detr"
 
 
 def test_names_that_say_nothing_match_nothing(tmp_path):

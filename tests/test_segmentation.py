@@ -21,7 +21,7 @@ from transformers import pipeline
 
 from hf_detr import DetrConfig, DetrForDetection, DetrForSegmentation, DetrImageProcessor, DetrSegmentationPipeline
 from hf_detr.export.masked_backbone import MaskedBackbone, plan_masks
-from hf_detr.model.segmentation import NO_MASK
+from hf_detr.model.mask_encoding import NO_MASK
 from hf_detr.speed import prepare_for_inference, prepare_for_training
 
 MODEL = Path(__file__).parents[1] / "src" / "hf_detr" / "model"
@@ -121,6 +121,8 @@ def test_masks_of_kept_queries_are_those_of_all_queries():
     model.mask_head.register_forward_pre_hook(lambda head, args: queries.append(args[1].shape[1]))
     model(images, mask, masks_above=threshold)
     assert sum(queries) == kept.sum()
+    with pytest.raises(ValueError, match="`masks_above` of at most this threshold"):
+        processor.post_process_panoptic_segmentation(some, threshold=threshold / 2, label_ids_to_fuse={1})
 
 
 @pytest.mark.parametrize("changes", VARIANTS[:5], ids=str)
@@ -525,6 +527,7 @@ def test_the_pipeline_gives_what_model_and_processor_give(segmenter, folder):
         outputs, 0.4, label_ids_to_fuse=model.config.stuff_label_ids, target_sizes=[(image.height, image.width)]
     )
     found = segmenter(image, threshold=0.4)
+    assert found
     assert [s["label"] for s in found] == [model.config.id2label[s["label_id"]] for s in expected["segments_info"]]
     for segment, info in zip(found, expected["segments_info"], strict=True):
         wrong = (np.asarray(segment["mask"]) > 0) != (expected["segmentation"] == info["id"]).numpy()
@@ -536,10 +539,15 @@ def test_arguments_that_contradict_are_refused(segmenter, tmp_path):
         ({"subtask": "instances"}, "subtask must be"),
         ({"subtask": "semantic", "threshold": 0.5}, "no effect"),
         ({"subtask": "instance", "rule": "paper"}, 'rule is for subtask="panoptic"'),
+        ({"mask_threshold": 0.7}, 'add rule="transformers"'),
         ({"rule": "coco"}, 'rule must be "paper" or "transformers"'),
     ):
         with pytest.raises(ValueError, match=message):
             segmenter(IMAGES[0], **arguments)
+    semantic = pipeline("image-segmentation", model=segmenter.model, image_processor=segmenter.image_processor,
+                        subtask="semantic")  # fmt: skip
+    with pytest.raises(ValueError, match="no effect"):
+        semantic(IMAGES[0], threshold=0.5)
     with pytest.raises(TypeError, match="Did you mean 'threshold'"):
         segmenter(IMAGES[0], treshold=0.5)
     with pytest.raises(ValueError, match="has no masks"):
@@ -552,8 +560,12 @@ def test_a_model_with_masks_detects_in_the_other_pipeline_without_computing_them
     )
     boxes = pipeline("object-detection", model=str(folder))
     assert type(boxes.model) is DetrForDetection
+    heads = []
+    detector.model.mask_head.register_forward_pre_hook(lambda head, args: heads.append(args))
     found = detector(IMAGES[0], threshold=0.4)
-    assert found == boxes(IMAGES[0], threshold=0.4)
+    assert not heads
+    for one, other in zip(found, boxes(IMAGES[0], threshold=0.4), strict=True):
+        assert one == other | {"score": pytest.approx(other["score"], abs=1e-5)}
     assert len(found) > 1
 
 

@@ -18,7 +18,8 @@
             anchor_decoder               the same for queries that are boxes
             decoders                     the decoders by name
     step 5  heads                        hidden states -> class logits and boxes
-            segmentation                 `DetrForSegmentation`: the mask head, from attention maps to a mask per query
+            mask_head                    attention maps and levels of the backbone -> a mask per query
+            mask_encoding                polygons and run lengths -> masks, and back
             boxes                        IoU and GIoU
     step 6  matcher                      the matching of queries and objects
     step 7  class_loss, box_loss, mask_loss  the terms of the loss
@@ -29,6 +30,7 @@
 
     configuration_hf_detr                `DetrConfig`, all options with their meaning
     modeling_hf_detr                     `DetrModel` and `DetrForDetection`: steps 2 to 7
+    segmentation                         `DetrForSegmentation`: the same with masks
     outputs                              what the models return
     initialization                       initial weights
     pretrained, resizing                 load and save; change classes or the number of queries

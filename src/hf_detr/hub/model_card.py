@@ -16,6 +16,7 @@ from ..evaluation import MASK_METRICS, METRICS, PANOPTIC_METRICS
 from ..evaluation.coco_metrics import DESCRIPTIONS
 from ..evaluation.panoptic_metrics import QUALITIES
 from ..model.image_processing_hf_detr import HfDetrImageProcessor
+from ..model.mask_post_processing import default_threshold
 from ..model.modeling_hf_detr import DetrForDetection
 
 # {name: meaning} of the numbers in the card
@@ -91,7 +92,8 @@ def build_model_card(
     name = repo_id.rsplit("/", maxsplit=1)[-1]
     labels = [label for label in config.id2label.values() if label != "N/A"]
     measured = metrics is not None and source is None
-    task = "image-segmentation" if model.needs_masks else "object-detection"
+    task = "image-segmentation" if model.has_masks else "object-detection"
+    own_threshold = None if processor is None else processor.panoptic_threshold
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=task,
@@ -119,6 +121,7 @@ def build_model_card(
         per_class=_per_class(metrics) if metrics else None,
         metrics_of_masks=_columns_of_masks(metrics or {}),
         task=task,
+        threshold=default_threshold("paper", own_threshold) if model.has_masks else None,
         dataset_name=metrics.get("dataset") if metrics else None,
         split=metrics.get("split") if metrics else None,
         num_images=metrics.get("num_images") if metrics else None,

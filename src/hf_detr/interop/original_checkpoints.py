@@ -18,7 +18,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from ..model.configuration_hf_detr import DetrConfig
 from ..model.modeling_hf_detr import DetrForDetection
 from ..model.segmentation import DetrForSegmentation
-from .transformers_checkpoints import MASK_HEAD, NUM_PANOPTIC, OUR_BOX_HEAD, RESNETS, stuff_of_coco
+from .transformers_checkpoints import MASK_HEAD, NUM_PANOPTIC, OUR_BOX_HEAD, RESNETS, STUFF, stuff_of_coco
 
 # {pattern: replacement}, applied in turn.
 _NAMES = {
@@ -41,18 +41,6 @@ _NAMES = {
     r"^backbone\.1\.col_embed\.": "model.position_embedding.column_embeddings.",
     **MASK_HEAD,
 }
-# COCO's stuff in the panoptic task, by category id
-_STUFF = {
-    92: "banner", 93: "blanket", 95: "bridge", 100: "cardboard", 107: "counter", 109: "curtain", 112: "door-stuff",
-    118: "floor-wood", 119: "flower", 122: "fruit", 125: "gravel", 128: "house", 130: "light", 133: "mirror-stuff",
-    138: "net", 141: "pillow", 144: "platform", 145: "playingfield", 147: "railroad", 148: "river", 149: "road",
-    151: "roof", 154: "sand", 155: "sea", 156: "shelf", 159: "snow", 161: "stairs", 166: "tent", 168: "towel",
-    171: "wall-brick", 175: "wall-stone", 176: "wall-tile", 177: "wall-wood", 178: "water-other", 180: "window-blind",
-    181: "window-other", 184: "tree-merged", 185: "fence-merged", 186: "ceiling-merged", 187: "sky-other-merged",
-    188: "cabinet-merged", 189: "table-merged", 190: "floor-other-merged", 191: "pavement-merged",
-    192: "mountain-merged", 193: "grass-merged", 194: "dirt-merged", 195: "paper-merged", 196: "food-other-merged",
-    197: "building-other-merged", 198: "rock-merged", 199: "wall-other-merged", 200: "rug-merged",
-}  # fmt: skip
 
 
 def coco_labels() -> dict[int, str]:
@@ -64,7 +52,7 @@ def coco_labels() -> dict[int, str]:
 
 def panoptic_labels() -> dict[int, str]:
     """The 250 outputs of the paper's panoptic models: COCO's category ids of things and stuff, "N/A" for the others."""
-    names = coco_labels() | _STUFF
+    names = coco_labels() | STUFF
     return {index: names.get(index, "N/A") for index in range(NUM_PANOPTIC)}
 
 

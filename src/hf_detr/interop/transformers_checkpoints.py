@@ -59,8 +59,19 @@ SHARED_FIELDS = (
     "bbox_cost", "giou_cost", "bbox_loss_coefficient", "giou_loss_coefficient", "mask_loss_coefficient",
     "dice_loss_coefficient", "eos_coefficient", "id2label", "label2id",
 )  # fmt: skip
-# Outputs of the paper's panoptic models, and the largest id of COCO's things among them
-NUM_PANOPTIC, LAST_THING = 250, 90
+# COCO's stuff in the panoptic task, by category id
+STUFF = {
+    92: "banner", 93: "blanket", 95: "bridge", 100: "cardboard", 107: "counter", 109: "curtain", 112: "door-stuff",
+    118: "floor-wood", 119: "flower", 122: "fruit", 125: "gravel", 128: "house", 130: "light", 133: "mirror-stuff",
+    138: "net", 141: "pillow", 144: "platform", 145: "playingfield", 147: "railroad", 148: "river", 149: "road",
+    151: "roof", 154: "sand", 155: "sea", 156: "shelf", 159: "snow", 161: "stairs", 166: "tent", 168: "towel",
+    171: "wall-brick", 175: "wall-stone", 176: "wall-tile", 177: "wall-wood", 178: "water-other", 180: "window-blind",
+    181: "window-other", 184: "tree-merged", 185: "fence-merged", 186: "ceiling-merged", 187: "sky-other-merged",
+    188: "cabinet-merged", 189: "table-merged", 190: "floor-other-merged", 191: "pavement-merged",
+    192: "mountain-merged", 193: "grass-merged", 194: "dirt-merged", 195: "paper-merged", 196: "food-other-merged",
+    197: "building-other-merged", 198: "rock-merged", 199: "wall-other-merged", 200: "rug-merged",
+}  # fmt: skip
+NUM_PANOPTIC = 250  # outputs of the paper's panoptic models, by COCO's category ids
 # timm's names of the ResNets of transformers and of the paper: {(bottleneck blocks, blocks per stage): name}
 RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
     (True, (2, 2, 2, 2)): "resnet26", (True, (3, 4, 6, 3)): "resnet50", (True, (3, 4, 23, 3)): "resnet101",
@@ -92,10 +103,9 @@ def read_config(theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 def stuff_of_coco(id2label: dict[Any, str]) -> list[str]:
-    """The names of stuff in a panoptic checkpoint of the paper, whose class ids are those of COCO panoptic: up to 90
-    things, above stuff. Ids without a class are called `LABEL_91` or "N/A"."""
-    unused = re.compile(r"LABEL_\d+|N/A")
-    return [name for index, name in id2label.items() if int(index) > LAST_THING and not unused.fullmatch(name)]
+    """The names of stuff in a panoptic checkpoint of the paper, whose class ids are those of COCO panoptic; nothing of
+    other classes."""
+    return [name for index, name in id2label.items() if STUFF.get(int(index)) == name]
 
 
 def _read_backbone(theirs: dict[str, Any]) -> dict[str, Any]:

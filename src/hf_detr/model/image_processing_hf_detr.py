@@ -25,6 +25,7 @@ from .foreign import import_interop
 from .image_io import Image, allocate_batch, flat_list_of_images, to_image_tensor
 from .mask_post_processing import (
     Sizes,
+    default_threshold,
     post_process_instance,
     post_process_panoptic,
     post_process_semantic,
@@ -63,6 +64,7 @@ class DetrImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     image_range: list[float | int] | tuple[float | int, ...] | None
     num_channels: int | None
     class_thresholds: list[float] | None
+    panoptic_threshold: float | None
     return_segmentation_masks: bool | None
 
 
@@ -94,6 +96,8 @@ class HfDetrImageProcessor(TorchvisionBackend):
 
     # The score at which a detection of each class counts, for `threshold="per_class"`; saved with the processor.
     class_thresholds: list[float] | None = None
+    # The score above which a query becomes a panoptic segment; None: the paper's 0.85. Saved with the processor.
+    panoptic_threshold: float | None = None
     # The values of black and white in images that are not 8-bit; None takes the rule of `image_io.to_image_tensor`.
     image_range: tuple[float, float] | None = None
     # 3: RGB of any image; 1: grey of any image; others: images with this number of channels, as they are.
@@ -373,8 +377,8 @@ class HfDetrImageProcessor(TorchvisionBackend):
         """Outputs of [`DetrForSegmentation`] to segments: each pixel belongs to at most one, and stuff is fused.
 
         Args:
-            threshold: queries whose best class is an object with a score above it are kept; None: 0.85 for the paper's
-                rule, 0.5 for transformers'.
+            threshold: queries whose best class is an object with a score above it are kept; None: for the paper's rule
+                `panoptic_threshold`, or 0.85 if the processor has none, and 0.5 for transformers'.
             mask_threshold, overlap_mask_area_threshold: of transformers' rule.
             label_ids_to_fuse: the classes that are stuff, such as `model.config.stuff_label_ids`; None: no class is.
             target_sizes: (height, width) of each image in pixels, before any resizing; None: that of the resized image
@@ -393,6 +397,8 @@ class HfDetrImageProcessor(TorchvisionBackend):
                 "label_ids_to_fuse is not given, so no class is fused: pass label_ids_to_fuse="
                 "model.config.stuff_label_ids, or an empty set if all classes are things."
             )
+        if threshold is None:
+            threshold = default_threshold(rule, self.panoptic_threshold)
         return post_process_panoptic(
             outputs, threshold, mask_threshold, overlap_mask_area_threshold, label_ids_to_fuse, target_sizes, rule
         )

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+NO_MASK = -100.0  # the logit of padding and of masks that were not computed: a probability of 0
+
 
 def decode_mask(segmentation: Any, size: tuple[int, int]) -> Tensor:
     """One object's mask, (height, width) bool.

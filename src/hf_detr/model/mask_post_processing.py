@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .mask_encoding import encode_mask
+from .mask_encoding import NO_MASK, encode_mask
 
 MIN_AREA = 5  # pixels; the paper's code removes segments of at most 4
 PAPER_THRESHOLD = 0.85
@@ -38,25 +38,34 @@ class ImageMasks(NamedTuple):
 # -- the three tasks ---------------------------------------------------------------------------------------------------
 
 
+def default_threshold(rule: str, of_processor: float | None) -> float:
+    """The score above which a query becomes a panoptic segment; `of_processor` is its `panoptic_threshold`.
+
+    Raises:
+        ValueError: there is no such rule.
+    """
+    _check_rule(rule)
+    if rule == "transformers":
+        return 0.5
+    return PAPER_THRESHOLD if of_processor is None else of_processor
+
+
 @torch.no_grad()
 def post_process_panoptic(
     outputs: Any,
-    threshold: float | None = None,
-    mask_threshold: float = 0.5,
-    overlap_mask_area_threshold: float = 0.8,
-    label_ids_to_fuse: set[int] | None = None,
-    target_sizes: Sizes = None,
-    rule: str = "paper",
+    threshold: float,
+    mask_threshold: float,
+    overlap_mask_area_threshold: float,
+    label_ids_to_fuse: set[int] | None,
+    target_sizes: Sizes,
+    rule: str,
 ) -> list[dict[str, Any]]:
     """Each pixel to at most one segment. See `DetrImageProcessor.post_process_panoptic_segmentation`.
 
     Raises:
         ValueError: there is no such rule, or `target_sizes` are not one per image.
     """
-    if rule not in ("paper", "transformers"):
-        raise ValueError(f'rule must be "paper" or "transformers", got {rule!r}.')
-    if threshold is None:
-        threshold = PAPER_THRESHOLD if rule == "paper" else 0.5
+    _check_rule(rule)
     fused, results = {int(label) for label in label_ids_to_fuse or ()}, []
     for image in _kept(outputs, threshold, target_sizes):
         if rule == "paper":
@@ -106,10 +115,15 @@ def post_process_semantic(outputs: Any, target_sizes: Sizes = None) -> list[tupl
     results = []
     for index, (logits, _, target_size) in enumerate(_images(outputs, target_sizes)):
         probabilities = outputs.logits[index].float().softmax(-1)[:, :-1]
-        scores = torch.einsum("qc,qhw->chw", probabilities, logits.sigmoid())
+        scores = torch.einsum("qc,qhw->chw", probabilities, logits.float().sigmoid())
         scores = _resize(scores, target_size)
         results.append((scores.argmax(0), scores))
     return results
+
+
+def _check_rule(rule: str) -> None:
+    if rule not in ("paper", "transformers"):
+        raise ValueError(f'rule must be "paper" or "transformers", got {rule!r}.')
 
 
 # -- the rules ---------------------------------------------------------------------------------------------------------
@@ -194,6 +208,11 @@ def _kept(outputs: Any, threshold: float, target_sizes: Sizes) -> Iterator[Image
     keep = (classes != outputs.logits.shape[-1] - 1) & (best > threshold)
     for index, (logits, image_size, target_size) in enumerate(_images(outputs, target_sizes)):
         of_image = keep[index]
+        if (logits[of_image] <= NO_MASK).flatten(1).all(1).any():
+            raise ValueError(
+                f"Some queries have scores above {threshold} and no masks: call the model with `masks_above` of at "
+                "most this threshold."
+            )
         yield ImageMasks(
             best[index, of_image], classes[index, of_image], logits[of_image].float(), image_size, target_size
         )

@@ -293,9 +293,10 @@ class DetrForDetection(DetrPreTrainedModel):
     """
 
     accepts_loss_kwargs = False  # `Trainer` divides the loss by the number of accumulated batches
-    # of a model with a further head: the levels of the backbone that it reads, and whether labels must have `masks`
+    # of a model with a further head: the levels of the backbone that it reads, and whether it predicts masks, which
+    # labels must have then
     further_strides: ClassVar[tuple[int, ...]] = ()
-    needs_masks: ClassVar[bool] = False
+    has_masks: ClassVar[bool] = False
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__(config)
@@ -396,7 +397,7 @@ class DetrForDetection(DetrPreTrainedModel):
                 check_images(pixel_values, pixel_mask, self.config.num_channels)
                 sizes = sizes_without_padding(pixel_values, pixel_mask)
             labels = tensor_labels(labels)
-            check_labels(labels, self.config.num_labels, given.shape[0], sizes, needs_masks=self.needs_masks)
+            check_labels(labels, self.config.num_labels, given.shape[0], sizes, needs_masks=self.has_masks)
             denoising = self.denoising(labels) if self.model.training and self.denoising is not None else None
         dense_head = self.dense_head if self.model.proposals is None else self.model.proposals.head
         dense_head = dense_head if self.model.training and labels is not None else None

@@ -83,7 +83,7 @@ class DetrSegmentationOutput(DetrDetectionOutput):
     Args:
         pred_masks: (B, Q, h, w), mask logits at stride 4 of the padded batch; a pixel is the object's if its logit is
             above 0. Padding, and queries whose masks were not computed, have the logit
-            `hf_detr.model.segmentation.NO_MASK`. None in training, which computes masks of matched queries only.
+            `hf_detr.model.mask_encoding.NO_MASK`. None in training, which computes masks of matched queries only.
         mask_sizes: (B, 2), rows and columns of `pred_masks` that show the image; the rest is padding.
         image_sizes: (B, 2), height and width of each image in `pixel_values`, without its padding.
         Others: see [`DetrDetectionOutput`]; `loss_dict` has `loss_mask` and `loss_dice` as well.

@@ -135,7 +135,7 @@ class DetrPreTrainedModel(PreTrainedModel):
             raise ValueError("Checkpoints are only opened with weights_only=True: a pickle can run any code.")
         kwargs |= {"ignore_mismatched_sizes": ignore_mismatched_sizes, "output_loading_info": True}
         location = {name: kwargs[name] for name in LOCATION if name in kwargs}
-        stored = _read_stored_config(pretrained_model_name_or_path, location, required=config is None)
+        stored = read_stored_config(pretrained_model_name_or_path, location, required=config is None)
         if stored is None:  # weights in memory, or without a config: nothing to resize from
             model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             return (model, info) if output_loading_info else model
@@ -227,7 +227,7 @@ def _weight_names(model_type: str) -> dict[str, str]:
     return names
 
 
-def _read_stored_config(source: Source, location: dict[str, Any], *, required: bool) -> dict[str, Any] | None:
+def read_stored_config(source: Source, location: dict[str, Any], *, required: bool) -> dict[str, Any] | None:
     """The checkpoint's `config.json`; for a PEFT adapter, that of its base model. None if there is none and it is not
     required."""
     if source is None:
@@ -240,7 +240,7 @@ def _read_stored_config(source: Source, location: dict[str, Any], *, required: b
         if adapter is not None:
             base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
             of_base = {name: value for name, value in location.items() if name != "revision"}
-            return _read_stored_config(base, of_base, required=required)
+            return read_stored_config(base, of_base, required=required)
     if required:
         raise OSError(f"There is no config.json in {source}, so the model that the weights belong to is unknown.")
     return None

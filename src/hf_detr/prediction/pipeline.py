@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 from ..model.configuration_hf_detr import refuse_unknown
 from ..model.image_io import allocate_batch
 from ..model.image_processing_hf_detr import DetrImageProcessor
-from ..model.mask_post_processing import PAPER_THRESHOLD
+from ..model.mask_post_processing import default_threshold
 from ..model.modeling_hf_detr import DetrForDetection, DetrModel
 from ..model.post_processing import to_host
 from ..model.segmentation import DetrForSegmentation
@@ -135,8 +135,9 @@ class DetrDetectionPipeline(_DetrPipeline, ObjectDetectionPipeline):
 
 class DetrSegmentationPipeline(_DetrPipeline, ImageSegmentationPipeline):
     """transformers' pipeline with the same interface and these differences: any images and batches (see
-    `_DetrPipeline`); `rule` is an argument, as of `post_process_panoptic_segmentation`; `threshold` is by default 0.85
-    for the paper's rule of panoptic segmentation and 0.5 otherwise; classes in `config.stuff_labels` are fused.
+    `_DetrPipeline`); `rule` is an argument, as of `post_process_panoptic_segmentation`; `threshold` is by default 0.5,
+    and for the paper's rule of panoptic segmentation the processor's `panoptic_threshold`, or 0.85; classes in
+    `config.stuff_labels` are fused.
 
     Masks are computed for queries above the threshold only, except for semantic segmentation, which needs all, and by
     exports.
@@ -144,7 +145,7 @@ class DetrSegmentationPipeline(_DetrPipeline, ImageSegmentationPipeline):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not (isinstance(self.model, DetrForSegmentation) or getattr(self.model, "has_masks", False)):
+        if not getattr(self.model, "has_masks", False):
             raise ValueError(
                 f"{type(self.model).__name__} has no masks. Load the checkpoint with DetrForSegmentation and train its "
                 'mask head, or use the pipeline "object-detection".'
@@ -156,14 +157,17 @@ class DetrSegmentationPipeline(_DetrPipeline, ImageSegmentationPipeline):
         subtask = kwargs.get("subtask")
         if subtask not in (None, "panoptic", "instance", "semantic"):
             raise ValueError(f'subtask must be "panoptic", "instance" or "semantic", got {subtask!r}.')
-        if subtask == "semantic" and (unused := [name for name in of_masks[1:] if kwargs.get(name) is not None]):
-            raise ValueError(f'subtask="semantic" gives each pixel its best class; {unused} would have no effect.')
         forward = {name: kwargs[name] for name in of_masks if kwargs.get(name) is not None}
         return {name: kwargs[name] for name in ("timeout",) if name in kwargs}, forward, {}
 
     def _forward(self, model_inputs: dict[str, Any], subtask: str = "panoptic", **kwargs: Any) -> ModelOutput:
+        # here and not in `_sanitize_parameters`, since the arguments of the pipeline and of the call are together now
         processor, segments = self.image_processor, []
         if subtask == "semantic":
+            if kwargs:
+                raise ValueError(
+                    f'subtask="semantic" gives each pixel its best class; {sorted(kwargs)} would have no effect.'
+                )
             outputs, target_sizes = self._predict(model_inputs)
             for classes in processor.post_process_semantic_segmentation(outputs, target_sizes):
                 found = [{"id": label, "label_id": label, "score": None} for label in classes.unique().tolist()]
@@ -171,10 +175,13 @@ class DetrSegmentationPipeline(_DetrPipeline, ImageSegmentationPipeline):
             return ModelOutput(segments=segments)
         if subtask == "panoptic":
             kwargs = {"rule": "paper", "label_ids_to_fuse": self.model.config.stuff_label_ids} | kwargs
+            unused = [name for name in ("mask_threshold", "overlap_mask_area_threshold") if name in kwargs]
+            if kwargs["rule"] == "paper" and unused:
+                raise ValueError(f'{unused} are of transformers\' rule: add rule="transformers".')
         elif kwargs.pop("rule", "transformers") != "transformers":
             raise ValueError('rule is for subtask="panoptic"; instances are separated by transformers\' rule.')
-        default = PAPER_THRESHOLD if kwargs.get("rule") == "paper" else 0.5
-        kwargs.setdefault("threshold", default)
+        if kwargs.get("threshold") is None:
+            kwargs["threshold"] = default_threshold(kwargs.get("rule", "transformers"), processor.panoptic_threshold)
         outputs, target_sizes = self._predict(model_inputs, masks_above=kwargs["threshold"])
         post_process = getattr(processor, f"post_process_{subtask}_segmentation")
         return ModelOutput(segments=post_process(outputs, target_sizes=target_sizes, **kwargs))
