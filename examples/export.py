@@ -52,13 +52,13 @@ def main() -> None:
     evaluate = None
     if args.dataset:
         dataset = load_detection_dataset(
-            args.dataset, args.split, id2label=model.config.id2label, masks=model.needs_masks
+            args.dataset, args.split, id2label=model.config.id2label, masks=model.has_masks
         )
         require_objects(dataset, source_of(dataset), "measured")
         loader = DataLoader(dataset, batch_size=args.batch_size, collate_fn=DetectionCollator(processor))
 
         def evaluate(model_or_export):
-            evaluation = ModelEvaluation(dataset, with_masks=model.needs_masks)
+            evaluation = ModelEvaluation(dataset, with_masks=model.has_masks)
             return evaluation.run(model_or_export, loader, processor).compute()
 
     output_dir = args.output_dir or Path(

@@ -6,6 +6,7 @@ from conftest import tiny_config, tiny_model
 
 from hf_detr import DetrForDetection, DetrImageProcessor
 from hf_detr.export import export_model, load_exported
+from hf_detr.export.export_check import Case, compare
 from hf_detr.model.proposals import overlaps
 
 PROPOSALS = {
@@ -29,6 +30,11 @@ def test_the_overlap_of_a_proposal_is_with_more_confident_ones_only():
     # half of either box is shared by the first two: 0.08 / (0.16 + 0.16 - 0.08)
     expected = [[0.0, 0.0], [1 / 3, 0.0], [1.0, 1 / 3], [0.0, 0.0]]
     assert torch.allclose(overlaps(boxes, classes)[0], torch.tensor(expected), atol=1e-6)
+
+
+def test_boxes_without_area_in_float16_overlap_nothing():
+    boxes = torch.tensor([[[0.5, 0.5, 1e-4, 1e-4], [0.5, 0.5, 1e-4, 1e-4]]], dtype=torch.float16)
+    assert torch.equal(overlaps(boxes, torch.tensor([[0, 0]])), torch.zeros(1, 2, 2, dtype=torch.float16))
 
 
 @torch.no_grad()
@@ -135,3 +141,47 @@ def test_exports_propose_the_same_for_any_size(kind, tmp_path):
         expected = model(image)
     found = loaded(image, torch.ones(1, 64, 96, dtype=torch.int64))
     assert torch.allclose(torch.as_tensor(found.pred_boxes), expected.pred_boxes, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_float16_may_reorder_proposals(kind, tmp_path):
+    processor = DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 107})
+    model = proposing_model(num_queries=20)
+    content = export_model(model, processor, tmp_path, graph_format=kind, half=True, report=lambda text: None)
+    assert 0 < content["float16_check"]["largest_difference"] < 0.05
+
+
+class Changed:
+    """The outputs of a model, changed, in place of an export."""
+
+    export = {"post_processing": False}
+    has_masks = False
+
+    def __init__(self, model, change):
+        self.model, self.change = model, change
+
+    def __call__(self, pixel_values, pixel_mask):
+        outputs = self.model(pixel_values, pixel_mask)
+        return self.change({"logits": outputs.logits.clone(), "pred_boxes": outputs.pred_boxes.clone()})
+
+
+def replace_last(outputs):
+    outputs["pred_boxes"][:, -1] = outputs["pred_boxes"][:, -1].flip(-1)
+    return outputs
+
+
+@pytest.mark.parametrize(
+    ("change", "replaced", "equal"),
+    [
+        (lambda outputs: {name: value.flip(1) for name, value in outputs.items()}, 0.0, True),
+        (lambda outputs: outputs | {"logits": outputs["logits"].flip(1)}, 0.0, False),  # boxes stay where they were
+        (replace_last, 0.0, False),
+        (replace_last, 0.05, True),
+    ],
+    ids=["reordered", "logits of others", "another box", "another box, which is allowed"],
+)
+@torch.no_grad()
+def test_an_export_is_compared_by_its_set_of_proposals(change, replaced, equal):
+    model = proposing_model(num_queries=20)
+    result = compare(Changed(model, change), model, [Case(2, 96, 128, False)], replaced=replaced)
+    assert result.passes() == equal

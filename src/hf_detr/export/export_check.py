@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from ..model.mask_encoding import NO_MASK
 from ..model.post_processing import post_process_detection
-from ..model.segmentation import NO_MASK
 
 if TYPE_CHECKING:
     from ..model.modeling_hf_detr import DetrForDetection
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4  # for float32
 TOLERANCE_FLOAT16 = 0.05  # its usual differences are 0.001 to 0.005
+REPLACED_FLOAT16 = 0.05  # of the queries of an image: locations about as confident as the last proposals
 COMPARED = ("logits", "pred_boxes", "pred_masks", "scores", "boxes")
 
 
@@ -94,11 +96,16 @@ class CheckResult:
 
 
 @torch.no_grad()
-def compare(exported: "ExportedDetr", model: "DetrForDetection", cases: list[Case]) -> CheckResult:
-    """Run an export and its model on the same batches.
+def compare(
+    exported: "ExportedDetr", model: "DetrForDetection", cases: list[Case], *, replaced: float = 0.0
+) -> CheckResult:
+    """Run an export and its model on the same batches. Queries that are proposals, which the rounding of their scores
+    may reorder, are compared with those that they are closest to.
 
     Args:
         model: in eval mode, float32, on the CPU.
+        replaced: fraction of the proposals of an image that may be other locations, and are not compared. A tie for
+            the last places is decided by rounding.
     """
     rows, worst = [], {False: 0.0, True: 0.0}
     for case in cases:
@@ -114,13 +121,42 @@ def compare(exported: "ExportedDetr", model: "DetrForDetection", cases: list[Cas
             if not torch.equal(sizes, wanted_sizes):
                 raise ValueError(f"The sizes of masks differ: {sizes.tolist()} and {wanted_sizes.tolist()}.")
             height, width = sizes.amax(0).tolist()  # a graph of one shape has more, all of it padding
-            found, wanted = (output["pred_masks"][..., :height, :width] for output in (theirs, ours))
-            padding = (found <= NO_MASK) & (wanted <= NO_MASK)  # the largest values, which tell nothing
-            theirs["pred_masks"], expected["pred_masks"] = (part.masked_fill(padding, 0) for part in (found, wanted))
-        differences = {name: _difference(theirs[name], value) for name, value in expected.items()}
+            masks = [output["pred_masks"][..., :height, :width] for output in (theirs, ours)]
+            padding = (masks[0] <= NO_MASK) & (masks[1] <= NO_MASK)  # the largest values, which tell nothing
+            theirs["pred_masks"], expected["pred_masks"] = (part.masked_fill(padding, 0) for part in masks)
+        found = {name: theirs[name] for name in expected}
+        if model.config.query_proposals:
+            found, expected = _paired(found, expected, replaced)
+        differences = {name: _difference(found[name], value) for name, value in expected.items()}
         worst[case.padded] = max(worst[case.padded], *differences.values())
         rows.append(asdict(case) | differences)
     return CheckResult(rows, worst[False], worst[True])
+
+
+def _paired(
+    found: dict[str, Tensor], expected: dict[str, Tensor], replaced: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Outputs (B, Q, ...) with each query beside the one that it is closest to, without those that differ most, at most
+    the fraction `replaced` of an image."""
+    scale = expected["logits"].abs().max().clamp(min=1)
+    ours, theirs = (torch.cat((o["logits"] / scale, o["pred_boxes"]), dim=-1).float() for o in (expected, found))
+    costs = torch.cdist(theirs, ours, p=math.inf).nan_to_num(nan=1e6, posinf=1e6)
+    kept = costs.shape[1] - math.floor(replaced * costs.shape[1])
+    rows, columns = [], []
+    for cost in costs:
+        row, column = (torch.as_tensor(index) for index in linear_sum_assignment(cost.numpy()))
+        closest = cost[row, column].argsort()[:kept]
+        rows.append(row[closest])
+        columns.append(column[closest])
+    return _take(found, rows), _take(expected, columns)
+
+
+def _take(outputs: dict[str, Tensor], queries: list[Tensor]) -> dict[str, Tensor]:
+    """The outputs of these queries of each image."""
+    return {
+        name: torch.stack([of_image[index] for of_image, index in zip(values, queries, strict=True)])
+        for name, values in outputs.items()
+    }
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

@@ -13,8 +13,8 @@ from torch.nn import functional
 from ..model.backbone import image_sizes
 from ..model.configuration_hf_detr import DetrConfig
 from ..model.image_io import check_images
+from ..model.mask_encoding import NO_MASK
 from ..model.outputs import DetrSegmentationOutput
-from ..model.segmentation import NO_MASK
 from ..speed import named_dtype
 from .runtimes import GRAPH_FILES, Run, open_graph
 

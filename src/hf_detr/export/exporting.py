@@ -16,7 +16,7 @@ from torch import Tensor
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
 from ..model.processor_size import size_fields
-from .export_check import TOLERANCE, TOLERANCE_FLOAT16, Case, CheckResult, check_cases, compare
+from .export_check import REPLACED_FLOAT16, TOLERANCE, TOLERANCE_FLOAT16, Case, CheckResult, check_cases, compare
 from .export_folder import atomic_folder, check_folder, model_source
 from .exported_model import EXPORT_FILE, ExportedDetr, input_names, load_exported, output_names
 from .graph import halve_graph, trace, write_graph
@@ -46,7 +46,8 @@ def export_model(
     one.
 
     The graph's outputs are compared with PyTorch's on batches of many shapes, with and without padding; if they differ
-    by more than 1e-4, nothing is written. The graph masks padding before the backbone's convolutions, so that the
+    by more than 1e-4, nothing is written. (Queries that are proposals have no order: each is compared with the one that
+    it is closest to.) The graph masks padding before the backbone's convolutions, so that the
     results of an image do not depend on padding. This is not possible for some backbones (squeeze-and-excitation,
     windowed attention); `padding_exact` is False then, and [`load_exported`] runs images of equal size together.
 
@@ -60,7 +61,7 @@ def export_model(
             exactly this height and width.
         opset: version of ONNX's operators; None: that of `torch.onnx.export`.
         half: float16 weights, and of ONNX also computation. The float32 graph is checked as above; the differences of
-            the float16 graph are reported, and above 0.05 nothing is written.
+            the float16 graph are reported, and above 0.05 nothing is written; of proposals, a twentieth may be others.
         calibration: a folder of images for quantisation to int8 (weights and activations), with reports but
             no limit.
         evaluate: computes COCO metrics, including "AP"; called with `model` and with the exported model.
@@ -156,7 +157,7 @@ class _Job:
         """Write one graph, and compare it with the model."""
         program = trace(self.model, mask_padding=mask_padding, post_process=post_process, shape=self.shape)
         fixed = self.shape is not None
-        inputs, outputs = input_names(post_process), output_names(post_process, self.model.needs_masks)
+        inputs, outputs = input_names(post_process), output_names(post_process, self.model.has_masks)
         write_graph(program, graph_format, inputs, outputs, self.folder, fixed=fixed, opset=self.opset)
         export: dict[str, Any] = {
             "format": graph_format,
@@ -174,7 +175,7 @@ class _Job:
     def make_half(self, export: dict[str, Any]) -> dict[str, Any]:
         """Turn the float32 graph in the folder into float16."""
         halve_graph(export["format"], self.folder)
-        result = self.check(export)
+        result = self.check(export, replaced=REPLACED_FLOAT16)
         self.report(f"{export['format']}, float16 against PyTorch, on random images: {result.summary()}.")
         if max(result.unpadded, result.padded) > TOLERANCE_FLOAT16:
             raise ValueError(
@@ -201,11 +202,11 @@ class _Job:
         self.report(f"AP {before['AP']:.4f} in PyTorch, {after['AP']:.4f} exported: a drop of {drop * 100:.2f} points.")
         return {"before": before, "after": after, "drop": drop}
 
-    def check(self, export: dict[str, Any]) -> CheckResult:
+    def check(self, export: dict[str, Any], *, replaced: float = 0.0) -> CheckResult:
         cases = self.cases
         if self.shape is not None and not export["padding_exact"]:  # images of exactly this size
             cases = [case for case in cases if (case.height, case.width) == self.shape[1:] and not case.padded]
-        return compare(self.open(export), self.model, cases)
+        return compare(self.open(export), self.model, cases, replaced=replaced)
 
     def open(self, export: dict[str, Any]) -> ExportedDetr:
         """Through `load_exported`, so that users get exactly what was compared."""

@@ -55,7 +55,7 @@ class ExportGraph(nn.Module):
     ) -> tuple[Tensor, ...]:
         outputs = self.model(pixel_values=pixel_values, pixel_mask=pixel_mask)
         logits, pred_boxes = outputs.logits, outputs.pred_boxes
-        plain = (logits, pred_boxes, *((outputs.pred_masks, outputs.mask_sizes) if self.model.needs_masks else ()))
+        plain = (logits, pred_boxes, *((outputs.pred_masks, outputs.mask_sizes) if self.model.has_masks else ()))
         if not self.post_process or target_sizes is None:
             return plain
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)
