@@ -18,10 +18,11 @@ from torchvision.transforms import v2
 
 from hf_detr import DetrImageProcessor
 from hf_detr.data import DetectionCollator, draw_shapes_dataset, export_coco, export_panoptic, id2label, stuff_labels
-from hf_detr.data.augmentation import Augmentation, flip_rotate_augmentation, paper_augmentation
+from hf_detr.data.augmentation import Augmentation, ResizeTo, flip_rotate_augmentation, paper_augmentation
 from hf_detr.data.masks import decode_masks, encode_masks, encode_segmentation, resize_masks, segment_colours
 from hf_detr.data.schema import source_of
 from hf_detr.data.shapes import STUFF, draw_segments
+from hf_detr.data.split_source import FolderSource
 from hf_detr.dataset_check import KINDS, check_dataset, write_clean_copy
 
 POLYGON = [20.0, 10.0, 61.5, 14.0, 50.0, 55.0, 25.0, 40.0]
@@ -148,6 +149,11 @@ def test_crowds_and_segments_without_box_of_panoptic_data(drawn, load, tmp_path,
     assert rows[0]["objects"]["bbox"][0] == expected
     assert rows[1]["objects"]["iscrowd"][0] == 1
     assert "an object has a mask and no box (1 times)" in warnings.text
+    content["annotations"][1]["segments_info"][0]["iscrowd"] = 2
+    content["annotations"][1]["segments_info"][0].pop("bbox")
+    (folder / "annotations" / "panoptic_train.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="iscrowd"):  # the box of its mask does not make this right
+        load(folder, masks=True)
     only = {"train": folder / "annotations" / "panoptic_train.json"}
     with pytest.raises(ValueError, match=r"segment 1: the segment has no bbox\. Load the data with masks=True"):
         load(folder, files=only)
@@ -178,6 +184,29 @@ def test_objects_without_a_mask_are_refused_and_a_few_among_many_dropped_with_a_
     rows = load(write_coco(tmp_path / "many", [*moved, bad["it has no segmentation"]]), masks=True)
     assert len(rows[0]["objects"]["mask"]) == 1200
     assert "1 invalid objects are dropped. image 1 (0.png), annotation 1201: it has no segmentation" in warnings.text
+
+
+def test_an_image_whose_segments_cannot_be_read_is_no_background(drawn, load, tmp_path, warnings, monkeypatch):
+    folder = Path(shutil.copytree(drawn, tmp_path / "data"))
+    (folder / "annotations" / "panoptic_train" / "000001.png").write_bytes(b"not a PNG")
+    with pytest.raises(ValueError, match=r"000001\.png"):
+        load(folder, masks=True)
+    monkeypatch.setattr(FolderSource, "max_invalid", 0.5)
+    rows = load(folder, masks=True)
+    assert [row["file_name"] for row in rows] == [f"{i:06d}.jpg" for i in range(8) if i != 1]
+    assert "with 1 images whose segments cannot be read" in warnings.text
+    write_clean_copy(check_dataset(folder, masks=True, progress=False), tmp_path / "clean", progress=False)
+    written = json.loads((tmp_path / "clean" / "annotations" / "instances_train.json").read_text())
+    assert "000001" not in json.dumps(written["images"])
+
+
+def test_drawing_leaves_panoptic_annotations_of_others_alone(drawn, tmp_path):
+    file = tmp_path / "annotations" / "panoptic_train.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    with pytest.raises(FileExistsError, match=r"panoptic_train\.json was not drawn"):
+        draw_shapes_dataset(tmp_path, num_train=2, num_val=1, masks=True, progress=False)
+    assert file.exists()
 
 
 def test_polygons_of_labelme_via_yolo_and_hub_data_become_the_mask_of_the_same_polygon(load, tmp_path):
@@ -410,6 +439,9 @@ def test_a_third_of_the_size_takes_the_middle_of_three_pixels_so_that_masks_do_n
             assert np.array_equal(masks_of(found), masks_of(row)[:, 1::3, 1::3])
             seen += 1
     assert seen
+    found = Augmentation(ResizeTo(30, 40))(row)
+    assert (found["height"], found["width"]) == (30, 40)
+    assert np.array_equal(masks_of(found), masks_of(row)[:, 1::3, 1::3])
 
 
 def test_transforms_that_lose_masks_are_refused():

@@ -138,6 +138,19 @@ class _Resize(v2.Resize):
         return F.resize(inpt, size, interpolation=self.interpolation, max_size=max_size, antialias=self.antialias)
 
 
+class ResizeTo(v2.Resize):
+    """To exactly this height and width, with pixels of masks as in [`_Resize`]."""
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__([height, width])
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if isinstance(inpt, tv_tensors.Mask):
+            height, width = self.size
+            return tv_tensors.Mask(resize_masks(inpt.as_subclass(Tensor), (height, width)))
+        return super().transform(inpt, params)
+
+
 class Augmentation:
     """A torchvision v2 or Albumentations transform, applied to rows of the schema.
 

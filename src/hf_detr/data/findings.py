@@ -192,7 +192,8 @@ class Finding:
 
 
 def drop_few_invalid(split: AnnotatedSplit, findings: list[Finding], max_invalid: float) -> list[Finding]:
-    """Drop objects whose box or mask is invalid from the split, with a warning, if they are few.
+    """Drop objects whose box or mask is invalid from the split, with a warning, if they are few; and images whose map
+    of segments cannot be read, which would be background without them.
 
     Args:
         max_invalid: fraction of the boxes that counts as few. From one in a hundred on, a single box always does.
@@ -206,11 +207,20 @@ def drop_few_invalid(split: AnnotatedSplit, findings: list[Finding], max_invalid
     dropped = {id(finding.box) for finding in invalid}
     if not invalid or len(dropped) > max(limit, 1 if max_invalid >= 0.01 else 0):
         return findings
+    unreadable = [image for image in split.images if has_unreadable_map(image)]
+    split.images = [image for image in split.images if not has_unreadable_map(image)]
     for image in split.images:
         image.boxes = [box for box in image.boxes if id(box) not in dropped]
     examples = "; ".join(f"{finding.record}: {finding.message}" for finding in invalid[:5])
-    logger.warning(f"{split.file}: {len(dropped)} invalid {_kind(invalid)} are dropped. {examples}")
+    images = f", with {len(unreadable)} images whose segments cannot be read" if unreadable else ""
+    logger.warning(f"{split.file}: {len(dropped)} invalid {_kind(invalid)} are dropped{images}. {examples}")
     return [finding for finding in findings if id(finding.box) not in dropped]
+
+
+def has_unreadable_map(image: ImageRecord) -> bool:
+    """Whether the masks of an image were to be read from a map of segments that cannot be read."""
+    of_map = image.segment_map is not None and bool(image.boxes)
+    return of_map and all((box.mask_problem or ("",))[0] == "mask-invalid" for box in image.boxes)
 
 
 def _kind(invalid: list[Finding]) -> str:

@@ -248,7 +248,8 @@ def _stuff(split: AnnotatedSplit, rows: Dataset) -> list[str]:
     """Names of the classes whose segments have `isthing` false."""
     found: set[int] = set()
     for image, entries in zip(split.images, rows["segments_info"], strict=True):
-        flags = entries.get("isthing", []) if isinstance(entries, Mapping) else [e.get("isthing") for e in entries]
+        records = [] if entries is None else entries  # a list of dicts, or a dict of lists
+        flags = records.get("isthing", []) if isinstance(records, Mapping) else [e.get("isthing") for e in records]
         pairs = zip(image.boxes, flags, strict=False)
         found |= {box.category for box, thing in pairs if box.category is not None and thing in (0, False)}
     return [split.names[category] for category in sorted(found)]

@@ -9,7 +9,7 @@ from ..runtime.extras import import_extra
 from .checks import EDGE_TOLERANCE
 from .findings import Finding
 from .masks import Ids, Size, encode_masks, encode_segmentation, find_overlap, mask_areas, mask_boxes, unlisted_ids
-from .records import AnnotatedSplit, BoxRecord, ImageRecord
+from .records import WITHOUT_BOX, AnnotatedSplit, BoxRecord, ImageRecord
 
 BOX_TOLERANCE = 1 + EDGE_TOLERANCE  # pixels; a polygon's pixels may begin one before its coordinates
 MIN_BOX_OVERLAP = 0.25  # IoU of a box and the box around its mask; occlusion makes visible masks smaller than objects
@@ -50,7 +50,8 @@ def read_image_masks(image: ImageRecord) -> None:
             box.mask, box.mask_problem = _read_mask(box.segmentation, size)
         box.segmentation = None
         if box.mask is not None and box.mask_problem is None and box.bbox is None:
-            box.bbox, box.problem = mask_boxes([box.mask], size)[0], None
+            box.bbox = mask_boxes([box.mask], size)[0]
+            box.problem = None if box.problem == WITHOUT_BOX else box.problem
 
 
 def _segments(image: ImageRecord, size: Size) -> tuple[Ids | None, tuple[str, str] | None]:

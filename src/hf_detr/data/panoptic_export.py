@@ -1,7 +1,8 @@
 """Writing COCO's panoptic format: a JSON file with the segments of each image, and PNGs whose colours are their ids."""
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import PIL.Image
 from datasets import Dataset
 from numpy.typing import NDArray
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..runtime.files import atomic_write
@@ -24,13 +26,21 @@ class PanopticWriter:
         file: the JSON file. The PNGs are in the folder of the same name without the suffix, as panopticapi expects.
         categories: COCO records with `id`, `name` and `isthing`.
         info: of the JSON file.
+        taken: names that no PNG gets, such as those of other files in the folder.
+        png_info: text that is stored in each PNG.
 
     Raises:
         FileExistsError: the file already exists.
     """
 
     def __init__(
-        self, file: str | Path, categories: Sequence[Mapping[str, Any]], info: Mapping[str, Any] | None = None
+        self,
+        file: str | Path,
+        categories: Sequence[Mapping[str, Any]],
+        info: Mapping[str, Any] | None = None,
+        *,
+        taken: Iterable[str] = (),
+        png_info: PngInfo | None = None,
     ) -> None:
         self.file = Path(file)
         self.folder = self.file.with_suffix("")
@@ -39,7 +49,7 @@ class PanopticWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         head: dict[str, Any] = {"info": dict(info)} if info else {}
         self._content = head | {"categories": [dict(entry) for entry in categories], "images": [], "annotations": []}
-        self._names: set[str] = set()
+        self._names, self._png_info = set(taken), png_info
 
     def add(
         self,
@@ -76,15 +86,16 @@ class PanopticWriter:
             records.append({**segment, **own})
         name = self._name(image)
         (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-        PIL.Image.fromarray(segment_colours(numbered)).save(self.folder / name)
+        PIL.Image.fromarray(segment_colours(numbered)).save(self.folder / name, pnginfo=self._png_info)
         fields = ("id", "file_name", "width", "height")
         self._content["images"].append({field: image[field] for field in fields})
         self._content["annotations"].append({"image_id": image["id"], "file_name": name, "segments_info": records})
 
     def _name(self, image: Mapping[str, Any]) -> str:
         """A name of the PNG that no other image has."""
-        name = Path(str(image["file_name"]).replace("\\", "/")).with_suffix(".png").name
-        name = name if name not in self._names else f"{len(self._names) + 1}-{name}"
+        wanted = Path(str(image["file_name"]).replace("\\", "/")).with_suffix(".png").name
+        names = itertools.chain([wanted], (f"{number}-{wanted}" for number in itertools.count(2)))
+        name = next(name for name in names if name not in self._names)
         self._names.add(name)
         return name
 

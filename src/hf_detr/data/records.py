@@ -15,6 +15,7 @@ from ..model.image_io import ImageHeader, read_image_header
 from .dataset_folder import DatasetFolder
 from .masks import SegmentMap
 
+WITHOUT_BOX = "the segment has no bbox. Load the data with masks=True, which takes it from the mask"
 Orphan: TypeAlias = tuple[str, str, str]  # code of `findings.KINDS`, record, message
 
 

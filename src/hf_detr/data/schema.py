@@ -113,6 +113,12 @@ def stuff_labels(dataset: DetectionDataset) -> list[str]:
     return [str(name) for name in _description(dataset).get("stuff", [])]
 
 
+def set_stuff_labels(dataset: DetectionDataset, names: Sequence[str]) -> None:
+    """Let these classes of a dataset be stuff, in place."""
+    described = _description(dataset)
+    dataset.info.description = describe_source(list(category_ids(dataset).values()), described["source"], names)
+
+
 def has_masks(dataset: DetectionDataset) -> bool:
     """Whether the objects have masks."""
     return "mask" in dataset.features["objects"]

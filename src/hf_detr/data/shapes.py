@@ -94,11 +94,12 @@ def write_drawn_dataset(
     for split, count in (("train", num_train), ("val", num_val)):
         target = folder / "annotations" / f"instances_{split}.json"
         info = {"description": description, "seed": seed, "split": split, "images": count}
-        if target.exists():
-            if json.loads(target.read_text()).get("info") != info:
+        for file in (target, panoptic_file(folder, split)):
+            if file.exists() and json.loads(file.read_text()).get("info") != info:
                 raise FileExistsError(
-                    f"{target} was not drawn with seed={seed} and {count} images. Choose another folder."
+                    f"{file} was not drawn with seed={seed} and {count} images. Choose another folder."
                 )
+        if target.exists():
             continue
         (folder / split).mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -135,8 +136,8 @@ def write_drawn_dataset(
                 )
         if panoptic is not None:
             panoptic.close()
-        with atomic_write(target) as file:
-            json.dump(coco, file)
+        with atomic_write(target) as target_file:
+            json.dump(coco, target_file)
     return folder
 
 
@@ -145,9 +146,14 @@ def _panoptic_writer(
 ) -> PanopticWriter:
     categories = [category | {"isthing": 1} for category in things]
     categories += [{"id": len(things) + 1 + i, "name": name, "isthing": 0} for i, name in enumerate(stuff)]
-    file = folder / "annotations" / f"panoptic_{split}.json"
+    file = panoptic_file(folder, split)
     file.unlink(missing_ok=True)  # of a drawing that was killed before its last file
     return PanopticWriter(file, categories, info)
+
+
+def panoptic_file(folder: Path, split: str) -> Path:
+    """Where the panoptic annotations of a split are."""
+    return folder / "annotations" / f"panoptic_{split}.json"
 
 
 def _of_mask(mask: np.ndarray) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..data.checks import quick_checks
 from ..data.coco_export import write_coco
-from ..data.findings import MASK_ERRORS, Finding
+from ..data.findings import MASK_ERRORS, Finding, has_unreadable_map
 from ..data.masks import mask_areas, mask_boxes, to_coco_rle
 from ..data.records import AnnotatedSplit, BoxRecord, ImageRecord
 from ..data.rows import take_crowds_as_objects
@@ -133,6 +133,8 @@ def clean(result: CheckResult) -> CleanResult:
             reasons = codes & REMOVED_IMAGES | {code for code, holds in conditions.items() if holds}
             if any(box.mask is not None or box.mask_problem is not None for box in image.boxes):
                 reasons |= misplaced  # where the masks would have to be is not known
+            if has_unreadable_map(image):  # without its objects it would be background
+                reasons.add("mask-invalid")
             kept: ImageRecord | None = image
             if not reasons and stored_as:
                 kept = replace(image, boxes=[_converted(box, image.size, stored_as) for box in image.boxes])

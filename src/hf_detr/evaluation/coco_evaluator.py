@@ -9,7 +9,7 @@ from torchvision.ops import box_convert
 
 from ..model.annotations import canonical_id
 from ..model.post_processing import to_host
-from .coco_metrics import MAX_DETECTIONS, coco_metrics, no_garbage_collection
+from .coco_metrics import MAX_DETECTIONS, METRICS, NOTHING, coco_metrics, no_garbage_collection
 
 if TYPE_CHECKING:
     from ..data.schema import DetectionDataset
@@ -121,6 +121,9 @@ class CocoEvaluator:
         return annotations, predictions, names
 
     def compute(self, max_detections: int = MAX_DETECTIONS) -> dict[str, Any]:
-        """The result of `coco_metrics`, with its errors."""
+        """The result of `coco_metrics`, with its errors. Where all classes are stuff there is nothing to measure: all
+        numbers are -1."""
+        if self.stuff_ids >= set(self.id2label):
+            return dict.fromkeys(METRICS, NOTHING) | {"per_class": {}}
         masks = self.place == "segmentation"
         return coco_metrics(self.images, *self.things(), max_detections=max_detections, masks=masks)

@@ -9,12 +9,10 @@ from ...model.annotations import canonical_id, is_ignored
 from ..dataset_folder import DatasetFolder
 from ..image_files import walk_files
 from ..masks import SegmentMap
-from ..records import AnnotatedSplit, AnnotationFormat, BoxRecord, ImageRecord, Orphan
+from ..records import WITHOUT_BOX, AnnotatedSplit, AnnotationFormat, BoxRecord, ImageRecord, Orphan
 from .coco import KEYS, is_panoptic, read_records
 from .json_files import find_json
 from .parsing import read_json
-
-WITHOUT_BOX = "the segment has no bbox. Load the data with masks=True, which takes it from the mask"
 
 
 def find_panoptic(folder: DatasetFolder, split: str) -> AnnotatedSplit | None:

@@ -152,9 +152,10 @@ def read_objects(objects: Any, where: str) -> list[BoxRecord]:
 
 def _box_record(entry: Mapping[str, Any], record: str, position: int) -> BoxRecord:
     problem, crowd, bbox = None, False, entry.get("bbox")
-    has_own_box = bbox is not None and len(bbox) > 0
+    has_own_box = bbox is not None
     try:
         crowd = is_ignored(entry)
+        has_own_box = bbox is not None and len(bbox) > 0
         bbox = _box_numbers(bbox) if has_own_box else box_of_segmentation(entry.get("segmentation"))
     except (ValueError, TypeError) as error:
         problem = str(error)
