@@ -93,9 +93,9 @@ def main() -> None:
     settings = {"model": str(Path(args.model).resolve()) if Path(args.model).exists() else args.model}
     settings |= {"threshold": args.threshold, "dtype": dtype}
     settings |= {"tile": args.tile, "overlap": args.overlap if args.tiling else None}
-    segments = choose_masks(args, model)
+    segments = choose_masks(args, model, has_videos=inputs.has_videos)
     if segments is not None:
-        settings |= {"masks": segments.kinds, "panoptic_threshold": segments.panoptic_threshold}
+        settings |= {"masks": segments.kinds, "panoptic_threshold": segments.of_panoptic(processor)}
     settings |= model_settings(model, processor)
     if not isinstance(model, ExportedDetr):
         model = prepare_for_inference(model, dtype=dtype, compile=args.compile)
@@ -115,6 +115,8 @@ def main() -> None:
         job = open_job(plan.output.path, plan.images, plan.settings, id2label, process_index=index)
     if accelerator.is_main_process:
         barrier.wait()
+    if segments is not None and plan.videos:
+        print("Videos get boxes only; masks are for images.")
     predict(args, accelerator, detector, job, plan, segments)
     accelerator.end_training()
 
@@ -156,18 +158,23 @@ def load_model(args: argparse.Namespace) -> tuple[Any, str]:
     return exported, args.dtype or exported.export["precision"]
 
 
-def choose_masks(args: argparse.Namespace, model: Any) -> SegmentOptions | None:
+def choose_masks(args: argparse.Namespace, model: Any, *, has_videos: bool) -> SegmentOptions | None:
     """The masks to write; None: boxes only."""
-    has_masks = model.has_masks if isinstance(model, ExportedDetr) else model.needs_masks
     asked = args.masks or []
-    if not has_masks or asked == ["none"] or (args.tiling is not None and not asked):
+    if not model.has_masks or asked == ["none"] or (args.tiling is not None and not asked):
         if set(asked) - {"none"}:
             raise ValueError(f"{args.model} has no masks. Train them: examples/finetune.py --masks.")
+        if args.panoptic_threshold is not None:
+            raise ValueError("--panoptic_threshold is for panoptic segments, and there are none here: omit it.")
         return None
     if args.tiling is not None:
         raise ValueError("Tiles are merged as boxes: use --tile without --masks, or --masks without --tile.")
+    if has_videos and asked:
+        raise ValueError("Videos get boxes only: predict them without --masks, apart from images.")
     stuff = frozenset(model.config.stuff_label_ids)
     kinds = tuple(dict.fromkeys(asked)) or ("panoptic" if stuff else "instance",)
+    if args.panoptic_threshold is not None and "panoptic" not in kinds:
+        raise ValueError("--panoptic_threshold is for panoptic segments: add --masks panoptic, or omit it.")
     return SegmentOptions(kinds, stuff, args.threshold, args.panoptic_threshold)
 
 
@@ -348,7 +355,9 @@ def parse_args() -> argparse.Namespace:
         help="what to write of a model with masks; default: panoptic if it has stuff, otherwise instance",
     )
     parser.add_argument(
-        "--panoptic_threshold", type=float, default=0.85, help="minimum score of a panoptic segment, default 0.85"
+        "--panoptic_threshold",
+        type=float,
+        help="minimum score of a panoptic segment; default: the checkpoint's, or 0.85 if it has none",
     )
     parser.add_argument("--tile", type=int, help="also detect in tiles of this many pixels (for large images)")
     parser.add_argument("--overlap", type=float, default=0.25, help="overlap of tiles, as a fraction of their side")
@@ -373,7 +382,7 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--tile, --overlap: {error}")
     if args.masks and "none" in args.masks and len(args.masks) > 1:
         parser.error("--masks none writes no masks: omit the others.")
-    if not 0 <= args.panoptic_threshold <= 1:
+    if args.panoptic_threshold is not None and not 0 <= args.panoptic_threshold <= 1:
         parser.error("--panoptic_threshold must be between 0 and 1.")
     for name in ("batch_size", "shard_size"):
         if getattr(args, name) < 1:

@@ -9,6 +9,7 @@ from PIL import Image, PngImagePlugin
 from ..data.image_files import IMAGE_SUFFIXES
 
 MARK = b"drawn by hf_detr"
+SEGMENTS_MARK = b"panoptic segments by hf_detr"
 PANOPTIC = "panoptic"  # folder of the PNGs in the output folder
 MARK_WITHIN = 200  # bytes: it comes before the pixels
 
@@ -31,22 +32,33 @@ def picture_of(folder: Path, file: str) -> Path:
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Save a drawing with its mark."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, "PNG", pnginfo=png_info(MARK))
+
+
+def png_info(mark: bytes) -> PngImagePlugin.PngInfo:
+    """The mark, to save in a PNG."""
     info = PngImagePlugin.PngInfo()
-    info.add_text("Comment", MARK.decode())
-    picture.save(path, "PNG", pnginfo=info)
+    info.add_text("Comment", mark.decode())
+    return info
+
+
+def has_mark(path: Path, *marks: bytes) -> bool:
+    """Whether a PNG has one of these marks."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(MARK_WITHIN)
+    except OSError:  # reading the image reports it
+        return False
+    return any(mark in start for mark in marks)
 
 
 def is_drawing(path: Path) -> bool:
-    """Whether a file is an image or a video that `predict.py` drew: by the mark in it, or the job file beside it; or
-    PNGs of panoptic segments, which are in a folder beside it."""
-    if path.suffix == ".png" and path.parent.name == PANOPTIC and (path.parent.parent / "job.json").is_file():
+    """Whether a file is an image, a PNG of panoptic segments or a video that `predict.py` made: by the mark in it, or
+    the job file beside it."""
+    if path.suffix == ".png" and path.parent.name == PANOPTIC and has_mark(path, SEGMENTS_MARK):
         return True
     if path.suffix == ".png" and Path(path.stem).suffix.lower() in IMAGE_SUFFIXES:
-        try:
-            with path.open("rb") as file:
-                return MARK in file.read(MARK_WITHIN)
-        except OSError:  # reading the image reports it
-            return False
+        return has_mark(path, MARK)
     record = path.with_name(f"{path.stem}.job.json")
     if path.suffix != ".mp4" or not record.is_file():
         return False

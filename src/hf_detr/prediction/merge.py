@@ -1,7 +1,6 @@
 """Merging the shards of a job into COCO's JSON files, a few rows at a time."""
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
@@ -11,6 +10,7 @@ import numpy as np
 from ..data.masks import decode_masks, to_coco_rle
 from ..data.panoptic_export import PanopticWriter
 from ..runtime import atomic_write
+from .drawings import SEGMENTS_MARK, has_mark, png_info
 from .job import PredictionJob
 from .shards import done_ids, read_shards
 
@@ -58,6 +58,7 @@ def merge_shards(job: PredictionJob, max_errors: int = 100) -> Summary:
     missing = np.setdiff1d(job.image_ids(), done_ids(job.shards))
     if len(missing):
         raise ValueError(f"{len(missing)} images of {job.folder} are not done. Run the same command again.")
+    job.detections_file.unlink(missing_ok=True)  # of fewer images; it marks the job as finished
     source_ids = job.source_ids()
     images = unreadable = objects = 0
     errors: list[tuple[str, str]] = []
@@ -125,10 +126,14 @@ def _masks(job: PredictionJob, source_ids: dict[int, Any]) -> Iterator[dict[str,
 
 
 def _write_panoptic(job: PredictionJob, source_ids: dict[int, Any]) -> None:
+    folder = job.panoptic_file.with_suffix("")
     job.panoptic_file.unlink(missing_ok=True)  # of fewer images
-    shutil.rmtree(job.panoptic_file.with_suffix(""), ignore_errors=True)
+    for path in folder.glob("*.png"):  # the folder may have other files, such as drawings of images in one of this name
+        if has_mark(path, SEGMENTS_MARK):
+            path.unlink()
+    others = [path.name for path in folder.glob("*")]
     categories = [entry | {"isthing": int(entry["name"] not in job.stuff_labels)} for entry in job.categories]
-    writer = PanopticWriter(job.panoptic_file, categories)
+    writer = PanopticWriter(job.panoptic_file, categories, taken=others, png_info=png_info(SEGMENTS_MARK))
     for row in read_shards(job.shards, ["image_id", "file", "width", "height", "segments", "error"]):
         if row["error"] is not None:
             continue

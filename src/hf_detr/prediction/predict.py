@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class Prediction:
     scores: Tensor
     label_ids: Tensor
     boxes: Tensor
-    segments: dict[str, Any]
+    segments: dict[str, Any] = field(default_factory=dict)
 
     def objects(self, id2label: dict[int, str]) -> list[dict[str, Any]]:
         """In the format of `pipeline("object-detection")`."""
@@ -175,8 +175,10 @@ def predict_batch(
         segments: also compute masks, of a model that has them; not with `tiling`, which merges boxes.
 
     Raises:
-        ValueError: `tiling` is given but an image was loaded without `tiles=True`.
+        ValueError: `tiling` and `segments` are both given, or `tiling` and an image was loaded without `tiles=True`.
     """
+    if tiling is not None and segments is not None:
+        raise ValueError("Tiles are merged as boxes: predict with `tiling` or with `segments`.")
     readable = [image.inputs for image in batch if image.inputs is not None]
     results = iter(_detect(detector, readable, threshold, segments) if readable else [])
     nothing: dict[str, Any] = {"scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..data.mask_results import result_masks
 from ..data.masks import encode_masks
 from ..model.image_processing_hf_detr import DetrImageProcessor
-from ..model.mask_post_processing import PAPER_THRESHOLD
+from ..model.mask_post_processing import default_threshold
 
 KINDS = ("panoptic", "instance")
 Segments = Mapping[str, Any]  # `segmentation` and `segments_info` of an image, as post-processing returns them
@@ -26,20 +26,26 @@ class SegmentOptions:
         stuff_ids: class ids of the stuff.
         threshold: of the scores of objects, a number or `"per_class"`, see
             `DetrImageProcessor.post_process_object_detection`.
-        panoptic_threshold: of the scores of panoptic segments.
+        panoptic_threshold: of the scores of panoptic segments; None: that of the processor, or the paper's.
     """
 
     kinds: tuple[str, ...]
     stuff_ids: frozenset[int] = frozenset()
     threshold: float | str = 0.5
-    panoptic_threshold: float = PAPER_THRESHOLD
+    panoptic_threshold: float | None = None
 
     def lowest(self, processor: DetrImageProcessor) -> float:
         """The score above which masks have to be computed."""
-        limits = [self.panoptic_threshold] if "panoptic" in self.kinds else []
+        limits = [self.of_panoptic(processor)] if "panoptic" in self.kinds else []
         if "instance" in self.kinds:
             limits.append(self._of_objects(processor))
         return min(limits)
+
+    def of_panoptic(self, processor: DetrImageProcessor) -> float:
+        """The score above which a query becomes a panoptic segment."""
+        if self.panoptic_threshold is not None:
+            return self.panoptic_threshold
+        return default_threshold("paper", processor.panoptic_threshold)
 
     def of(self, processor: DetrImageProcessor, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
         """The masks of each image by kind, on the CPU.
@@ -51,7 +57,7 @@ class SegmentOptions:
         if "panoptic" in self.kinds:
             panoptic = processor.post_process_panoptic_segmentation(
                 outputs,
-                threshold=self.panoptic_threshold,
+                threshold=self.of_panoptic(processor),
                 target_sizes=sizes,
                 label_ids_to_fuse=set(self.stuff_ids),
             )
