@@ -87,10 +87,9 @@ def main() -> None:
         model = load_exported(args.model, args.dtype)
     else:
         model = prepare_for_inference(load_model(args.model), args.dtype)
-    has_masks = model.has_masks if is_exported(args.model) else model.needs_masks
-    if args.masks and not has_masks:
+    if args.masks and not model.has_masks:
         raise ValueError(f"{args.model} has no masks to measure. Train them: examples/finetune.py --masks.")
-    with_masks = has_masks if args.masks is None else args.masks
+    with_masks = model.has_masks if args.masks is None else args.masks
     processor = DetrImageProcessor.from_pretrained(args.model)
     with accelerator.main_process_first():  # the other processes read its cache
         dataset = load_detection_dataset(

@@ -32,11 +32,11 @@ from hf_detr.training import (
     build_processor,
     build_schedule,
     compile_for_training,
+    fit_processor,
     identify,
     load_data,
     parameter_groups,
     parse_finetune_args,
-    plan_time,
     repeat_images,
     resolve_recipe,
 )
@@ -56,7 +56,7 @@ def main(augmentation: Callable[[Any], Any] | None = None) -> None:
     recipe = resolve_recipe(args, train_set, processor)
     accelerator.print(recipe.description)
     model = build_model(args, recipe, train_set)
-    recipe = plan_time(args, recipe, model, train_set, val_set, processor, accelerator)
+    processor = fit_processor(processor, model)
 
     # the run: its folder, its progress, its checkpoints
     run = TrainingRun(args, recipe, accelerator, processor)
@@ -70,6 +70,7 @@ def main(augmentation: Callable[[Any], Any] | None = None) -> None:
         args, recipe, processor, train_set, val_set, accelerator, augmentation
     )
     accelerator.print(run.describe(model, train_set, val_set, train_loader))
+    recipe = run.plan_time(recipe, model, train_loader, val_loader, val_set)
 
     # optimization: AdamW and gradient clipping as in the paper, learning rates and schedule of the recipe
     prepare_for_training(model)

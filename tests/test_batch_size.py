@@ -109,3 +109,10 @@ def test_a_trial_is_as_large_as_any_batch_and_leaves_no_trace():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert not model.training
+
+
+def test_with_masks_an_image_takes_memory_for_each_of_its_objects():
+    sizes, counts = [(48, 64), (64, 64), (40, 40), (48, 48)], [9, 1, 30, 0]
+    assert most_expensive(sizes, counts)(1) == [2]
+    assert most_expensive(sizes)(1) == [1]
+    assert most_expensive(sizes, counts)(4) == [1, 0, 2, 0]  # the tallest, the widest, then by pixels times objects

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from conftest import padded_batch, randomise_norms, relative_difference, tiny_segmentation
 from PIL import Image
 from pycocotools import mask as coco_mask
+from safetensors.torch import load_file
 from transformers import pipeline
 from warm_python import WarmPython
 
@@ -88,6 +90,7 @@ def test_training_with_masks_measures_boxes_masks_and_segments(trained):
     assert config["architectures"] == ["DetrForSegmentation"]
     assert config["stuff_labels"] == ["stripes", "speckles"]
     assert json.loads((cwd / "run" / "args.json").read_text())["metric"] == "PQ"
+    assert json.loads((cwd / "run" / "preprocessor_config.json").read_text())["panoptic_threshold"] == 0.5
 
 
 def test_the_best_checkpoint_is_chosen_by_the_metric_that_is_named(trained, script):
@@ -130,9 +133,11 @@ def test_adapters_and_a_mask_head_train_together(trained, boxes, script):
         "finetune.py", "--masks", "--model", boxes, "--lora_rank", 2, "--quick", "--epochs", 1, "--output_dir", "lora",
         cwd=cwd,
     )  # fmt: skip
-    state = DetrForSegmentation.from_pretrained(cwd / "lora").state_dict()
-    assert any(name.startswith("mask_head.") for name in state)
-    assert not any("lora" in name for name in state)
+    saved, before = load_file(cwd / "lora" / "model.safetensors"), load_file(boxes / "model.safetensors")
+    assert any(name.startswith("mask_head.") for name in saved)
+    assert not any("lora" in name for name in saved)
+    changed = {name for name in set(before) & set(saved) if not torch.equal(saved[name], before[name])}
+    assert any(name.startswith("model.encoder.") for name in changed), "the adapters are merged"
 
 
 def test_a_detector_of_stuff_is_a_detector(boxes):
@@ -207,6 +212,8 @@ def test_the_card_has_the_numbers_of_masks(trained):
     assert 'pipeline("image-segmentation", model="me/shapes")' in card.content
     assert f"| PQ | {metrics['PQ']:.3f} |" in card.content
     assert "| class | AP | mask AP | PQ |" in card.content
+    assert 'detector("image.jpg", threshold=0.5)' in card.content
+    assert "leaves the parts of stuff (stripes, speckles) apart" in card.content
     stripes = metrics["panoptic_per_class"]["stripes"]["PQ"]
     assert f"| stripes | n/a | n/a | {stripes:.3f} |" in card.content
     assert {result.metric_type for result in card.data.eval_results} == {"mean_average_precision", "panoptic_quality"}
@@ -264,6 +271,34 @@ def test_perfect_masks_score_one_and_stuff_has_no_ap(tmp_path):
     assert [metrics[name] for name in ("AP", "mask_AP", "PQ", "PQ_stuff")] == pytest.approx([1, 1, 1, 1])
     assert set(metrics["per_class"]) == set(NAMES[:3])
     assert "Panoptic segments" in format_evaluation(metrics)
+
+
+def test_stuff_of_training_and_validation_images_has_to_agree(trained, script, tmp_path):
+    cwd, _ = trained
+    folder = Path(shutil.copytree(cwd / "data/shapes-masks-quick", tmp_path / "data"))
+    command = ("finetune.py", "--masks", "--quick", "--epochs", 1, "--set", *SMALL, "--backbone", "test_resnet",
+               "--backbone_weights", "none", "--image_size", 64, "--dataset", "data")  # fmt: skip
+    named = ("--train", "data/annotations/panoptic_train.json", "--val", "data/annotations/instances_val.json")
+    output = script(*command, *named, cwd=tmp_path, ok=False)
+    assert "stripes, speckles are stuff in the training images, and nothing is in the validation images" in output
+    file = folder / "annotations" / "panoptic_val.json"
+    content = json.loads(file.read_text())
+    for category in content["categories"]:
+        category["isthing"] = int(category["isthing"] or category["name"] == "speckles")
+    file.write_text(json.dumps(content))
+    output = script(*command, "--output_dir", "run", cwd=tmp_path)  # speckles are stuff in both, as in training
+    assert {"PQ", "PQ_stuff"} <= log_of(tmp_path / "run")[-1].keys()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert list(metrics["per_class"]) == NAMES[:3]
+    for category in content["categories"]:
+        category["isthing"] = int(category["name"] not in ("triangle", "stripes"))
+    file.write_text(json.dumps(content))
+    output = script(*command, cwd=tmp_path, ok=False)
+    assert "triangle are stuff in the validation images and not in the training ones" in output
+    (folder / "annotations" / "instances_train.json").unlink()
+    without = [argument for argument in command if argument != "--masks"]
+    output = script(*without, cwd=tmp_path, ok=False)
+    assert "stripes, speckles are stuff. To learn their boxes, too, add --stuff; to learn masks, --masks." in output
 
 
 # -- prediction --------------------------------------------------------------------------------------------------------
@@ -324,6 +359,51 @@ def test_masks_of_objects_are_coco_results_without_stuff(predicted):
         assert record["score"] > 0.3
 
 
+def test_other_files_in_the_folder_of_the_segments_stay(predicted, script, tmp_path):
+    cwd, _ = predicted
+    images = sorted((cwd / "data/shapes-masks-quick/val").glob("*.jpg"))[:2]
+    folder = tmp_path / "data"
+    for place in (folder, folder / "panoptic"):
+        place.mkdir()
+        for image in images:
+            shutil.copy(image, place)
+    mine = folder / "panoptic" / "000000.png"
+    Image.new("L", (9, 9)).save(mine)
+    before = mine.read_bytes()
+    command = ("predict.py", folder, "--model", cwd / "confident", "--output_dir", folder, "--masks", "panoptic")
+    script(*command, "--panoptic_threshold", 0.4, cwd=tmp_path)
+    content = json.loads((folder / "panoptic.json").read_text())
+    assert len(content["annotations"]) == 5, "the PNG was an image like the others"
+    names = [annotation["file_name"] for annotation in content["annotations"]]
+    assert len(set(names)) == 5
+    assert mine.read_bytes() == before
+    assert (folder / "panoptic" / "000000.jpg.png").is_file(), "the drawing of panoptic/000000.jpg"
+    shutil.copy(images[0], folder / "more.jpg")
+    output = script(*command, "--panoptic_threshold", 0.4, cwd=tmp_path)
+    assert "1 images were added since the job started, such as more.jpg" in output
+    content = json.loads((folder / "panoptic.json").read_text())
+    assert len(content["annotations"]) == 6
+    assert all((folder / "panoptic" / annotation["file_name"]).is_file() for annotation in content["annotations"])
+    assert mine.read_bytes() == before
+
+
+@pytest.mark.parametrize("masks", [("--masks", "instance"), ("--masks", "none"), ("--tile", 64)])
+def test_a_threshold_of_segments_that_are_not_made_is_refused(predicted, script, masks):
+    cwd, _ = predicted
+    images = "data/shapes-masks-quick/val"
+    output = script(
+        "predict.py", images, "--model", "confident", *masks, "--panoptic_threshold", 0.4, cwd=cwd, ok=False
+    )
+    assert "--panoptic_threshold is for panoptic segments" in output
+
+
+def test_masks_of_a_video_are_refused(predicted, script):
+    cwd, _ = predicted
+    (cwd / "clip.mp4").write_bytes(b"not read before the refusal")
+    output = script("predict.py", "clip.mp4", "--model", "confident", "--masks", "panoptic", cwd=cwd, ok=False)
+    assert "Videos get boxes only: predict them without --masks, apart from images." in output
+
+
 def test_drawings_and_pngs_of_segments_are_not_taken_for_input(predicted, script):
     cwd, output = predicted
     picture = Image.open(output / "000000.jpg.png")
@@ -351,6 +431,17 @@ def test_masks_that_cannot_be_written_are_refused(trained, boxes, script, argume
     cwd, _ = trained
     output = script("predict.py", "data/shapes-masks-quick/val", *arguments, cwd=cwd, ok=False)
     assert message in " ".join(output.split())
+
+
+def test_the_model_of_a_checkpoint_is_found_wherever_from_pretrained_finds_it(trained, tmp_path):
+    cwd, _ = trained
+    shutil.copytree(cwd / "run", tmp_path / "repo" / "part", ignore=shutil.ignore_patterns("checkpoint-*", "last"))
+    assert has_masks(tmp_path / "repo", subfolder="part")
+    assert type(load_model(tmp_path / "repo", subfolder="part")) is DetrForSegmentation
+    (tmp_path / "adapter").mkdir()
+    base = {"base_model_name_or_path": str(cwd / "run"), "peft_type": "LORA"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(base))
+    assert has_masks(tmp_path / "adapter")
 
 
 # -- exports -----------------------------------------------------------------------------------------------------------
@@ -409,3 +500,21 @@ def test_pipeline_and_predict_segment_with_an_export(exported, script, tmp_path)
     names = {category["id"]: category["name"] for category in content["categories"]}
     found = [names[segment["category_id"]] for segment in content["annotations"][0]["segments_info"]]
     assert found == [segment["label"] for segment in ours]
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_masks_of_a_float16_graph_are_nearly_those_of_the_model(kind, tmp_path, monkeypatch):
+    check_cases = exporting.check_cases
+    monkeypatch.setattr(exporting, "check_cases", lambda *args: check_cases(*args)[2:6])
+    torch.manual_seed(0)
+    model = tiny_segmentation(d_model=32, query_type="anchor")
+    randomise_norms(model)
+    processor = DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 107})
+    content = export_model(model, processor, tmp_path, graph_format=kind, half=True, report=lambda text: None)
+    assert 0 < content["float16_check"]["largest_difference"] < 0.05
+    # sums over more locations than the largest float16, of which group norm takes the mean
+    sizes = [(320, 448), (300, 300)]
+    found = load_exported(tmp_path)(*padded_batch(sizes))
+    with torch.no_grad():
+        expected = model(*padded_batch(sizes))
+    assert relative_difference(found["pred_masks"][..., :80, :112], expected.pred_masks[..., :80, :112]) < 0.05

@@ -18,7 +18,7 @@ from hf_detr.training import (
     summarize,
 )
 from hf_detr.training.recipes import DataSummary, choose_stride
-from hf_detr.training.training_advice import explain_overfit, training_advice
+from hf_detr.training.training_advice import describe_overfit, explain_overfit, has_memorized, training_advice
 from hf_detr.training.training_probe import TrainingProbe, count_duplicates
 
 SMALL = DataSummary(num_images=200, num_objects=1000, num_classes=12, max_objects=8, object_side=0.1)
@@ -365,3 +365,31 @@ def test_images_are_normalised_as_the_pretrained_backbone_was_trained(options, m
     processor = build_processor(args)
     assert list(processor.image_mean) == pytest.approx(mean)
     assert list(processor.image_std) == pytest.approx(std)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "memorized"),
+    [
+        ({"AP50": 0.95}, True),
+        ({"AP50": 0.85}, False),
+        ({"AP50": 0.95, "mask_AP50": 0.2, "PQ_stuff": 0.95}, False),
+        ({"AP50": 0.95, "mask_AP50": 0.93, "PQ_stuff": 0.95}, True),
+        ({"AP50": 0.95, "mask_AP50": 0.93, "PQ_stuff": 0.4}, False),
+        ({"AP50": -1.0, "mask_AP50": -1.0, "PQ_stuff": 0.95}, True),  # stuff only
+        ({"AP50": -1.0, "mask_AP50": -1.0, "PQ_stuff": -1.0}, False),
+    ],
+)
+def test_images_are_memorized_when_boxes_and_masks_are(numbers, memorized):
+    history = [{"loss": 1.0, "matched_iou": 0.9, "class_error": 0.0} | numbers]
+    assert has_memorized(history) == memorized
+    sizes = {"object_pixels": 40.0, "stride": 16, "max_objects": 3, "num_queries": 50}
+    text = describe_overfit(history, num_images=8, steps=100, **sizes)
+    assert text.startswith("Overfit: yes" if memorized else "Overfit: NO")
+    assert ("mask AP50" in text) == (numbers.get("mask_AP50", -1) != -1)
+
+
+@pytest.mark.parametrize(("d_model", "rates"), [(None, (8e-4, 4e-4)), (64, (8e-4, 4e-4)), (256, (1e-4, 1e-5))])
+def test_a_transformer_that_is_made_wide_again_gets_the_paper_s_rates(d_model, rates):
+    recipe = choose_recipe("auto", SMALL, "backbone", (320, 480), d_model=d_model)
+    assert recipe.values("model", {})["d_model"] == 128
+    assert tuple(recipe.training[name].value for name in ("learning_rate", "backbone_learning_rate")) == rates

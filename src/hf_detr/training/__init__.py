@@ -14,11 +14,11 @@ from .setup import (
     build_model,
     build_processor,
     compile_for_training,
+    fit_processor,
     load_data,
     repeat_images,
 )
 from .step import TrainStep
-from .timing import plan_time
 from .trainer import DetrTrainer
 from .training_run import TrainingRun
 
@@ -35,12 +35,12 @@ __all__ = [
     "choose_recipe",
     "compile_for_training",
     "feature_strides",
+    "fit_processor",
     "identify",
     "load_data",
     "next_free_run",
     "parameter_groups",
     "parse_finetune_args",
-    "plan_time",
     "preferred_precision",
     "repeat_images",
     "resolve_recipe",

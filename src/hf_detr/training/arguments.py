@@ -353,7 +353,7 @@ def _check_unchanged(args: FinetuneArguments) -> None:
         for name in ("ema", "freeze_backbone", "freeze_detector", "masks", "overfit", "stuff")
         if bool(saved.get(name)) != bool(now[name])
     ]
-    fixed = ("backbone", "backbone_weights", "lora_rank", "metric", "model", "recipe", "repeat_threshold")
+    fixed = ("backbone", "backbone_weights", "lora_rank", "metric", "minutes", "model", "recipe", "repeat_threshold")
     changed += [name for name in fixed if saved.get(name) != now[name]]
     before = DetrConfig().to_dict() | saved.get("set", {})
     fields_now = args.model.config_fields()

@@ -11,6 +11,7 @@ from accelerate.utils import find_executable_batch_size, send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..data import DetectionCollator, image_sizes, resized_sizes
+from ..data.schema import learned_objects
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
 from .normalizers import loss_normalizers
@@ -37,7 +38,8 @@ def fit_batch_size(
         return torch.optim.AdamW(parameter_groups(copy, 0.0, 0.0, 0.0), fused=True)
 
     collate = DetectionCollator(processor)
-    trial = trial_step(model, build_optimizer, train_set, most_expensive(sizes), collate, accelerator)
+    counts = [len(learned_objects(objects)["bbox"]) for objects in train_set["objects"]] if model.has_masks else None
+    trial = trial_step(model, build_optimizer, train_set, most_expensive(sizes, counts), collate, accelerator)
     found = find_batch_size(trial, recipe.batch_size, accelerator)
     return found, recipe.gradient_accumulation_steps * (recipe.batch_size // found)
 
@@ -97,7 +99,7 @@ def trial_step(
     collate: Callable[[Sequence[Any]], Mapping[str, Any]],
     accelerator: Accelerator,
 ) -> Callable[[int], None]:
-    """A function that runs a training step on a copy of the model, for [`find_batch_size`] and [`measure_step`].
+    """A function that runs a training step on a copy of the model, for [`find_batch_size`].
 
     Forward, backward and optimizer run in the precision of `accelerator`. The model, its gradients and PyTorch's random
     state are unchanged, and the copy is freed. The gradient buffers of DistributedDataParallel, about the size of the
@@ -127,14 +129,16 @@ def trial_step(
     return step
 
 
-def most_expensive(sizes: Sequence[tuple[int, int]]) -> Callable[[int], list[int]]:
+def most_expensive(sizes: Sequence[tuple[int, int]], counts: Sequence[int] | None = None) -> Callable[[int], list[int]]:
     """For [`trial_step`]: the tallest, the widest and otherwise the largest images.
 
     Args:
         sizes: (height, width) of each image after the resize, see `hf_detr.data.resized_sizes`.
+        counts: objects of each image, where each takes memory as large as the image, which masks do.
     """
     numbers = range(len(sizes))
-    largest = sorted(numbers, key=lambda index: math.prod(sizes[index]), reverse=True)
+    weights = counts or [1] * len(sizes)
+    largest = sorted(numbers, key=lambda index: math.prod(sizes[index]) * max(weights[index], 1), reverse=True)
     tallest, widest = (max(numbers, key=lambda index: sizes[index][axis]) for axis in (0, 1))
 
     def choose(batch_size: int) -> list[int]:
@@ -145,6 +149,6 @@ def most_expensive(sizes: Sequence[tuple[int, int]]) -> Callable[[int], list[int
 
 
 def typical(sizes: Sequence[tuple[int, int]]) -> Callable[[int], list[int]]:
-    """For [`trial_step`]: images evenly spaced by size, see [`most_expensive`]."""
+    """Batch size to indices of images that are evenly spaced by size; `sizes` as of [`most_expensive`]."""
     order = sorted(range(len(sizes)), key=lambda index: math.prod(sizes[index]))
     return lambda batch_size: [order[(2 * k + 1) * len(order) // (2 * batch_size)] for k in range(batch_size)]

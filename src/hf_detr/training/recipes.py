@@ -18,6 +18,7 @@ MAX_QUERIES = 1000  # of a checkpoint that gets more; the cost of the decoder gr
 MAX_TOKENS = 1500  # locations of the feature map; the cost of self-attention grows with their square
 STRIDES = (8, 16, 32)  # of most backbones
 SMALL_DATA = 5_000  # images from which a pretrained backbone gets the paper's transformer
+SMALL_WIDTH = 128  # of that transformer otherwise
 SMALL_IMAGE = 200  # pixels of the longest side up to which batches of 32 fit anywhere
 
 
@@ -107,6 +108,7 @@ def choose_recipe(
     strides: Sequence[int] = STRIDES,
     upright: bool = True,
     num_queries: int | None = None,
+    d_model: int | None = None,
 ) -> Recipe:
     """The recipe of this name for this data set and starting point.
 
@@ -121,6 +123,7 @@ def choose_recipe(
         strides: of the feature levels of the backbone, in pixels.
         upright: whether the images have an up and a down, as photographs do.
         num_queries: of the checkpoint; images with more objects get more queries.
+        d_model: of a new model, if it was given; a wide transformer on a pretrained backbone gets the paper's rates.
 
     Raises:
         ValueError: there is no such recipe, or it does not fit the starting point.
@@ -147,7 +150,8 @@ def choose_recipe(
     }[start]
     model = _more_queries(data, num_queries) if start == "checkpoint" else _model(data, start, image_size, strides)
     name = "finetune" if start == "checkpoint" else "small-data"
-    return Recipe(name, f"{chosen}; {size}, {begins}", model, _training(data, start, image_size, upright))
+    small = has_small_transformer(data, start) and (d_model or SMALL_WIDTH) <= SMALL_WIDTH
+    return Recipe(name, f"{chosen}; {size}, {begins}", model, _training(data, start, image_size, upright, small))
 
 
 def _random_backbone() -> dict[str, Choice]:
@@ -192,7 +196,7 @@ def _model(data: DataSummary, start: Start, image_size: tuple[int, int], strides
         model |= _random_backbone()
     if has_small_transformer(data, start):
         model |= {
-            "d_model": Choice(128, "a small transformer trains faster from random weights"),
+            "d_model": Choice(SMALL_WIDTH, "a small transformer trains faster from random weights"),
             "encoder_layers": Choice(3, "as d_model"),
             "decoder_layers": Choice(3, "as d_model"),
             "encoder_ffn_dim": Choice(512, "as d_model"),
@@ -217,7 +221,9 @@ def choose_stride(side: float, image_size: tuple[int, int], strides: Sequence[in
     return max((stride for stride in affordable if 1.5 * stride <= side), default=affordable[0])
 
 
-def _training(data: DataSummary, start: Start, image_size: tuple[int, int], upright: bool) -> dict[str, Choice]:
+def _training(
+    data: DataSummary, start: Start, image_size: tuple[int, int], upright: bool, small_transformer: bool
+) -> dict[str, Choice]:
     seen = IMAGES_SEEN[start]
     epochs = min(500, max(30, round(seen / max(data.num_images, 1))))
     small = image_size[1] <= SMALL_IMAGE
@@ -227,7 +233,7 @@ def _training(data: DataSummary, start: Start, image_size: tuple[int, int], upri
         "scratch": (8e-4, 4.8e-3, "the backbone is random too, and tolerates a higher rate than the transformer"),
     }
     rate, backbone_rate, why = rates[start]
-    if start == "backbone" and has_small_transformer(data, start):
+    if start == "backbone" and small_transformer:
         rate, backbone_rate, why = 8e-4, 4e-4, "a small transformer tolerates a high rate"
     if start == "scratch" and not small:
         rate, backbone_rate, why = 2e-4, 4e-4, "all weights are random, and batches are small"

@@ -14,6 +14,7 @@ from .checkpoints import newest_checkpoint, remove, verify_checkpoint
 FINISHED = "last"  # folder of the final weights, which a run writes last
 LOCK = ".lock"
 GRACE = 60  # seconds to wait for a process that was asked to stop and still holds the lock
+FOUND_IN_TIME = ("epochs", "eval_every")  # what a run with `minutes` finds itself
 # Arguments that may differ when a run continues: they do not change its result.
 CHANGEABLE = (
     "output_dir",
@@ -52,7 +53,8 @@ def acquire_run_dir(
 ) -> RunFolder:
     """Create and lock the folder of this run: `output_dir`, or the next free `runs/NAME-N`. A run in it continues with
     `resume`, or if it was started with the same arguments, which are in its `args.json`. To be called on all processes
-    together; all of them have to see the same folder.
+    together; all of them have to see the same folder. Of the same time (`minutes`) come the same epochs: a run that
+    continues keeps those it has found.
 
     Raises:
         FileExistsError: the folder holds another run or other files, which are left alone, or the run has ended.
@@ -68,6 +70,8 @@ def acquire_run_dir(
     if any(entry.name != LOCK and entry.suffix != PARTIAL for entry in folder.glob("*")):
         checkpoint, saved = newest_checkpoint(folder), _read_arguments(folder)
         if not resume:
+            if saved.get("minutes") is not None and saved["minutes"] == arguments.get("minutes"):
+                arguments = {**arguments, **{name: saved[name] for name in FOUND_IN_TIME}}
             _check_same_run(folder, saved, arguments)
             if (folder / FINISHED).exists():
                 raise FileExistsError(f"{folder} holds this run, and it has ended. For more: --resume --epochs N")

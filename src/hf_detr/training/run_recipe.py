@@ -85,6 +85,7 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
             size_range(processor.size),
             strides=[] if start == "checkpoint" else _strides(args.backbone, masks=args.data.reads_masks),
             upright=not args.data.is_drawn,
+            d_model=config.get("d_model"),
             num_queries=_queries_of(args.model.model) if args.model.model and not args.model.freeze_detector else None,
         )
         description = recipe.describe(config | given)

@@ -22,8 +22,9 @@ from ..data import (
     paper_augmentation,
     resized_sizes,
 )
+from ..data.augmentation import ResizeTo
 from ..data.class_balance import describe_repeats, repeat_rare_classes
-from ..data.schema import learned_objects, require_objects, stuff_labels
+from ..data.schema import learned_objects, require_objects, set_stuff_labels, stuff_labels
 from ..evaluation import ModelEvaluation
 from ..interop import has_masks
 from ..model.configuration_hf_detr import DetrConfig
@@ -39,6 +40,9 @@ from .lora import add_lora
 from .run_recipe import RunRecipe
 from .training_probe import TrainingProbe
 
+# The paper's 0.85 is for the probabilities of cross-entropy. The IoU-aware loss trains scores to be the IoU, and 0.5 is
+# that from which a segment counts in PQ; focal loss has low probabilities, too.
+PANOPTIC_THRESHOLD = 0.5
 SHAPES_SIZE = {"height": 96, "width": 96}  # of the drawn images after the resize, in pixels
 QUICK_IMAGES = 64
 PROBED_IMAGES = 32  # training images that the probe evaluates after every epoch
@@ -60,8 +64,14 @@ def load_data(args: FinetuneArguments, accelerator: Accelerator) -> tuple[Any, A
             few: dict[str, Any] = {"num_train": QUICK_IMAGES, "num_val": 16} if data.quick else {}
             draw_shapes_dataset(data.location, progress=progress, masks=data.reads_masks, **few)
         train_set = load_detection_dataset(split="train", progress=progress, **data.source)
-        if data.stuff and not stuff_labels(train_set):
+        stuff = stuff_labels(train_set)
+        if data.stuff and not stuff:
             raise ValueError(f"{data.location}: no class is stuff (COCO's panoptic format has some). Omit --stuff.")
+        if stuff and not data.reads_masks:
+            raise ValueError(
+                f"{data.location}: {listed(stuff)} are stuff. To learn their boxes, too, add --stuff; to learn masks, "
+                "--masks."
+            )
         if data.overfit:
             with_objects = [i for i, objects in enumerate(train_set["objects"]) if learned_objects(objects)["bbox"]]
             if not with_objects:
@@ -72,8 +82,29 @@ def load_data(args: FinetuneArguments, accelerator: Accelerator) -> tuple[Any, A
         val_set = load_detection_dataset(split="val", id2label=id2label(train_set), progress=progress, **data.source)
         require_objects(train_set, f"{data.location}, training", "learned")
         require_objects(val_set, f"{data.location}, validation", "measured")
+        _share_stuff(train_set, val_set, data.location)
         ModelEvaluation(val_set, with_masks=data.masks)  # masks that cannot be measured are refused now
         return train_set, val_set
+
+
+def _share_stuff(train_set: Any, val_set: Any, source: str) -> None:
+    """Let the classes that are stuff in the training images be stuff in the validation images, in which some of them
+    may not occur.
+
+    Raises:
+        ValueError: there are others, or none.
+    """
+    learned, measured = stuff_labels(train_set), stuff_labels(val_set)
+    others = [name for name in measured if name not in learned]
+    if others:
+        raise ValueError(f"{source}: {listed(others)} are stuff in the validation images and not in the training ones.")
+    if learned and not measured:
+        raise ValueError(
+            f"{source}: {listed(learned)} are stuff in the training images, and nothing is in the validation images. "
+            "Take both from panoptic annotations (--train, --val)."
+        )
+    if learned:
+        set_stuff_labels(val_set, learned)
 
 
 def repeat_images(args: FinetuneArguments, train_set: Any, accelerator: Accelerator) -> Any:
@@ -108,6 +139,13 @@ def build_processor(args: FinetuneArguments) -> DetrImageProcessor:
     if args.data.image_range:
         black, white = args.data.image_range
         processor.image_range = black, white
+    return processor
+
+
+def fit_processor(processor: DetrImageProcessor, model: DetrForDetection) -> DetrImageProcessor:
+    """The processor with the score from which a query of this model is a panoptic segment, unless it has one."""
+    if model.has_masks and processor.panoptic_threshold is None and model.config.class_loss != "cross_entropy":
+        processor.panoptic_threshold = PANOPTIC_THRESHOLD
     return processor
 
 
@@ -199,7 +237,7 @@ def build_loaders(
     if args.data.is_drawn:  # drawn images are small: decoded once, and kept in memory
         train_rows, val_rows = list(train_set), list(val_set)
     if args.embedded and not args.data.image_size:  # resized once, too
-        resize = Augmentation(v2.Resize([SHAPES_SIZE["height"], SHAPES_SIZE["width"]]))
+        resize = Augmentation(ResizeTo(SHAPES_SIZE["height"], SHAPES_SIZE["width"]))
         train_rows = [resize(row) for row in train_rows]
     collate, seed = DetectionCollator(processor), args.run.seed
     reads_as_usual = processor.num_channels == 3 and processor.image_range is None and processor.do_rescale

@@ -1,104 +1,125 @@
-"""How long a run takes, from a measured step, and how many epochs fit into a given time."""
+"""How long a run takes, from measured steps and evaluations, and how many epochs fit into a given time."""
 
-import json
 import math
 import statistics
 import time
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 
-from ..data import DetectionCollator, image_sizes, resized_sizes
+from ..data import image_sizes, resized_sizes
+from ..evaluation import ModelEvaluation
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
-from .arguments import FinetuneArguments
-from .batch_size import trial_step, typical
-from .meter import describe_duration
+from ..speed import prepare_for_training
+from .batch_size import typical
+from .normalizers import loss_normalizers
 from .optimization import parameter_groups
 from .run_recipe import RunRecipe
 
-MEASURED_STEPS = 3
-EVALUATION = 0.4  # time of an image in an evaluation, of that in a training step: a forward pass and the matching
-EVALUATIONS = 20  # of a run with --minutes
+MEASURED = 3  # of each, after one to warm up
+EVALUATIONS = 20  # of a run with --minutes, unless --eval_every is given
+MAX_EPOCHS = 10_000
 
 
-def measure_step(
-    recipe: RunRecipe, model: DetrForDetection, train_set: Any, processor: DetrImageProcessor, accelerator: Accelerator
-) -> float:
-    """Seconds of an optimizer step on typical images, without loading them: the median of a few, after one to warm up.
-    Nothing is trained. To be called on all processes together, which get the time of the slowest."""
-    sizes = resized_sizes(image_sizes(train_set), processor.size)
-
-    def build_optimizer(copy: DetrForDetection) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameter_groups(copy, 0.0, 0.0, 0.0), fused=True)
-
-    step = trial_step(model, build_optimizer, train_set, typical(sizes), DetectionCollator(processor), accelerator)
-    seconds = []
-    for _ in range(1 + MEASURED_STEPS):
-        start = time.perf_counter()
-        step(recipe.batch_size)
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize(accelerator.device)
-        seconds.append(time.perf_counter() - start)
-    slowest = torch.tensor(statistics.median(seconds[1:]), device=accelerator.device)
-    gathered = accelerator.gather(slowest[None])
-    return float(gathered.max()) * recipe.gradient_accumulation_steps
-
-
-def expected_seconds(recipe: RunRecipe, step: float, num_train: int, num_val: int, processes: int) -> float:
-    """Seconds of a whole run.
-
-    Args:
-        step: seconds of an optimizer step.
+@dataclass(frozen=True)
+class Pace:
+    """Args:
+    step: seconds of an optimizer step with its images.
+    evaluation: seconds of an image in an evaluation, in one process.
     """
-    images = recipe.batch_size * recipe.gradient_accumulation_steps * processes
-    steps = recipe.epochs * math.ceil(num_train / images)
-    evaluations = math.ceil(recipe.epochs / recipe.eval_every)
-    return step * (steps + EVALUATION * evaluations * num_val / images)
+
+    step: float
+    evaluation: float
 
 
-def plan_time(
-    args: FinetuneArguments,
+def measure_pace(
     recipe: RunRecipe,
     model: DetrForDetection,
-    train_set: Any,
+    train_loader: Any,
+    val_loader: Any,
     val_set: Any,
     processor: DetrImageProcessor,
     accelerator: Accelerator,
+) -> Pace:
+    """Train a copy of the model for a few steps on typical images, and evaluate a batch. The model and PyTorch's random
+    state are unchanged. To be called on all processes together, which get the times of the slowest."""
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        copy = deepcopy(model).to(accelerator.device).train()
+        prepare_for_training(copy)
+        optimizer = torch.optim.AdamW(parameter_groups(copy, 0.0, 0.0, 0.0), fused=True)
+        evaluation = ModelEvaluation(val_set, with_masks=copy.has_masks)
+
+        def train(batch: Any) -> None:
+            # of this process only: the others may be slower
+            normalizers = loss_normalizers(copy, [batch])
+            with accelerator.autocast():
+                loss = copy(**batch, normalizers=normalizers).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        def evaluate(batch: Any) -> None:
+            with accelerator.autocast():
+                evaluation.run(copy, [batch], processor, progress=False)
+
+        step = _seconds(train_loader, recipe.batch_size, train, processor, accelerator)
+        evaluated = _seconds(val_loader, recipe.batch_size, evaluate, processor, accelerator)
+    slowest = accelerator.gather(torch.tensor([[step, evaluated]], device=accelerator.device)).amax(0)
+    step, evaluated = slowest.tolist()
+    return Pace(step * recipe.gradient_accumulation_steps, evaluated / recipe.batch_size)
+
+
+def _seconds(
+    loader: Any, batch_size: int, use: Callable[[Any], None], processor: DetrImageProcessor, accelerator: Accelerator
+) -> float:
+    """Of a batch of typical images: the time to use it and to load it, or the longer of both where workers load."""
+    choose = typical(resized_sizes(image_sizes(loader.dataset), processor.size))
+    loading, using = [], []
+    for _ in range(1 + MEASURED):
+        start = time.perf_counter()
+        batch = loader.collate_fn([loader.dataset[index] for index in choose(batch_size)])
+        loaded = time.perf_counter()
+        use(send_to_device(batch, accelerator.device))
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize(accelerator.device)
+        loading.append(loaded - start)
+        using.append(time.perf_counter() - loaded)
+    load, used = (statistics.median(seconds[1:]) for seconds in (loading, using))
+    return used + load if loader.num_workers == 0 else max(used, load / loader.num_workers)
+
+
+def expected_seconds(recipe: RunRecipe, pace: Pace, num_train: int, num_val: int, processes: int) -> float:
+    """Seconds of a whole run."""
+    steps = recipe.epochs * math.ceil(num_train / (recipe.batch_size * recipe.gradient_accumulation_steps * processes))
+    evaluations = math.ceil(recipe.epochs / recipe.eval_every)
+    return pace.step * steps + pace.evaluation * evaluations * num_val / processes
+
+
+def fit_epochs(
+    recipe: RunRecipe,
+    pace: Pace,
+    seconds: float,
+    num_train: int,
+    num_val: int,
+    processes: int,
+    *,
+    eval_every: int | None = None,
 ) -> RunRecipe:
-    """Say how long the run will take. With `--minutes`, the recipe with as many epochs as fit; a run that continues
-    keeps those that it began with."""
-    step = measure_step(recipe, model, train_set, processor, accelerator)
-    counts = len(train_set), len(val_set), accelerator.num_processes
-    if args.run.minutes is not None:
-        epochs = _begun_with(args) or _epochs_within(60 * args.run.minutes, recipe, step, *counts)
-        recipe = replace(recipe, epochs=epochs, eval_every=max(1, epochs // EVALUATIONS))
-    seconds = expected_seconds(recipe, step, *counts)
-    text = f"Expected: about {describe_duration(seconds)} here for {recipe.epochs} epochs, {step:.2g} s a step."
-    if args.run.minutes is not None and seconds > 60 * args.run.minutes:
-        text += f" That is more than --minutes {args.run.minutes:g}: fewer images or a smaller model take less."
-    accelerator.print(text)
-    return recipe
+    """The recipe with the largest number of epochs, at least 1, that take no longer than `seconds`.
 
-
-def _epochs_within(budget: float, recipe: RunRecipe, step: float, num_train: int, num_val: int, processes: int) -> int:
-    """The largest number of epochs, at least 1, that take no longer than `budget` seconds."""
-    epochs = 1
-    while epochs < 10_000:
-        longer = replace(recipe, epochs=epochs + 1, eval_every=max(1, (epochs + 1) // EVALUATIONS))
-        if expected_seconds(longer, step, num_train, num_val, processes) > budget:
-            break
-        epochs += 1
-    return epochs
-
-
-def _begun_with(args: FinetuneArguments) -> int | None:
-    """The epochs of the run in the output folder, if it was started with the same time."""
-    file = Path(args.run.output_dir or "") / "args.json"
-    if not args.run.output_dir or not file.is_file():
-        return None
-    saved = json.loads(file.read_text())
-    return int(saved["epochs"]) if saved.get("minutes") == args.run.minutes else None
+    Args:
+        eval_every: epochs between evaluations; None: about twenty evaluations.
+    """
+    longest = recipe
+    for epochs in range(1, MAX_EPOCHS + 1):
+        candidate = replace(recipe, epochs=epochs, eval_every=eval_every or math.ceil(epochs / EVALUATIONS))
+        if epochs == 1 or expected_seconds(candidate, pace, num_train, num_val, processes) <= seconds:
+            longest = candidate  # also after one that takes longer: 21 epochs have fewer evaluations than 20
+    return longest

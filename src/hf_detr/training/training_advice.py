@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..evaluation.coco_metrics import NOTHING
+from ..runtime import listed
+
 PATIENCE = 4  # evaluations without progress from which training counts as stuck
 MIN_PROGRESS = 0.01  # of AP50
 MEMORIZED_AP50 = 0.9  # from which a model has memorized the images of --overfit
@@ -70,8 +73,10 @@ def _reason(now: Mapping[str, float], query_type: str, stride: int) -> str:
 
 
 def has_memorized(history: Sequence[Mapping[str, float]]) -> bool:
-    """Whether the model has memorized the images of `--overfit`; `history` as in [`explain_overfit`]."""
-    return bool(history) and history[-1]["AP50"] > MEMORIZED_AP50
+    """Whether the model has memorized the boxes and masks of the images of `--overfit`; `history` as in
+    [`explain_overfit`]. A number below 0 has nothing to measure; stuff has segments only."""
+    numbers = _memorized_numbers(history[-1]).values() if history else ()
+    return bool(numbers) and min(numbers) > MEMORIZED_AP50
 
 
 def describe_overfit(history: Sequence[Mapping[str, float]], *, num_images: int, steps: int, **figures: Any) -> str:
@@ -80,10 +85,17 @@ def describe_overfit(history: Sequence[Mapping[str, float]], *, num_images: int,
     Args:
         history, figures: as in [`explain_overfit`].
     """
-    result = f"AP50 {history[-1]['AP50']:.2f} on {num_images} images after {steps} steps"
+    numbers = [f"{name.replace('_', ' ')} {value:.2f}" for name, value in _memorized_numbers(history[-1]).items()]
+    result = f"{listed(numbers)} on {num_images} images after {steps} steps"
     if has_memorized(history):
         return f"Overfit: yes, {result}: labels, model and learning rate work together."
     return f"Overfit: NO, {result}. {explain_overfit(history, **figures)}"
+
+
+def _memorized_numbers(line: Mapping[str, float]) -> dict[str, float]:
+    """The numbers of an evaluation that tell whether images were memorized, without those that measure nothing."""
+    names = ("AP50", "mask_AP50", "PQ_stuff")
+    return {name: line[name] for name in names if line.get(name, NOTHING) != NOTHING}
 
 
 def explain_overfit(

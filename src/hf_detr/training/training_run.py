@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,16 @@ from ..visualization import compare_masks_with_ground_truth, compare_with_ground
 from .arguments import FinetuneArguments
 from .batch_size import fit_batch_size
 from .checkpoints import Progress, any_process, load_checkpoint, save_checkpoint, trim_log, use_plain_weights
-from .meter import EpochMeter, describe_epoch, log_image
+from .meter import EpochMeter, describe_duration, describe_epoch, log_image
 from .model_saving import save_model
 from .optimization import move_schedule, rescale_ema
 from .run_data import check_data
-from .run_folder import acquire_run_dir, begin, write_arguments
+from .run_folder import FOUND_IN_TIME, acquire_run_dir, begin, write_arguments
 from .run_recipe import RunRecipe
 from .setup import describe_run
 from .sharding import gather_weights
 from .step import Batch, TrainStep, in_groups, share_buffers
+from .timing import expected_seconds, fit_epochs, measure_pace
 from .training_advice import describe_overfit, has_memorized, training_advice
 from .training_probe import FIGURES, TrainingProbe
 
@@ -58,9 +60,10 @@ class TrainingRun:
         name = (Path(args.data.location).name.removesuffix("-quick") if args.data.is_drawn else args.data.name) + (
             "-overfit" if args.data.overfit else ""
         )
-        self.folder = acquire_run_dir(
-            args.run.output_dir, name, recipe.settings(args), accelerator, resume=args.run.resume
-        )
+        settings = recipe.settings(args)
+        if args.run.minutes is not None and not args.saved:
+            settings |= dict.fromkeys(FOUND_IN_TIME)  # by `plan_time`
+        self.folder = acquire_run_dir(args.run.output_dir, name, settings, accelerator, resume=args.run.resume)
         self.path = self.folder.path
         self.progress = Progress()
         self.stop = StopRequest()
@@ -73,13 +76,47 @@ class TrainingRun:
         found = self.folder.arguments.get("found")
         if not found:
             found = list(fit_batch_size(self.recipe, model, train_set, self.processor, self.accelerator))
-            self.folder = self.folder._replace(arguments=self.folder.arguments | {"found": found})
-            if self.folder.checkpoint is None:
-                write_arguments(self.path, self.folder.arguments, self.accelerator)
+            self._remember({"found": found})
         self.accelerator.print(
             f"Batches of {self.recipe.batch_size} asked for; {found[0]} fit, {found[1]} an optimizer step."
         )
         return found[0], found[1]
+
+    def plan_time(
+        self, recipe: RunRecipe, model: DetrForDetection, train_loader: Any, val_loader: Any, val_set: Any
+    ) -> RunRecipe:
+        """Say how long the run will take. With `--minutes`, the recipe with as many epochs as fit; a run that continues
+        keeps those that it began with.
+
+        Args:
+            recipe: with the batch size that is used.
+        """
+        accelerator, minutes = self.accelerator, self.args.run.minutes
+        pace = measure_pace(recipe, model, train_loader, val_loader, val_set, self.processor, accelerator)
+        counts = len(train_loader.dataset), len(val_set), accelerator.num_processes
+        if minutes is not None and not self.args.saved:
+            found = {name: self.folder.arguments[name] for name in FOUND_IN_TIME}
+            if None in found.values():
+                every = self.args.recipe.eval_every
+                fitting = fit_epochs(recipe, pace, 60 * minutes, *counts, eval_every=every)
+                found = {name: getattr(fitting, name) for name in FOUND_IN_TIME}
+                self._remember(found)
+            recipe = replace(recipe, **found)
+        seconds = expected_seconds(recipe, pace, *counts)
+        text = (
+            f"Expected: about {describe_duration(seconds)} here for {recipe.epochs} epochs, {pace.step:.2g} s a step, "
+            f"with an evaluation after every {recipe.eval_every}."
+        )
+        if minutes is not None and seconds > 60 * minutes:
+            text += f" That is more than --minutes {minutes:g}: fewer images or a smaller model take less."
+        accelerator.print(text)
+        return recipe
+
+    def _remember(self, found: Mapping[str, Any]) -> None:
+        """Add what the run has found to its arguments; with a checkpoint, `begin` writes them."""
+        self.folder = self.folder._replace(arguments=self.folder.arguments | dict(found))
+        if self.folder.checkpoint is None:
+            write_arguments(self.path, self.folder.arguments, self.accelerator)
 
     def describe(self, model: DetrForDetection, train_set: Any, val_set: Any, train_loader: Any) -> str:
         """What is trained on what and where, to print."""
