@@ -18,6 +18,7 @@ MAX_QUERIES = 1000  # of a checkpoint that gets more; the cost of the decoder gr
 MAX_TOKENS = 1500  # locations of the feature map; the cost of self-attention grows with their square
 STRIDES = (8, 16, 32)  # of most backbones
 SMALL_DATA = 5_000  # images from which a pretrained backbone gets the paper's transformer
+ENOUGH_QUERIES = 50  # more locations than objects find something, until scores separate them
 SMALL_WIDTH = 128  # of that transformer otherwise
 SMALL_IMAGE = 200  # pixels of the longest side up to which batches of 32 fit anywhere
 
@@ -173,7 +174,9 @@ def _more_queries(data: DataSummary, num_queries: int | None) -> dict[str, Choic
 def _model(data: DataSummary, start: Start, image_size: tuple[int, int], strides: Sequence[int]) -> dict[str, Choice]:
     side = data.object_side * image_size[0]
     stride = choose_stride(side, image_size, strides)
-    queries = min(300, max(50, math.ceil(2.5 * data.max_objects)))
+    locations = math.prod(math.ceil(edge / stride) for edge in image_size)
+    enough = max(10, min(ENOUGH_QUERIES, locations // 2))
+    queries = min(300, max(enough, math.ceil(2.5 * data.max_objects)))
     model = {
         "query_type": Choice("anchor", "queries that are boxes attend to the right location from the first step"),
         "query_proposals": Choice(True, "queries start at the most confident locations of the image"),
@@ -185,7 +188,9 @@ def _model(data: DataSummary, start: Start, image_size: tuple[int, int], strides
         "class_loss": Choice("iou_aware", "scores reflect the quality of the box"),
         "prior_probability": Choice(0.05, "initial scores are low, as most queries have no object"),
         "num_queries": Choice(
-            queries, f"2.5 times the maximum number of objects per image ({data.max_objects}), between 50 and 300"
+            queries,
+            f"2.5 times the maximum number of objects per image ({data.max_objects}); at least {ENOUGH_QUERIES}, or "
+            f"half of the {locations} locations",
         ),
         "feature_stride": Choice(
             stride,
