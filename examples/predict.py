@@ -352,7 +352,8 @@ def parse_args() -> argparse.Namespace:
         "--masks",
         nargs="+",
         choices=("panoptic", "instance", "none"),
-        help="what to write of a model with masks; default: panoptic if it has stuff, otherwise instance",
+        help="masks to write: panoptic segments, instance masks of objects, or none; default: panoptic if the model "
+        "has stuff, otherwise instance; tiles and videos have none",
     )
     parser.add_argument(
         "--panoptic_threshold",
@@ -367,7 +368,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--pictures",
         action=argparse.BooleanOptionalAction,
-        help=f"draw boxes; default: for up to {MAX_PICTURES:,} images, and for videos",
+        help=f"draw boxes or masks; default: for up to {MAX_PICTURES:,} images, and for videos",
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of the computation; default: that of the checkpoint"

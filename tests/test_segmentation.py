@@ -123,6 +123,8 @@ def test_masks_of_kept_queries_are_those_of_all_queries():
     assert sum(queries) == kept.sum()
     with pytest.raises(ValueError, match="`masks_above` of at most this threshold"):
         processor.post_process_panoptic_segmentation(some, threshold=threshold / 2, label_ids_to_fuse={1})
+    with pytest.raises(ValueError, match="needs the masks of all queries"):
+        processor.post_process_semantic_segmentation(some)
 
 
 @pytest.mark.parametrize("changes", VARIANTS[:5], ids=str)

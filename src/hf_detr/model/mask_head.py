@@ -154,8 +154,8 @@ def _repeat(mask: Tensor | None, num_queries: int) -> Tensor | None:
 
 
 def _upsample(maps: Tensor, size: tuple[int, int], coarse: Tensor | None, fine: Tensor | None) -> Tensor:
-    """(N, C, h, w) to (N, C, *size), each location that of the nearest one before it, as if each image were alone:
-    with masks (N, 1, h, w) and (N, 1, *size), by the sizes of the image without its padding."""
+    """(N, C, h, w) to (N, C, *size): nearest-neighbour upsampling, of each image as if it were alone: with masks (N, 1,
+    h, w) and (N, 1, *size), by the sizes of the image without its padding."""
     if coarse is None or fine is None:
         return functional.interpolate(maps, size, mode="nearest")
     before, after = extent_of(coarse[:, 0] > 0), extent_of(fine[:, 0] > 0)

@@ -60,7 +60,7 @@ def post_process_panoptic(
     target_sizes: Sizes,
     rule: str,
 ) -> list[dict[str, Any]]:
-    """Each pixel to at most one segment. See `DetrImageProcessor.post_process_panoptic_segmentation`.
+    """Assign each pixel to at most one segment. See `DetrImageProcessor.post_process_panoptic_segmentation`.
 
     Raises:
         ValueError: there is no such rule, or `target_sizes` are not one per image.
@@ -110,10 +110,14 @@ def post_process_semantic(outputs: Any, target_sizes: Sizes = None) -> list[tupl
     width), the sum over queries of class probability times mask probability.
 
     Raises:
-        ValueError: `target_sizes` are not one per image.
+        ValueError: `target_sizes` are not one per image, or the masks of some queries were not computed.
     """
     results = []
     for index, (logits, _, target_size) in enumerate(_images(outputs, target_sizes)):
+        if _lacks_masks(logits):
+            raise ValueError(
+                "Semantic segmentation needs the masks of all queries: call the model without `masks_above`."
+            )
         probabilities = outputs.logits[index].float().softmax(-1)[:, :-1]
         scores = torch.einsum("qc,qhw->chw", probabilities, logits.float().sigmoid())
         scores = _resize(scores, target_size)
@@ -131,9 +135,9 @@ def _check_rule(rule: str) -> None:
 
 def _segments_of_paper(image: ImageMasks, fused: set[int]) -> dict[str, Any]:
     """The rule of the paper's code: at the size of the image, each pixel belongs to the query whose mask has the
-    largest logit there (a softmax over the kept queries does not change which). Stuff of one class counts as one
-    segment, that of its first query. Queries with at most 4 pixels in the result, and so all others of that stuff, are
-    removed, and pixels are assigned again, until none is that small."""
+    largest logit there (a softmax over the kept queries does not change which). All queries of one
+    stuff class count as its first one. Queries left with at most 4 pixels, which includes the other queries of that
+    stuff, are removed, and all pixels are assigned again, until none is that small."""
     scores, labels, logits = image.scores, image.labels, _resize(image.logits, image.image_size)
     target_size = image.target_size or image.image_size
     first = torch.arange(len(labels), device=labels.device)
@@ -208,7 +212,7 @@ def _kept(outputs: Any, threshold: float, target_sizes: Sizes) -> Iterator[Image
     keep = (classes != outputs.logits.shape[-1] - 1) & (best > threshold)
     for index, (logits, image_size, target_size) in enumerate(_images(outputs, target_sizes)):
         of_image = keep[index]
-        if (logits[of_image] <= NO_MASK).flatten(1).all(1).any():
+        if _lacks_masks(logits[of_image]):
             raise ValueError(
                 f"Some queries have scores above {threshold} and no masks: call the model with `masks_above` of at "
                 "most this threshold."
@@ -234,6 +238,11 @@ def _images(outputs: Any, target_sizes: Sizes) -> Iterator[tuple[Tensor, tuple[i
         yield logits[:, :rows, :columns], (int(height), int(width)), target
 
 
+def _lacks_masks(logits: Tensor) -> bool:
+    """Whether the mask of some query was not computed."""
+    return bool((logits <= NO_MASK).flatten(1).all(1).any())
+
+
 def _resize(maps: Tensor, size: tuple[int, int] | None) -> Tensor:
     """(n, h, w) to (n, *size), bilinear."""
     if size is None or not len(maps):
@@ -242,7 +251,7 @@ def _resize(maps: Tensor, size: tuple[int, int] | None) -> Tensor:
 
 
 def resize_nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """(..., h, w) to (..., *size), each pixel that at the same place, counted from centers, as PIL does."""
+    """(..., h, w) to (..., *size), nearest neighbour by pixel centres, as in PIL."""
     for axis, length in zip((-2, -1), size, strict=True):
         before = maps.shape[axis]
         if before != length:

@@ -23,7 +23,7 @@ from .modeling_hf_detr import DetrForDetection
 from .outputs import DetrDetectionOutput, DetrModelOutput, DetrSegmentationOutput
 
 logger = logging.get_logger(__name__)
-STRIDES = (4, 8, 16)  # of the levels of the backbone that the mask head reads, and 4 is that of its masks
+STRIDES = (4, 8, 16)  # of the backbone levels that the mask head reads; its masks have stride 4
 QUERIES_AT_ONCE = 16  # in prediction: bounds memory, and what one layer writes is still in the cache for the next
 
 
@@ -76,8 +76,8 @@ class DetrForSegmentation(DetrForDetection):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: Any, *model_args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """As [`DetrForDetection.from_pretrained`]; also reads a checkpoint without masks, and a warning says that the
-        mask head is new then."""
+        """As [`DetrForDetection.from_pretrained`]; a checkpoint without masks is read, too, with a warning that the
+        mask head is new."""
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
@@ -121,8 +121,9 @@ class DetrForSegmentation(DetrForDetection):
         """Args:
             labels: as of [`DetrForDetection.forward`], with `masks` (N, H, W), bool or 0 and 1, at the size of the
                 image without its padding. The image processor makes them with `return_segmentation_masks=True`.
-            masks_above: compute only the masks of queries whose best class is an object with a score above this, which
-                are all that post-processing with this threshold reads. None: of all queries.
+            masks_above: compute only the masks of queries whose best class is an object and whose score is above this
+                value; panoptic and instance post-processing with this threshold, or a higher one, need no others.
+                Semantic post-processing needs all masks: None, the default.
             Others: see [`DetrForDetection.forward`].
 
         Raises:

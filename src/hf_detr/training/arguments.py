@@ -28,7 +28,7 @@ SHAPES_OF_WEIGHTS = (
 )  # fmt: skip
 
 
-# More of them, which a checkpoint may get anew, but not within a run.
+# Further such fields: they may change when a run starts from a checkpoint, not within a run.
 PARTS_OF_MODEL = (
     "num_queries",
     "num_channels",
@@ -52,7 +52,7 @@ class DataArguments:
     images: str | None = option("folder of the images, if it is not beside the annotations", metavar="FOLDER")
     bbox_format: str | None = option("xyxy: boxes are stored as corners", choices=("xywh", "xyxy"))
     masks: bool = option("learn and measure masks, too: panoptic and instance segmentation", False)
-    stuff: bool = option("learn the boxes of stuff, too: the detector for --masks --freeze_detector", False)
+    stuff: bool = option("also learn the boxes of stuff, to train a detector for a later --masks run", False)
     crowds_as_objects: bool = option("learn objects that are marked as crowds (iscrowd, difficult)", False)
     image_range: list[float] | None = field(
         default=None,
@@ -175,7 +175,7 @@ class RecipeArguments:
     weight_decay: float | None = option("of weight matrices; biases, norms and queries have none")
     schedule: str | None = option("wsd: warm-up, stable, decay; step: the paper's", choices=SCHEDULES)
     warmup: float | None = option("fraction of all steps in which the learning rate rises")
-    decay: float | None = option("fraction of all steps, at the end, in which it falls (step: is a tenth)")
+    decay: float | None = option("fraction of all steps, at the end, in which the rate falls (step: is a tenth)")
     augmentation: str | None = option("of the training images", choices=AUGMENTATIONS)
     eval_every: int | None = option("epochs between evaluations; the last epoch is always evaluated")
 
@@ -200,7 +200,7 @@ class RunArguments:
     output_dir: str | None = option("default: the next free runs/NAME-N; the same command again continues the run")
     resume: bool = option("continue the run in --output_dir with its arguments, except those given now", False)
     minutes: float | None = option(
-        "train for about so long: as many epochs as fit, by a measured step; the schedule ends with them", metavar="N"
+        "train for about N minutes: as many epochs as fit, by measured steps and evaluations", metavar="N"
     )
     mixed_precision: str | None = option("default: bf16 where it is fast", choices=("no", "bf16", "fp16"))
     gradient_accumulation_steps: int = HfArg(
@@ -272,7 +272,7 @@ class FinetuneArguments:
 
     @property
     def embedded(self) -> bool:
-        """The main job: drawn images and a small model."""
+        """Whether the run uses the drawn images and the small model, as it does without arguments."""
         return bool(self.saved.get("embedded", self.data.is_drawn and not (self.model.model or self.model.backbone)))
 
     @property

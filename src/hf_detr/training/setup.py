@@ -186,7 +186,7 @@ def _check_stride(checkpoint: str) -> None:
     if stride is not None and stride < smallest:
         raise ValueError(
             f"--masks needs features of stride {smallest} or more, and {checkpoint} has {stride}. Train one with "
-            "--stuff, which chooses it, or without --model."
+            f"--set feature_stride={smallest} (or --stuff, if the data have stuff), or omit --model."
         )
 
 

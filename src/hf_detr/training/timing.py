@@ -31,7 +31,7 @@ MAX_EPOCHS = 10_000
 class Pace:
     """Args:
     step: seconds of an optimizer step with its images.
-    evaluation: seconds of an image in an evaluation, in one process.
+    evaluation: seconds per evaluated image, in one process.
     """
 
     step: float
@@ -79,7 +79,7 @@ def measure_pace(
 def _seconds(
     loader: Any, batch_size: int, use: Callable[[Any], None], processor: DetrImageProcessor, accelerator: Accelerator
 ) -> float:
-    """Of a batch of typical images: the time to use it and to load it, or the longer of both where workers load."""
+    """Seconds per batch of typical images: loading plus use, or the longer of the two if worker processes load."""
     choose = typical(resized_sizes(image_sizes(loader.dataset), processor.size))
     loading, using = [], []
     for _ in range(1 + MEASURED):
