@@ -447,6 +447,10 @@ def test_the_same_command_goes_on_and_another_is_refused(tmp_path):
         pass
     with pytest.raises(FileExistsError, match=r"another run \(epochs: 3 there, 5 here; seed: None there, 1 here\)"):
         acquire(folder, epochs=5, seed=1)
+    with pytest.raises(FileExistsError, match="masks: None there, True here"):
+        acquire(folder, masks=True)
+    with acquire(folder, masks=False, minutes=None).lock:  # arguments that the version did not have that began the run
+        pass
     again = acquire(folder, report_to=["tensorboard"])  # which changes nothing of what is learned
     assert again.checkpoint == saved
     again.lock.release()

@@ -135,9 +135,11 @@ def _check_same_run(folder: Path, saved: Mapping[str, Any], arguments: Mapping[s
 def _differences(
     saved: Mapping[str, Any], arguments: Mapping[str, Any], form: str = "{name} {before}, now {now}"
 ) -> list[str]:
-    """Arguments that matter and are not as saved, each in words."""
+    """Arguments that matter and are not as saved, each in words. One that an older version did not have is as saved if
+    it is not used."""
     now = json.loads(json.dumps(dict(arguments)))
-    names = sorted({*saved, *now} - set(CHANGEABLE))
+    new = {name for name, value in now.items() if name not in saved and value in (None, False)}
+    names = sorted({*saved, *now} - set(CHANGEABLE) - new)
     return [
         form.format(name=name, before=saved.get(name), now=now.get(name))
         for name in names
