@@ -82,6 +82,7 @@ def overlaps(boxes: Tensor, classes: Tensor) -> Tensor:
     """How much each box overlaps one that comes before it, (B, Q, 4) cxcywh and (B, Q) to (B, Q, 2): the largest IoU
     with any of them, and with those of the same class; 0 for the first, and between boxes whose areas are 0 in
     float16."""
-    overlap = iou_of(boxes[:, :, None], boxes[:, None]).nan_to_num(nan=0.0).tril(-1)  # (B, Q, Q)
+    overlap = iou_of(boxes[:, :, None], boxes[:, None])  # (B, Q, Q)
+    overlap = torch.where(overlap >= 0, overlap, 0).tril(-1)  # 0 for NaN; nan_to_num is not in older opsets for float16
     same = classes[:, :, None] == classes[:, None]
     return torch.stack((overlap.amax(-1), (overlap * same).amax(-1)), dim=-1)
