@@ -566,6 +566,26 @@ def test_an_augmentation_of_your_own_takes_the_place_of_the_recipe_s(tmp_path):
     assert (tmp_path / "runs" / "shapes-1" / "last" / "model.safetensors").is_file()
 
 
+def test_a_run_keeps_the_normalisation_that_it_began_with(tmp_path):
+    """A version that normalises otherwise, then this one."""
+    script = ROOT / "examples" / "finetune.py"
+    (tmp_path / "older.py").write_text(
+        "import runpy\n"
+        "from hf_detr import DetrImageProcessor\n"
+        "DetrImageProcessor.image_mean, DetrImageProcessor.image_std = [0.5] * 3, [0.25] * 3\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
+    )
+    small = ["--quick", "--epochs", "1", "--set", "d_model=32", "encoder_layers=1", "decoder_layers=1"]
+    code, said = run_script(tmp_path / "older.py", *small, "--output_dir", "run", cwd=tmp_path)
+    assert code == 0, said
+    code, said = run_script(script, "--output_dir", "run", "--resume", "--epochs", "2", cwd=tmp_path)
+    assert code == 0, said
+    assert "normalised as when the run began: mean [0.5, 0.5, 0.5], deviation [0.25, 0.25, 0.25]" in said
+    for folder in (tmp_path / "run", tmp_path / "run" / "last"):
+        saved = json.loads((folder / "preprocessor_config.json").read_text())
+        assert (saved["image_mean"], saved["image_std"]) == ([0.5] * 3, [0.25] * 3)
+
+
 def load_script(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)

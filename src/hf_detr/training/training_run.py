@@ -65,11 +65,23 @@ class TrainingRun:
             settings |= dict.fromkeys(FOUND_IN_TIME)  # by `plan_time`
         self.folder = acquire_run_dir(args.run.output_dir, name, settings, accelerator, resume=args.run.resume)
         self.path = self.folder.path
+        if self.folder.checkpoint is not None:
+            self._keep_normalization(self.folder.checkpoint / "preprocessor_config.json")
         self.progress = Progress()
         self.stop = StopRequest()
         self.meter = EpochMeter(accelerator)  # of the current epoch
         self.recent = EpochMeter(accelerator)  # since the last line to the trackers
         self.last_save = time.monotonic()
+
+    def _keep_normalization(self, file: Path) -> None:
+        """Let a run that continues see its images with the mean and standard deviation that it began with."""
+        if not file.is_file():  # of a sharded run
+            return
+        stored, processor = json.loads(file.read_text()), self.processor
+        mean, std = stored["image_mean"], stored["image_std"]
+        if (list(processor.image_mean), list(processor.image_std)) != (mean, std):
+            processor.image_mean, processor.image_std = mean, std
+            self.accelerator.print(f"Images are normalised as when the run began: mean {mean}, deviation {std}.")
 
     def fit_batch_size(self, model: DetrForDetection, train_set: Any) -> tuple[int, int]:
         """See [`~hf_detr.training.batch_size.fit_batch_size`]; a run that continues keeps what it has found before."""
