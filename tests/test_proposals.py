@@ -170,6 +170,11 @@ def replace_last(outputs):
     return outputs
 
 
+def break_last(outputs):
+    outputs["logits"][:, -1] = float("nan")
+    return outputs
+
+
 @pytest.mark.parametrize(
     ("change", "replaced", "equal"),
     [
@@ -177,8 +182,9 @@ def replace_last(outputs):
         (lambda outputs: outputs | {"logits": outputs["logits"].flip(1)}, 0.0, False),  # boxes stay where they were
         (replace_last, 0.0, False),
         (replace_last, 0.05, True),
+        (break_last, 0.05, False),
     ],
-    ids=["reordered", "logits of others", "another box", "another box, which is allowed"],
+    ids=["reordered", "logits of others", "another box", "another box, which is allowed", "not a number"],
 )
 @torch.no_grad()
 def test_an_export_is_compared_by_its_set_of_proposals(change, replaced, equal):

@@ -137,11 +137,12 @@ def _paired(
     found: dict[str, Tensor], expected: dict[str, Tensor], replaced: float
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Outputs (B, Q, ...) with each query beside the one that it is closest to, without those that differ most, at most
-    the fraction `replaced` of an image."""
+    the fraction `replaced` of an image; none is left out of outputs that are not finite."""
     scale = expected["logits"].abs().max().clamp(min=1)
     ours, theirs = (torch.cat((o["logits"] / scale, o["pred_boxes"]), dim=-1).float() for o in (expected, found))
     costs = torch.cdist(theirs, ours, p=math.inf).nan_to_num(nan=1e6, posinf=1e6)
-    kept = costs.shape[1] - math.floor(replaced * costs.shape[1])
+    is_finite = all(bool(values.isfinite().all()) for values in found.values())
+    kept = costs.shape[1] - (math.floor(replaced * costs.shape[1]) if is_finite else 0)
     rows, columns = [], []
     for cost in costs:
         row, column = (torch.as_tensor(index) for index in linear_sum_assignment(cost.numpy()))
