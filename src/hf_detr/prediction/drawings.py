@@ -42,14 +42,13 @@ def png_info(mark: bytes) -> PngImagePlugin.PngInfo:
     return info
 
 
-def has_mark(path: Path, *marks: bytes) -> bool:
-    """Whether a PNG has one of these marks."""
+def has_mark(path: Path, mark: bytes) -> bool:
+    """Whether a PNG has this mark."""
     try:
         with path.open("rb") as file:
-            start = file.read(MARK_WITHIN)
+            return mark in file.read(MARK_WITHIN)
     except OSError:  # reading the image reports it
         return False
-    return any(mark in start for mark in marks)
 
 
 def is_drawing(path: Path) -> bool:
