@@ -433,24 +433,28 @@ def test_cells_are_assigned_as_by_hand():
     labels[0]["boxes"][1] = torch.tensor([0.42, 0.37, 0.01, 0.01])  # smaller than a cell
     centers = location_centers(mask)
     valid = mask.flatten(1)
-    classes, boxes = assign_locations(centers, valid, labels, 5)
+    classes, boxes, shares = assign_locations(centers, valid, labels, 5)
     for image, label in enumerate(labels):
         objects = list(zip(label["class_labels"].tolist(), label["boxes"].tolist(), strict=True))
-        nearest = []
+        nearest, chosen = [], []
         for _, (x, y, _, _) in objects:
             distance = ((centers[image] - torch.tensor([x, y])) ** 2).sum(1)
             nearest.append(distance.masked_fill(~valid[image], 9).argmin().item())
         for cell in range(30):
             cx, cy = centers[image, cell].tolist()
             owners = [
-                (w * h, name, (x, y, w, h))
+                (w * h, name, (x, y, w, h), index)
                 for index, (name, (x, y, w, h)) in enumerate(objects)
                 if valid[image, cell]
                 and ((abs(cx - x) <= 0.35 * w and abs(cy - y) <= 0.35 * h) or nearest[index] == cell)
             ]
-            expected = min(owners)[1:] if owners else (5, (0, 0, 0, 0))
-            assert classes[image, cell].item() == expected[0]
-            assert boxes[image, cell].tolist() == pytest.approx(expected[1])
+            _, name, box, owner = min(owners) if owners else (0, 5, (0, 0, 0, 0), None)
+            assert classes[image, cell].item() == name
+            assert boxes[image, cell].tolist() == pytest.approx(box)
+            chosen.append(owner)
+        for cell, owner in enumerate(chosen):
+            expected = 0 if owner is None else 1 / chosen.count(owner)
+            assert shares[image, cell].item() == pytest.approx(expected)
 
 
 def test_the_dense_loss_by_hand_and_without_regard_to_padding():
@@ -461,18 +465,20 @@ def test_the_dense_loss_by_hand_and_without_regard_to_padding():
     centers = location_centers(mask)
     features = [torch.randn(3, 16, 16, dtype=torch.float64) for _ in range(2)]
     terms = head(features, mask, labels, torch.tensor(3.0))
-    classes, boxes = assign_locations(centers, mask.flatten(1), labels, 5)
+    classes, boxes, _ = assign_locations(centers, mask.flatten(1), labels, 5)
     ce, l1 = 0.0, 0.0
     for memory in features:
         for image, objects in enumerate((2, 1, 0)):
-            weight = max(objects, 1) / max((classes[image] < 5).sum().item(), 1) / 3
+            without = 0.5 * max(objects, 1) / max((classes[image] < 5).sum().item(), 1)
+            of_object = boxes[image].tolist()  # no two objects have the same box
             for location in range(16):
                 if not mask.flatten(1)[image, location]:
                     continue
                 logits = head.class_labels_classifier(memory[image, location]).float()
                 p = logits.softmax(-1)[classes[image, location]].item()
                 assigned = classes[image, location] < 5
-                ce += weight * (1.0 if assigned else 0.5) * (1 - p) * -math.log(p)
+                weight = (1 / of_object.count(of_object[location]) if assigned else without) / 3
+                ce += weight * (1 - p) * -math.log(p)
                 if assigned:
                     anchor = torch.tensor([*centers[image, location].tolist(), 0.25, 0.25], dtype=torch.float64)
                     box = head.bbox_predictor(memory[image, location], anchor).float()

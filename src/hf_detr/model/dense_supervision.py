@@ -42,7 +42,7 @@ def location_anchors(mask: Tensor) -> Tensor:
 @torch.no_grad()
 def assign_locations(
     centers: Tensor, valid: Tensor, labels: list[dict[str, Any]], no_object: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The target of each location: the smallest object whose central region contains it. The location nearest to the
     centre of an object is always in its central region, so that no object is too small.
 
@@ -50,14 +50,15 @@ def assign_locations(
         centers: (B, hw, 2); valid (B, hw), False in the padding.
 
     Returns:
-        classes (B, hw), `no_object` where there is none, and boxes (B, hw, 4) cxcywh, zeros where there is none.
+        classes (B, hw), `no_object` where there is none, boxes (B, hw, 4) cxcywh, zeros where there is none, and shares
+        (B, hw): one over the number of locations of the object, 0 where there is none.
     """
     counts = [len(label["class_labels"]) for label in labels]
     size = max(counts, default=0)
     classes = torch.full(valid.shape, no_object, dtype=torch.int64, device=valid.device)
-    boxes = torch.zeros(*valid.shape, 4, device=valid.device)
+    boxes, shares = torch.zeros(*valid.shape, 4, device=valid.device), torch.zeros(valid.shape, device=valid.device)
     if size == 0:
-        return classes, boxes
+        return classes, boxes, shares
     padded = pad_sequence([label["boxes"].float() for label in labels], batch_first=True).to(valid.device)
     names = pad_sequence([label["class_labels"] for label in labels], batch_first=True).to(valid.device)
     exists = torch.arange(size, device=valid.device) < torch.tensor(counts, device=valid.device)[:, None]  # (B, N)
@@ -70,20 +71,22 @@ def assign_locations(
     smallest, owner = area.min(2)  # (B, hw)
     assigned = smallest.isfinite()
     classes = torch.where(assigned, names.gather(1, owner), classes)
-    return classes, torch.where(assigned[..., None], padded.gather(1, owner[..., None].expand(-1, -1, 4)), boxes)
+    boxes = torch.where(assigned[..., None], padded.gather(1, owner[..., None].expand(-1, -1, 4)), boxes)
+    locations = torch.zeros(len(valid), size, device=valid.device).scatter_add_(1, owner, assigned.float())
+    return classes, boxes, torch.where(assigned, 1 / locations.clamp(min=1).gather(1, owner), shares)
 
 
 class DenseHead(nn.Module):
     """Class and box of each location from its feature vector; one head for the features before and after the encoder.
 
-    Every image counts with its number of objects (at least 1) and the mean over its locations that have an object, so
-    that the normalizers are known before the forward pass whatever the sizes of the feature maps:
+    Every object counts once, with the mean over its locations, so that a small one, which has few, counts as much as
+    one that fills the image, and the normalizers are known before the forward pass:
 
-        loss = Σ_i max(N_i, 1) · (Σ_locations term) / max(assigned locations of i, 1) / number of boxes
+        loss = Σ_objects (mean over its locations of the term) / number of boxes
 
-    with the terms `loss_ce` = `w (1 - p[c]) (-log p[c])`, w = 0.5 without an object and 1 with one, or the weight of
-    its class (a focal loss with gamma 1), and of the locations with an object `loss_bbox` = L1 and `loss_giou` = 1 -
-    GIoU.
+    with the terms `loss_ce` = `w (1 - p[c]) (-log p[c])` (a focal loss with gamma 1), w = 1 or the weight of the class,
+    `loss_bbox` = L1 and `loss_giou` = 1 - GIoU. `loss_ce` is also of the locations without an object, which weigh half
+    of what those of their image with an object weigh on average, 0.5 · N / (assigned locations) with N objects.
     """
 
     def __init__(self, d_model: int, num_labels: int) -> None:
@@ -117,11 +120,12 @@ class DenseHead(nn.Module):
         """
         anchors, valid = location_anchors(mask), mask.flatten(1)
         no_object = self.class_labels_classifier.out_features - 1
-        classes, boxes = assign_locations(anchors[..., :2], valid, labels, no_object)
+        classes, boxes, shares = assign_locations(anchors[..., :2], valid, labels, no_object)
         assigned = classes < no_object
         counts = torch.tensor([len(label["class_labels"]) for label in labels], device=mask.device)
-        weights = counts.clamp(min=1) / assigned.sum(1).clamp(min=1) / num_boxes  # (B,)
-        of_classes = torch.where(assigned, 1.0, NO_OBJECT_WEIGHT) * valid * weights[:, None]
+        without = NO_OBJECT_WEIGHT * counts.clamp(min=1) / assigned.sum(1).clamp(min=1)  # (B,)
+        weights = shares / num_boxes
+        of_classes = torch.where(assigned, weights, valid * without[:, None] / num_boxes)
         if class_weights is not None:
             of_classes = of_classes * class_weights[classes]
         each = [self._terms(features, anchors, classes, boxes, weights, of_classes) for features in feature_sets]
@@ -141,7 +145,7 @@ class DenseHead(nn.Module):
         log_p = logits.log_softmax(-1).gather(-1, classes[..., None])[..., 0]
         at = assigned.flatten().nonzero()[:, 0]
         vectors, anchors, targets = (tensor.flatten(0, 1)[at] for tensor in (features, anchors, boxes))
-        box_weights = weights[at // assigned.shape[1]]
+        box_weights = weights.flatten()[at]
         predicted = self.bbox_predictor(vectors, anchors).float()
         return {
             "loss_ce": (class_weights * (1 - log_p.exp()) * -log_p).sum(),
