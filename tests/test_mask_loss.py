@@ -150,6 +150,24 @@ def test_training_computes_masks_of_matched_queries_only_and_the_loss_of_evaluat
     torch.testing.assert_close(trained.loss, evaluated.loss)
 
 
+def test_images_of_one_size_go_through_the_head_together_with_the_loss_of_each_alone():
+    model = model_for_masks(dropout=0.0).train()
+    sizes, counts = [(64, 96), (48, 70), (64, 96), (64, 96)], [2, 3, 0, 4]
+    images, mask = padded_batch(sizes)
+    labels = labels_with_masks(counts, sizes)
+    normalizers = LossNormalizers.from_counts(model.count_for_loss(labels), 1)
+    alone = [
+        model(images[i : i + 1, :, :h, :w], labels=labels[i : i + 1], normalizers=normalizers).loss_dict
+        for i, (h, w) in enumerate(sizes)
+    ]
+    shapes = []
+    model.mask_head.register_forward_pre_hook(lambda head, args: shapes.append(tuple(args[1].shape[:2])))
+    together = model(images, mask, labels, normalizers=normalizers).loss_dict
+    assert shapes == [(3, 4), (1, 3)]
+    for name in ("loss_mask", "loss_dice"):
+        torch.testing.assert_close(together[name], sum(terms[name] for terms in alone))
+
+
 def test_a_batch_without_objects_reaches_every_parameter_of_the_mask_head():
     model = model_for_masks(frozen_stages=-1).train()
     images, mask = padded_batch(SIZES)

@@ -11,11 +11,11 @@ FOCAL_GAMMA = 2.0
 
 
 class MaskPairs(NamedTuple):
-    """The masks of matched queries beside those of their objects, per image, since images have different sizes.
+    """The masks of matched queries beside those of their objects, in lists, since images have different sizes.
 
     Args:
-        logits: one (n, H, W) per image, mask logits at the size of the image without its padding; float32 or wider.
-        targets: one (n, H, W) per image, bool.
+        logits: each (n, H, W), mask logits at the size of the image without its padding; float32 or wider.
+        targets: each (n, H, W), bool.
     """
 
     logits: list[Tensor]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import initialization as init
 from transformers.processing_utils import Unpack
 from transformers.utils import logging
@@ -169,7 +170,7 @@ class DetrForSegmentation(DetrForDetection):
         for image, kept in enumerate(self._kept_queries(output, masks_above)):
             rows, columns = sizes[0][image]
             for some in kept.split(QUERIES_AT_ONCE) if len(kept) else ():
-                logits = self._masks_of_image(levels, sizes, attention[image, some], image)
+                logits = self._masks_of_images(levels, sizes, attention[image, some][None], [image])[0]
                 result[image, some, :rows, :columns] = logits.to(wide)
         return result, torch.tensor(sizes[0], device=finest.device)
 
@@ -181,17 +182,25 @@ class DetrForSegmentation(DetrForDetection):
         def pairs_of(matching: Matching) -> MaskPairs:
             levels, attention = self._levels(outputs), self._attention_maps(outputs)
             sizes = _sizes_of_levels(levels)
-            counts = [min(len(label["class_labels"]), self.config.num_queries) for label in labels]
-            first, pairs = 0, MaskPairs([], [])
-            of_images = zip(matching.query.split(counts), matching.target.split(counts), strict=True)
-            for image, (queries, targets) in enumerate(of_images):
-                objects = labels[image]["masks"].to(attention.device)
-                logits = self._masks_of_image(levels, sizes, attention[image, queries], image)
+            objects = [label["masks"].to(attention.device) for label in labels]
+            counts = [min(len(of_image), self.config.num_queries) for of_image in objects]
+            first = torch.tensor([0, *map(len, objects)]).cumsum(0)
+            queries, targets = matching.query.split(counts), matching.target.split(counts)
+            alike: dict[tuple[Any, ...], list[int]] = {}
+            for image, of_image in enumerate(objects):
+                key = (of_image.shape[-2:], *(of_level[image] for of_level in sizes))
+                alike.setdefault(key, []).append(image)
+            pairs = MaskPairs([], [])
+            for images in alike.values():  # of one size go together, padded to the one with the most objects
+                query = pad_sequence([queries[image] for image in images], batch_first=True)
+                maps = attention[torch.tensor(images, device=query.device)[:, None], query]
+                logits = self._masks_of_images(levels, sizes, maps, images).flatten(0, 1)
+                found = [row * query.shape[1] + n for row, image in enumerate(images) for n in range(counts[image])]
+                logits = logits[torch.tensor(found, dtype=torch.int64, device=logits.device)]
                 wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                resized = functional.interpolate(wide[:, None], objects.shape[-2:], mode="bilinear")[:, 0]
-                pairs.logits.append(resized)
-                pairs.targets.append(objects[targets - first].bool())
-                first += len(objects)
+                size = objects[images[0]].shape[-2:]
+                pairs.logits.append(functional.interpolate(wide[:, None], size, mode="bilinear")[:, 0])
+                pairs.targets.append(torch.cat([objects[i][targets[i] - first[i]].bool() for i in images]))
             return pairs
 
         return pairs_of
@@ -208,17 +217,16 @@ class DetrForSegmentation(DetrForDetection):
         maps = self.bbox_attention(output.last_hidden_state, output.encoder_last_hidden_state, mask)
         return maps.unflatten(-1, level.map.shape[-2:])
 
-    def _masks_of_image(
-        self, levels: tuple[FeatureLevel, ...], sizes: list[list[tuple[int, int]]], attention: Tensor, image: int
+    def _masks_of_images(
+        self, levels: tuple[FeatureLevel, ...], sizes: list[list[tuple[int, int]]], attention: Tensor, images: list[int]
     ) -> Tensor:
-        """(Q, heads, h, w) to (Q, H, W), without padding."""
-        maps = [
-            level.map[image : image + 1, :, :rows, :columns]
-            for level, of_level in zip(levels, sizes, strict=True)
-            for rows, columns in (of_level[image],)
-        ]
-        rows, columns = sizes[-1][image]
-        return self.mask_head(maps[-1], attention[None, :, :, :rows, :columns], maps[-2::-1])[0]
+        """(B, Q, heads, h, w) of images of one size to (B, Q, H, W), without padding."""
+        maps = []
+        for level, of_level in zip(levels, sizes, strict=True):
+            rows, columns = of_level[images[0]]
+            maps.append(level.map[images, :, :rows, :columns])
+        rows, columns = sizes[-1][images[0]]
+        return self.mask_head(maps[-1], attention[..., :rows, :columns], maps[-2::-1])
 
     def _masks_of_batch(self, levels: tuple[FeatureLevel, ...], attention: Tensor) -> tuple[Tensor, Tensor]:
         """The same for all queries of a padded batch, as one graph."""
