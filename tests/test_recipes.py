@@ -126,6 +126,19 @@ def test_values_follow_the_data():
     assert choose_recipe("auto", SMALL, "backbone", (320, 480)).values("model", {})["feature_stride"] == 16
 
 
+@pytest.mark.parametrize("start", ["checkpoint", "scratch"])
+def test_a_new_mask_head_gets_what_a_random_head_needs(start):
+    def chosen(**masks):
+        recipe = choose_recipe("auto", SMALL, start, (96, 96), **masks)
+        return recipe.values("model", {}), recipe.values("training", {})
+
+    gain, weights = {"mask_attention_gain": 256}, {"mask_loss_coefficient": 5, "dice_loss_coefficient": 5}
+    boxes, training = chosen()
+    assert chosen(new_masks=True) == (boxes | gain | weights, training)
+    assert chosen(new_masks=True, freeze_detector=True) == (boxes | gain, training | {"learning_rate": 1e-3})
+    assert chosen(freeze_detector=True) == (boxes, training)  # of a trained mask head
+
+
 def test_only_strides_that_the_backbone_has_are_chosen():
     assert choose_stride(300.0, (800, 1333), [16]) == 16
     assert choose_stride(10.0, (128, 128), [4, 8, 16, 32]) == 8

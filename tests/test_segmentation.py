@@ -234,6 +234,21 @@ def test_initial_weights_are_those_of_the_paper_s_code():
         assert not projection.bias.any()
 
 
+def test_the_gain_is_that_of_the_initial_weights_of_attention_maps_alone(tmp_path):
+    torch.manual_seed(0)
+    plain = tiny_segmentation()
+    torch.manual_seed(0)
+    model = tiny_segmentation(mask_attention_gain=256)
+    name, d = "mask_head.conv1.conv.weight", model.config.d_model
+    before, after = plain.state_dict(), model.state_dict()
+    assert torch.equal(after[name][:, :d], before[name][:, :d])
+    assert torch.equal(after[name][:, d:], 256 * before[name][:, d:])
+    assert all(torch.equal(after[other], before[other]) for other in before if other != name)
+    model.save_pretrained(tmp_path)
+    loaded = DetrForSegmentation.from_pretrained(tmp_path).state_dict()
+    assert torch.equal(loaded[name], after[name]), "weights of a checkpoint are no initial weights"
+
+
 def test_a_box_checkpoint_loads_with_a_new_mask_head_which_a_sentence_says(tmp_path, warnings):
     detector = tiny_model()
     detector.save_pretrained(tmp_path / "boxes")

@@ -115,6 +115,9 @@ class DetrConfig(PreTrainedConfig):
         prior_probability: probability p that an untrained model assigns to all C classes together (arXiv 1708.02002,
             section 4.1): the bias of no-object starts at `log(C (1 - p) / p)`, all others at 0. Use it with the class
             losses `"focal"` and `"iou_aware"`. `None` (the paper): PyTorch's random biases.
+        mask_attention_gain: what the initial weights of the mask head that read attention maps are multiplied with. The
+            weights of a map add up to 1 over heads and locations, so a location of an object has about one hundredth,
+            and the head hardly sees which query it is for. 1 is the paper; 256 makes up for it.
 
     Fields of transformers' `DetrConfig` that say the same in other words (`backbone_config`, `use_timm_backbone`) are
     translated; those that this model does not have are refused unless they are off.
@@ -178,6 +181,7 @@ class DetrConfig(PreTrainedConfig):
     class_weights: dict[str, float | int] | None = None
     stuff_labels: list[str] | None = None
     prior_probability: float | None = None
+    mask_attention_gain: float | int = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
         theirs = {name: kwargs.pop(name) for name in FIELDS_OF_TRANSFORMERS if name in kwargs}
@@ -300,7 +304,7 @@ class DetrConfig(PreTrainedConfig):
     def validate_weights(self) -> None:
         for name in (
             "bbox_loss_coefficient", "giou_loss_coefficient", "class_loss_coefficient", "eos_coefficient",
-            "dense_loss_coefficient", "mask_loss_coefficient", "dice_loss_coefficient",
+            "dense_loss_coefficient", "mask_loss_coefficient", "dice_loss_coefficient", "mask_attention_gain",
         ):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")

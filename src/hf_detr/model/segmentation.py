@@ -17,7 +17,7 @@ from .backbone import FeatureLevel
 from .configuration_hf_detr import DetrConfig
 from .loss import LossNormalizers
 from .mask_encoding import NO_MASK
-from .mask_head import MaskAttention, MaskHead, extent_of
+from .mask_head import MaskAttention, MaskHead, QueryConv, extent_of
 from .mask_loss import MaskPairs
 from .matcher import Matching
 from .modeling_hf_detr import DetrForDetection
@@ -65,6 +65,10 @@ class DetrForSegmentation(DetrForDetection):
                 if isinstance(layer, nn.Conv2d):
                     init.kaiming_uniform_(layer.weight, a=1)
                     init.zeros_(layer.bias)
+                    if isinstance(layer, QueryConv):
+                        gains = torch.ones(layer.in_channels, 1, 1, device=layer.weight.device)
+                        gains[self.config.d_model :] = self.config.mask_attention_gain
+                        init.copy_(layer.weight, layer.weight * gains)
                 elif isinstance(layer, nn.GroupNorm):
                     init.ones_(layer.weight)
                     init.zeros_(layer.bias)

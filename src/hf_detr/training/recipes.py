@@ -110,6 +110,8 @@ def choose_recipe(
     upright: bool = True,
     num_queries: int | None = None,
     d_model: int | None = None,
+    new_masks: bool = False,
+    freeze_detector: bool = False,
 ) -> Recipe:
     """The recipe of this name for this data set and starting point.
 
@@ -125,6 +127,8 @@ def choose_recipe(
         upright: whether the images have an up and a down, as photographs do.
         num_queries: of the checkpoint; images with more objects get more queries.
         d_model: of a new model, if it was given; a wide transformer on a pretrained backbone gets the paper's rates.
+        new_masks: whether a mask head is trained from random weights.
+        freeze_detector: whether only the mask head is trained.
 
     Raises:
         ValueError: there is no such recipe, or it does not fit the starting point.
@@ -150,9 +154,17 @@ def choose_recipe(
         "scratch": "all weights are random",
     }[start]
     model = _more_queries(data, num_queries) if start == "checkpoint" else _model(data, start, image_size, strides)
+    if new_masks:
+        model["mask_attention_gain"] = Choice(256, "the mask head sees from the first step which query a mask is for")
+    if new_masks and not freeze_detector:
+        why = "a mask has one loss, a box one after every decoder layer and more"
+        model |= {"mask_loss_coefficient": Choice(5, why), "dice_loss_coefficient": Choice(5, why)}
     name = "finetune" if start == "checkpoint" else "small-data"
     small = has_small_transformer(data, start) and (d_model or SMALL_WIDTH) <= SMALL_WIDTH
-    return Recipe(name, f"{chosen}; {size}, {begins}", model, _training(data, start, image_size, upright, small))
+    training = _training(data, start, image_size, upright, small)
+    if new_masks and freeze_detector:
+        training["learning_rate"] = Choice(1e-3, "the mask head is random, and nothing else trains")
+    return Recipe(name, f"{chosen}; {size}, {begins}", model, training)
 
 
 def _random_backbone() -> dict[str, Choice]:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..data.schema import stuff_labels
+from ..interop import has_masks
 from ..model.configuration_hf_detr import DetrConfig
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.processor_size import size_range
@@ -85,6 +86,8 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
             size_range(processor.size),
             strides=[] if start == "checkpoint" else _strides(args.backbone, masks=args.data.reads_masks),
             upright=not args.data.is_drawn,
+            new_masks=args.data.masks and not (args.model.model and has_masks(args.model.model)),
+            freeze_detector=args.model.freeze_detector,
             d_model=config.get("d_model"),
             num_queries=_queries_of(args.model.model) if args.model.model and not args.model.freeze_detector else None,
         )
