@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 
 import hf_detr.model.queries
-from hf_detr import DetrConfig, DetrForDetection
+from hf_detr import DetrConfig, DetrForDetection, DetrForSegmentation
 from hf_detr.training import TrainStep, parameter_groups
 
 SMALL = {
@@ -37,6 +37,9 @@ MODELS = {
     "all options": {
         "query_type": "anchor", "dense_loss_coefficient": 1, "denoising_groups": 2, "query_groups": 2,
         "class_loss": "cross_entropy", "modulate_attention": True, "feature_stride": 16,
+    },
+    "masks": {  # where a ReLU is at 0, rounding decides on a gradient
+        "query_type": "anchor", "denoising_groups": 2, "feature_stride": 16, "activation_function": "gelu",
     },
 }  # fmt: skip
 # objects of each image, by batch: one list a process, in it one list a batch
@@ -61,7 +64,8 @@ def make_batch(objects: list[int], first: int) -> dict[str, Any]:
         size = torch.rand(count, 2, generator=generator) * 0.4 + 0.1
         center = size / 2 + torch.rand(count, 2, generator=generator) * (1 - size)
         classes = torch.randint(5, (count,), generator=generator)
-        labels.append({"class_labels": classes, "boxes": torch.cat((center, size), dim=1)})
+        masks = torch.rand(count, height, width, generator=generator) > 0.6
+        labels.append({"class_labels": classes, "boxes": torch.cat((center, size), dim=1), "masks": masks})
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     pixel_values = torch.zeros(len(images), 3, height, width)
     pixel_mask = torch.zeros(len(images), height, width, dtype=torch.long)
@@ -76,7 +80,8 @@ def take_step(model_name: str, share: list[list[list[int]]]) -> dict[str, Any]:
     accelerator = Accelerator(cpu=True)
     hf_detr.model.queries.LABEL_NOISE = hf_detr.model.queries.BOX_NOISE = 0.0
     torch.manual_seed(0)
-    model = DetrForDetection(DetrConfig(**SMALL | MODELS[model_name])).train()
+    kind = DetrForSegmentation if model_name == "masks" else DetrForDetection
+    model = kind(DetrConfig(**SMALL | MODELS[model_name])).train()
     for name, buffer in model.named_buffers():
         if name.endswith("running_var"):
             buffer.uniform_(0.5, 1.5)

@@ -72,7 +72,7 @@ def test_processes_and_accumulation_do_not_change_a_step(tmp_path):
     code, said = run_script(ROOT / "benchmarks" / "processes.py", "--output", output, cwd=tmp_path)
     assert code == 0, said
     rows = json.loads(output.read_text())
-    assert len(rows) == 18
+    assert len(rows) == 24
     for case, row in rows.items():
         assert max(row["terms"], row["gradients"], row["weights"]) < 1e-5, case
         assert row["norm"] == pytest.approx(row["norm, 1 process"], rel=1e-5), case

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
-from conftest import padded_batch, random_labels, tiny_model
+from conftest import padded_batch, random_labels, tiny_model, tiny_segmentation
 from script_runner import run_script
 from torch.distributed.tensor import DTensor
 
-from hf_detr import DetrForDetection
+from hf_detr import DetrForDetection, DetrForSegmentation
 from hf_detr.training import parameter_groups
 from hf_detr.training.sharding import gather_weights, sharding_plugin
 
@@ -26,13 +26,17 @@ KINDS = {
     "learned": {"query_type": "learned", "query_groups": 2},
     "anchor": {"query_type": "anchor", "denoising_groups": 2, "dense_loss_coefficient": 1, "class_loss": "iou_aware"},
     "batch norm that trains": {"query_type": "anchor", "freeze_batch_norm": False, "frozen_stages": -1},
+    "masks": {"query_type": "anchor", "denoising_groups": 1},
 }
 # kind of model, precision
 CASES = {
     "learned": ("learned", "no"),
     "anchor, bf16": ("anchor", "bf16"),
     "batch norm that trains": ("batch norm that trains", "no"),
+    "masks": ("masks", "no"),
+    "masks, bf16": ("masks", "bf16"),
 }
+SIZES = [(64, 96), (96, 64)]
 STEPS = 4  # forward passes; the optimizer steps after every second
 LAUNCHED = {  # as by `accelerate launch` with examples/accelerate/fsdp2.yaml
     "ACCELERATE_USE_FSDP": "true",
@@ -46,7 +50,7 @@ LAUNCHED = {  # as by `accelerate launch` with examples/accelerate/fsdp2.yaml
 
 def new_model(kind):
     torch.manual_seed(0)
-    return tiny_model(dropout=0.0, **KINDS[kind]).train()
+    return (tiny_segmentation if kind == "masks" else tiny_model)(dropout=0.0, **KINDS[kind]).train()
 
 
 def accelerator_for(sharded, precision):
@@ -72,11 +76,14 @@ def train(accelerator, model, optimizer, steps):
     losses, norms = [], []
     for step in range(steps):
         seed = 10 * step + accelerator.process_index
-        pixel_values, pixel_mask = padded_batch([(64, 96), (96, 64)], seed=seed)
+        pixel_values, pixel_mask = padded_batch(SIZES, seed=seed)
         torch.manual_seed(seed)  # of the denoising queries
+        labels = random_labels([3, 2 + accelerator.process_index])
+        for label, size in zip(labels, SIZES, strict=True):
+            label["masks"] = torch.rand(len(label["boxes"]), *size) > 0.6
         with accelerator.accumulate(model):
             with accelerator.autocast():
-                outputs = model(pixel_values, pixel_mask, labels=random_labels([3, 2 + accelerator.process_index]))
+                outputs = model(pixel_values, pixel_mask, labels=labels)
             accelerator.backward(outputs.loss)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), 0.1)
@@ -145,7 +152,7 @@ def test_the_whole_weights_are_those_of_a_plain_model(results, name):
     state = results[0][name, True]["state"]
     model = new_model(kind)
     model.load_state_dict(state)
-    assert type(model) is DetrForDetection
+    assert type(model) in (DetrForDetection, DetrForSegmentation)
     assert all(tensor.dtype == model.state_dict()[entry].dtype for entry, tensor in state.items())
     for rank in range(2):
         gathered = results[rank][name, True]["gathered"]

@@ -447,7 +447,7 @@ def test_the_model_of_a_checkpoint_is_found_wherever_from_pretrained_finds_it(tr
 # -- exports -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["onnx", "openvino"])
+@pytest.fixture(scope="module", params=["onnx", "openvino", "torch"])
 def exported(request, tmp_path_factory):
     torch.manual_seed(0)
     model = tiny_segmentation(encoder_layers=1, decoder_layers=1, num_queries=4, stuff_labels=["LABEL_4"])
@@ -518,3 +518,45 @@ def test_masks_of_a_float16_graph_are_nearly_those_of_the_model(kind, tmp_path, 
     with torch.no_grad():
         expected = model(*padded_batch(sizes))
     assert relative_difference(found["pred_masks"][..., :80, :112], expected.pred_masks[..., :80, :112]) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino", "torch"])
+@torch.no_grad()
+def test_a_graph_of_one_shape_gives_the_masks_of_images_that_fit(kind, tmp_path):
+    torch.manual_seed(0)
+    model = tiny_segmentation(encoder_layers=1, decoder_layers=1, num_queries=4, query_type="anchor")
+    randomise_norms(model)
+    processor = DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 107})
+    export_model(model, processor, tmp_path, graph_format=kind, shape=(2, 96, 128), report=lambda text: None)
+    loaded = load_exported(tmp_path)
+    for sizes in ([(96, 128)], [(60, 100), (96, 40), (33, 47)]):
+        found, expected = loaded(*padded_batch(sizes)), model(*padded_batch(sizes))
+        assert torch.equal(found.mask_sizes, expected.mask_sizes)
+        for index, (rows, columns) in enumerate(expected.mask_sizes.tolist()):
+            masks = (output.pred_masks[index, :, :rows, :columns] for output in (found, expected))
+            assert relative_difference(*masks) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+@torch.no_grad()
+def test_masks_of_an_int8_graph_are_nearly_those_of_the_model(kind, tmp_path, monkeypatch):
+    check_cases = exporting.check_cases
+    monkeypatch.setattr(exporting, "check_cases", lambda *args: check_cases(*args)[3:5])
+    torch.manual_seed(0)
+    model = tiny_segmentation(encoder_layers=1, decoder_layers=1, num_queries=4, query_type="anchor")
+    randomise_norms(model)
+    images = tmp_path / "images"
+    images.mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(4):
+        pixels = np.kron(generator.integers(0, 255, (8, 10, 3)), np.ones((10, 10, 1))).astype(np.uint8)
+        Image.fromarray(pixels).save(images / f"{index}.png")
+    processor = DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 107})
+    content = export_model(
+        model, processor, tmp_path / "int8", graph_format=kind, calibration=images, report=lambda text: None
+    )
+    assert content["precision"] == "int8"
+    batch = processor([Image.open(file) for file in sorted(images.glob("*.png"))], return_tensors="pt")
+    found, expected = load_exported(tmp_path / "int8")(**batch), model(**batch)
+    difference = relative_difference(found.pred_masks, expected.pred_masks)
+    assert 1e-4 < difference < 0.3
