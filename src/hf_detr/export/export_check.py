@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4  # for float32
 TOLERANCE_FLOAT16 = 0.05  # its usual differences are 0.001 to 0.005
-REPLACED_FLOAT16 = 0.05  # of the queries of an image: locations about as confident as the last proposals
+REPLACED_FLOAT16 = 0.05  # of all queries: other locations, about as confident as the last proposals, and what they change
+REPLACED_OF_IMAGE = 0.5  # of the queries of one image at most
 COMPARED = ("logits", "pred_boxes", "pred_masks", "scores", "boxes")
 
 
@@ -104,60 +105,71 @@ def compare(
 
     Args:
         model: in eval mode, float32, on the CPU.
-        replaced: fraction of the proposals of an image that may be other locations, and are not compared. A tie for
-            the last places is decided by rounding.
+        replaced: fraction of all proposals that may be other ones, and are not compared. A tie for the last places is
+            decided by rounding, and so is which of two overlapping proposals comes first.
     """
+    compared = [_outputs(exported, model, case) for case in cases]
+    if model.config.query_proposals:
+        compared = _paired(compared, replaced)
     rows, worst = [], {False: 0.0, True: 0.0}
-    for case in cases:
-        pixel_values, pixel_mask = case.inputs(model.config.num_channels)
-        theirs = exported(pixel_values, pixel_mask)
-        ours = model(pixel_values=pixel_values, pixel_mask=pixel_mask)
-        expected = {"logits": ours.logits, "pred_boxes": ours.pred_boxes}
-        if exported.export["post_processing"]:
-            results = post_process_detection(ours.logits, ours.pred_boxes, threshold=-1.0)
-            expected |= {name: torch.stack([result[name] for result in results]) for name in ("scores", "boxes")}
-        if exported.has_masks:
-            sizes, wanted_sizes = theirs["mask_sizes"], ours["mask_sizes"]
-            if not torch.equal(sizes, wanted_sizes):
-                raise ValueError(f"The sizes of masks differ: {sizes.tolist()} and {wanted_sizes.tolist()}.")
-            height, width = sizes.amax(0).tolist()  # a graph of one shape has more, all of it padding
-            masks = [output["pred_masks"][..., :height, :width] for output in (theirs, ours)]
-            padding = (masks[0] <= NO_MASK) & (masks[1] <= NO_MASK)  # the largest values, which tell nothing
-            theirs["pred_masks"], expected["pred_masks"] = (part.masked_fill(padding, 0) for part in masks)
-        found = {name: theirs[name] for name in expected}
-        if model.config.query_proposals:
-            found, expected = _paired(found, expected, replaced)
+    for case, (found, expected) in zip(cases, compared, strict=True):
         differences = {name: _difference(found[name], value) for name, value in expected.items()}
         worst[case.padded] = max(worst[case.padded], *differences.values())
         rows.append(asdict(case) | differences)
     return CheckResult(rows, worst[False], worst[True])
 
 
-def _paired(
-    found: dict[str, Tensor], expected: dict[str, Tensor], replaced: float
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Outputs (B, Q, ...) with each query beside the one that it is closest to, without those that differ most, at most
-    the fraction `replaced` of an image; none is left out of outputs that are not finite."""
+Outputs = dict[str, Tensor]  # each (B, Q, ...), or (M, ...) of the M queries that are compared
+
+
+def _outputs(exported: "ExportedDetr", model: "DetrForDetection", case: Case) -> tuple[Outputs, Outputs]:
+    """Of the export and of the model."""
+    pixel_values, pixel_mask = case.inputs(model.config.num_channels)
+    theirs = exported(pixel_values, pixel_mask)
+    ours = model(pixel_values=pixel_values, pixel_mask=pixel_mask)
+    expected = {"logits": ours.logits, "pred_boxes": ours.pred_boxes}
+    if exported.export["post_processing"]:
+        results = post_process_detection(ours.logits, ours.pred_boxes, threshold=-1.0)
+        expected |= {name: torch.stack([result[name] for result in results]) for name in ("scores", "boxes")}
+    if exported.has_masks:
+        sizes, wanted_sizes = theirs["mask_sizes"], ours["mask_sizes"]
+        if not torch.equal(sizes, wanted_sizes):
+            raise ValueError(f"The sizes of masks differ: {sizes.tolist()} and {wanted_sizes.tolist()}.")
+        height, width = sizes.amax(0).tolist()  # a graph of one shape has more, all of it padding
+        masks = [output["pred_masks"][..., :height, :width] for output in (theirs, ours)]
+        padding = (masks[0] <= NO_MASK) & (masks[1] <= NO_MASK)  # the largest values, which tell nothing
+        theirs["pred_masks"], expected["pred_masks"] = (part.masked_fill(padding, 0) for part in masks)
+    return {name: theirs[name] for name in expected}, expected
+
+
+def _paired(compared: list[tuple[Outputs, Outputs]], replaced: float) -> list[tuple[Outputs, Outputs]]:
+    """Each query beside the one that it is closest to, without the fraction `replaced` of all queries that differ most,
+    but at least half of each image; none is left out where an output is not finite."""
+    pairs = [_closest(found, expected) for found, expected in compared]  # per case: (3, B, Q): rows, columns, costs
+    costs = torch.cat([costs.flatten() for *_, costs in pairs]).sort().values
+    limit = costs[len(costs) - 1 - math.floor(replaced * len(costs))]
+    if any(not values.isfinite().all() for found, _ in compared for values in found.values()):
+        limit = torch.tensor(math.inf)
+    result = []
+    for (found, expected), (rows, columns, of_case) in zip(compared, pairs, strict=True):
+        half = of_case.sort(1).values[:, math.ceil((1 - REPLACED_OF_IMAGE) * of_case.shape[1]) - 1]
+        image, at = (of_case <= torch.maximum(limit, half)[:, None]).nonzero(as_tuple=True)
+        result.append((_take(found, image, rows[image, at]), _take(expected, image, columns[image, at])))
+    return result
+
+
+def _closest(found: Outputs, expected: Outputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of queries of each image: their numbers in both outputs and how much they differ, each (B, Q)."""
     scale = expected["logits"].abs().max().clamp(min=1)
     ours, theirs = (torch.cat((o["logits"] / scale, o["pred_boxes"]), dim=-1).float() for o in (expected, found))
     costs = torch.cdist(theirs, ours, p=math.inf).nan_to_num(nan=1e6, posinf=1e6)
-    is_finite = all(bool(values.isfinite().all()) for values in found.values())
-    kept = costs.shape[1] - (math.floor(replaced * costs.shape[1]) if is_finite else 0)
-    rows, columns = [], []
-    for cost in costs:
-        row, column = (torch.as_tensor(index) for index in linear_sum_assignment(cost.numpy()))
-        closest = cost[row, column].argsort()[:kept]
-        rows.append(row[closest])
-        columns.append(column[closest])
-    return _take(found, rows), _take(expected, columns)
+    assigned = [linear_sum_assignment(of_image.numpy()) for of_image in costs]
+    rows, columns = (torch.stack([torch.as_tensor(pair[axis]) for pair in assigned]) for axis in (0, 1))
+    return rows, columns, costs[torch.arange(len(costs))[:, None], rows, columns]
 
 
-def _take(outputs: dict[str, Tensor], queries: list[Tensor]) -> dict[str, Tensor]:
-    """The outputs of these queries of each image."""
-    return {
-        name: torch.stack([of_image[index] for of_image, index in zip(values, queries, strict=True)])
-        for name, values in outputs.items()
-    }
+def _take(outputs: Outputs, image: Tensor, query: Tensor) -> Outputs:
+    return {name: values[image, query] for name, values in outputs.items()}
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
