@@ -433,7 +433,7 @@ def test_cells_are_assigned_as_by_hand():
     labels[0]["boxes"][1] = torch.tensor([0.42, 0.37, 0.01, 0.01])  # smaller than a cell
     centers = location_centers(mask)
     valid = mask.flatten(1)
-    classes, boxes, shares = assign_locations(centers, valid, labels, 5)
+    classes, boxes, weights = assign_locations(centers, valid, labels, 5)
     for image, label in enumerate(labels):
         objects = list(zip(label["class_labels"].tolist(), label["boxes"].tolist(), strict=True))
         nearest, chosen = [], []
@@ -454,7 +454,7 @@ def test_cells_are_assigned_as_by_hand():
             chosen.append(owner)
         for cell, owner in enumerate(chosen):
             expected = 0 if owner is None else 1 / chosen.count(owner)
-            assert shares[image, cell].item() == pytest.approx(expected)
+            assert weights[image, cell].item() == pytest.approx(expected)
 
 
 def test_the_dense_loss_by_hand_and_without_regard_to_padding():
@@ -469,7 +469,7 @@ def test_the_dense_loss_by_hand_and_without_regard_to_padding():
     ce, l1 = 0.0, 0.0
     for memory in features:
         for image, objects in enumerate((2, 1, 0)):
-            without = 0.5 * max(objects, 1) / max((classes[image] < 5).sum().item(), 1)
+            without = 0.5 * max(objects, 1) / max((classes[image] < 5).sum().item(), 1)  # all objects have locations
             of_object = boxes[image].tolist()  # no two objects have the same box
             for location in range(16):
                 if not mask.flatten(1)[image, location]:
@@ -490,6 +490,20 @@ def test_the_dense_loss_by_hand_and_without_regard_to_padding():
         memory[1].unflatten(0, (4, 4))[:, 2:] = 7.0  # the padding
     again = head(changed, mask, labels, torch.tensor(3.0))
     assert all(torch.equal(again[name], terms[name]) for name in terms)
+
+
+def test_of_two_objects_with_the_same_box_one_has_the_locations():
+    label = {"class_labels": torch.tensor([1, 2]), "boxes": torch.tensor([[0.5, 0.5, 1.0, 1.0]] * 2)}
+    valid = torch.ones(1, 16, dtype=torch.bool)
+    centers = location_centers(torch.ones(1, 4, 4, dtype=torch.bool))
+    classes, _, weights = assign_locations(centers, valid, [label], 5)
+    assert (classes < 5).sum() == 4  # of the middle
+    assert weights.sum().item() == pytest.approx(1)
+    head, mask = DenseHead(16, 5), torch.ones(1, 4, 4, dtype=torch.bool)
+    features = [torch.zeros(1, 16, 16)]
+    twice = head(features, mask, [label], torch.tensor(1.0))
+    once = head(features, mask, [{name: values[:1] for name, values in label.items()}], torch.tensor(1.0))
+    assert twice["loss_bbox"] == once["loss_bbox"]
 
 
 def test_the_dense_loss_of_a_step_does_not_depend_on_how_it_is_cut_into_batches():

@@ -150,9 +150,17 @@ def test_training_computes_masks_of_matched_queries_only_and_the_loss_of_evaluat
     torch.testing.assert_close(trained.loss, evaluated.loss)
 
 
-def test_images_of_one_size_go_through_the_head_together_with_the_loss_of_each_alone():
+@pytest.mark.parametrize(
+    ("counts", "calls"),
+    [
+        ([2, 3, 0, 4], [(3, 4), (1, 3)]),
+        ([1, 3, 0, 8], [(1, 1), (1, 0), (1, 8), (1, 3)]),  # 3 times 8 are more than twice 1 + 0 + 8
+    ],
+    ids=["together", "too much padding"],
+)
+def test_images_of_one_size_go_through_the_head_together_with_the_loss_of_each_alone(counts, calls):
     model = model_for_masks(dropout=0.0).train()
-    sizes, counts = [(64, 96), (48, 70), (64, 96), (64, 96)], [2, 3, 0, 4]
+    sizes = [(64, 96), (48, 70), (64, 96), (64, 96)]
     images, mask = padded_batch(sizes)
     labels = labels_with_masks(counts, sizes)
     normalizers = LossNormalizers.from_counts(model.count_for_loss(labels), 1)
@@ -163,7 +171,7 @@ def test_images_of_one_size_go_through_the_head_together_with_the_loss_of_each_a
     shapes = []
     model.mask_head.register_forward_pre_hook(lambda head, args: shapes.append(tuple(args[1].shape[:2])))
     together = model(images, mask, labels, normalizers=normalizers).loss_dict
-    assert shapes == [(3, 4), (1, 3)]
+    assert shapes == calls
     for name in ("loss_mask", "loss_dice"):
         torch.testing.assert_close(together[name], sum(terms[name] for terms in alone))
 

@@ -559,4 +559,4 @@ def test_masks_of_an_int8_graph_are_nearly_those_of_the_model(kind, tmp_path, mo
     batch = processor([Image.open(file) for file in sorted(images.glob("*.png"))], return_tensors="pt")
     found, expected = load_exported(tmp_path / "int8")(**batch), model(**batch)
     difference = relative_difference(found.pred_masks, expected.pred_masks)
-    assert 1e-4 < difference < 0.3
+    assert 1e-4 < difference < 0.5

@@ -194,7 +194,7 @@ def test_an_export_is_compared_by_its_set_of_proposals(change, replaced, equal):
 
 
 @torch.no_grad()
-def test_what_may_be_replaced_is_a_part_of_all_queries_and_never_a_whole_image():
+def test_what_may_be_replaced_is_a_part_of_all_queries_and_a_small_one_of_an_image():
     def of_one_image(wrong):
         def change(outputs):
             if len(outputs["logits"]) == 2:  # of the last case only
@@ -205,6 +205,6 @@ def test_what_may_be_replaced_is_a_part_of_all_queries_and_never_a_whole_image()
 
     model = proposing_model(num_queries=20)
     cases = [*[Case(1, 96, 128, False)] * 10, Case(2, 96, 128, False)]  # 240 queries, of which 24 may be others
-    assert compare(of_one_image(8), model, cases, replaced=0.1).passes()
-    assert not compare(of_one_image(8), model, cases, replaced=0.01).passes()
-    assert not compare(of_one_image(20), model, cases, replaced=0.1).passes(), "no query of this image is right"
+    assert compare(of_one_image(4), model, cases, replaced=0.1).passes()
+    assert not compare(of_one_image(4), model, cases, replaced=0.01).passes()
+    assert not compare(of_one_image(8), model, cases, replaced=0.1).passes(), "many queries of one image are wrong"

@@ -2,6 +2,7 @@
 was traced with."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4  # for float32
 TOLERANCE_FLOAT16 = 0.05  # its usual differences are 0.001 to 0.005
-REPLACED_FLOAT16 = 0.05  # of all queries: other locations, about as confident as the last proposals, and what they change
-REPLACED_OF_IMAGE = 0.5  # of the queries of one image at most
+REPLACED_FLOAT16 = 0.05  # of all queries, and at most
+REPLACED_OF_IMAGE = 0.2  # of those of one image
 COMPARED = ("logits", "pred_boxes", "pred_masks", "scores", "boxes")
 
 
@@ -105,12 +106,12 @@ def compare(
 
     Args:
         model: in eval mode, float32, on the CPU.
-        replaced: fraction of all proposals that may be other ones, and are not compared. A tie for the last places is
-            decided by rounding, and so is which of two overlapping proposals comes first.
+        replaced: fraction of all proposals that may be other ones, and are not compared: rounding decides a tie for the
+            last places, and which of two overlapping proposals comes first, which changes what both predict.
     """
-    compared = [_outputs(exported, model, case) for case in cases]
+    compared: Iterable[tuple[Outputs, Outputs]] = (_outputs(exported, model, case) for case in cases)
     if model.config.query_proposals:
-        compared = _paired(compared, replaced)
+        compared = _paired(list(compared), replaced)
     rows, worst = [], {False: 0.0, True: 0.0}
     for case, (found, expected) in zip(cases, compared, strict=True):
         differences = {name: _difference(found[name], value) for name, value in expected.items()}
@@ -144,7 +145,7 @@ def _outputs(exported: "ExportedDetr", model: "DetrForDetection", case: Case) ->
 
 def _paired(compared: list[tuple[Outputs, Outputs]], replaced: float) -> list[tuple[Outputs, Outputs]]:
     """Each query beside the one that it is closest to, without the fraction `replaced` of all queries that differ most,
-    but at least half of each image; none is left out where an output is not finite."""
+    of an image at most `REPLACED_OF_IMAGE`; none is excluded if an output is not finite."""
     pairs = [_closest(found, expected) for found, expected in compared]  # per case: (3, B, Q): rows, columns, costs
     costs = torch.cat([costs.flatten() for *_, costs in pairs]).sort().values
     limit = costs[len(costs) - 1 - math.floor(replaced * len(costs))]
@@ -152,8 +153,8 @@ def _paired(compared: list[tuple[Outputs, Outputs]], replaced: float) -> list[tu
         limit = torch.tensor(math.inf)
     result = []
     for (found, expected), (rows, columns, of_case) in zip(compared, pairs, strict=True):
-        half = of_case.sort(1).values[:, math.ceil((1 - REPLACED_OF_IMAGE) * of_case.shape[1]) - 1]
-        image, at = (of_case <= torch.maximum(limit, half)[:, None]).nonzero(as_tuple=True)
+        least = of_case.sort(1).values[:, math.ceil((1 - REPLACED_OF_IMAGE) * of_case.shape[1]) - 1]
+        image, at = (of_case <= torch.maximum(limit, least)[:, None]).nonzero(as_tuple=True)
         result.append((_take(found, image, rows[image, at]), _take(expected, image, columns[image, at])))
     return result
 

@@ -50,15 +50,15 @@ def assign_locations(
         centers: (B, hw, 2); valid (B, hw), False in the padding.
 
     Returns:
-        classes (B, hw), `no_object` where there is none, boxes (B, hw, 4) cxcywh, zeros where there is none, and shares
+        classes (B, hw), `no_object` where there is none, boxes (B, hw, 4) cxcywh, zeros where there is none, and weights
         (B, hw): one over the number of locations of the object, 0 where there is none.
     """
     counts = [len(label["class_labels"]) for label in labels]
     size = max(counts, default=0)
     classes = torch.full(valid.shape, no_object, dtype=torch.int64, device=valid.device)
-    boxes, shares = torch.zeros(*valid.shape, 4, device=valid.device), torch.zeros(valid.shape, device=valid.device)
+    boxes, weights = torch.zeros(*valid.shape, 4, device=valid.device), torch.zeros(valid.shape, device=valid.device)
     if size == 0:
-        return classes, boxes, shares
+        return classes, boxes, weights
     padded = pad_sequence([label["boxes"].float() for label in labels], batch_first=True).to(valid.device)
     names = pad_sequence([label["class_labels"] for label in labels], batch_first=True).to(valid.device)
     exists = torch.arange(size, device=valid.device) < torch.tensor(counts, device=valid.device)[:, None]  # (B, N)
@@ -73,7 +73,7 @@ def assign_locations(
     classes = torch.where(assigned, names.gather(1, owner), classes)
     boxes = torch.where(assigned[..., None], padded.gather(1, owner[..., None].expand(-1, -1, 4)), boxes)
     locations = torch.zeros(len(valid), size, device=valid.device).scatter_add_(1, owner, assigned.float())
-    return classes, boxes, torch.where(assigned, 1 / locations.clamp(min=1).gather(1, owner), shares)
+    return classes, boxes, torch.where(assigned, 1 / locations.clamp(min=1).gather(1, owner), weights)
 
 
 class DenseHead(nn.Module):
@@ -85,8 +85,9 @@ class DenseHead(nn.Module):
         loss = Σ_objects (mean over its locations of the term) / number of boxes
 
     with the terms `loss_ce` = `w (1 - p[c]) (-log p[c])` (a focal loss with gamma 1), w = 1 or the weight of the class,
-    `loss_bbox` = L1 and `loss_giou` = 1 - GIoU. `loss_ce` is also of the locations without an object, which weigh half
-    of what those of their image with an object weigh on average, 0.5 · N / (assigned locations) with N objects.
+    `loss_bbox` = L1 and `loss_giou` = 1 - GIoU. An object whose locations all belong to smaller ones, or to another one
+    with the same box, does not count. Locations without an object have `loss_ce`, too, each with half the mean weight
+    of the assigned locations of their image, or 0.5 in an image without objects.
     """
 
     def __init__(self, d_model: int, num_labels: int) -> None:
@@ -120,11 +121,11 @@ class DenseHead(nn.Module):
         """
         anchors, valid = location_anchors(mask), mask.flatten(1)
         no_object = self.class_labels_classifier.out_features - 1
-        classes, boxes, shares = assign_locations(anchors[..., :2], valid, labels, no_object)
+        classes, boxes, weights = assign_locations(anchors[..., :2], valid, labels, no_object)
         assigned = classes < no_object
-        counts = torch.tensor([len(label["class_labels"]) for label in labels], device=mask.device)
-        without = NO_OBJECT_WEIGHT * counts.clamp(min=1) / assigned.sum(1).clamp(min=1)  # (B,)
-        weights = shares / num_boxes
+        objects = weights.sum(1)  # that have locations, (B,)
+        without = NO_OBJECT_WEIGHT * objects.clamp(min=1) / assigned.sum(1).clamp(min=1)
+        weights = weights / num_boxes
         of_classes = torch.where(assigned, weights, valid * without[:, None] / num_boxes)
         if class_weights is not None:
             of_classes = of_classes * class_weights[classes]

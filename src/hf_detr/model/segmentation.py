@@ -195,7 +195,7 @@ class DetrForSegmentation(DetrForDetection):
                 key = (of_image.shape[-2:], *(of_level[image] for of_level in sizes))
                 alike.setdefault(key, []).append(image)
             pairs = MaskPairs([], [])
-            for images in alike.values():  # of one size go together, padded to the one with the most objects
+            for images in _together(list(alike.values()), counts):
                 query = pad_sequence([queries[image] for image in images], batch_first=True)
                 maps = attention[torch.tensor(images, device=query.device)[:, None], query]
                 logits = self._masks_of_images(levels, sizes, maps, images).flatten(0, 1)
@@ -224,11 +224,14 @@ class DetrForSegmentation(DetrForDetection):
     def _masks_of_images(
         self, levels: tuple[FeatureLevel, ...], sizes: list[list[tuple[int, int]]], attention: Tensor, images: list[int]
     ) -> Tensor:
-        """(B, Q, heads, h, w) of images of one size to (B, Q, H, W), without padding."""
+        """(B, Q, heads, h, w) of these images, which have one size, to (B, Q, H, W), without padding."""
+        chosen: slice | Tensor = slice(images[0], images[-1] + 1)
+        if images != list(range(images[0], images[-1] + 1)):
+            chosen = torch.tensor(images, device=attention.device)
         maps = []
         for level, of_level in zip(levels, sizes, strict=True):
             rows, columns = of_level[images[0]]
-            maps.append(level.map[images, :, :rows, :columns])
+            maps.append(level.map[chosen, :, :rows, :columns])
         rows, columns = sizes[-1][images[0]]
         return self.mask_head(maps[-1], attention[..., :rows, :columns], maps[-2::-1])
 
@@ -254,6 +257,21 @@ class DetrForSegmentation(DetrForDetection):
         scores, classes = logits.float().softmax(-1).max(-1)
         keep = (classes != logits.shape[-1] - 1) & (scores > masks_above)
         return tuple(of_image.nonzero()[:, 0] for of_image in keep)
+
+
+def _together(alike: list[list[int]], counts: list[int]) -> list[list[int]]:
+    """Images that go through the mask head in one call, padded to the one with the most objects.
+
+    Args:
+        alike: images of one size each.
+        counts: of the objects of every image; where padding would more than double them, images go one by one.
+    """
+
+    def fits(images: list[int]) -> bool:
+        of_images = [counts[image] for image in images]
+        return len(images) * max(of_images) <= 2 * sum(of_images)
+
+    return [call for images in alike for call in ([images] if fits(images) else [[image] for image in images])]
 
 
 def _image_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:

@@ -72,7 +72,8 @@ class Recipe:
     Args:
         name: one of `RECIPES`, but not `"auto"`.
         why: one line on why this recipe was chosen, and for which data.
-        model: fields of [`DetrConfig`]; of a checkpoint only `num_queries`, where it has too few.
+        model: fields of [`DetrConfig`]; of a checkpoint only `num_queries`, where it has too few, and those of a new mask
+            head.
         training: `epochs`, `batch_size` (images per process and batch), `learning_rate`, `backbone_learning_rate`,
             `weight_decay`, `schedule` (`"wsd"`: warm-up, stable, decay to 0; `"step"`: a tenth after two thirds),
             `warmup` and `decay` (fractions of all steps), `augmentation`, `eval_every` (epochs).
@@ -127,7 +128,8 @@ def choose_recipe(
         upright: whether the images have an up and a down, as photographs do.
         num_queries: of the checkpoint; images with more objects get more queries.
         d_model: of a new model, if it was given; a wide transformer on a pretrained backbone gets the paper's rates.
-        new_masks: whether a mask head is trained from random weights.
+        new_masks: whether a mask head is trained from random weights; the paper's recipes have no values of their own
+            for it.
         freeze_detector: whether only the mask head is trained.
 
     Raises:
@@ -155,9 +157,9 @@ def choose_recipe(
     }[start]
     model = _more_queries(data, num_queries) if start == "checkpoint" else _model(data, start, image_size, strides)
     if new_masks:
-        model["mask_attention_gain"] = Choice(256, "the mask head sees from the first step which query a mask is for")
+        model["mask_attention_gain"] = Choice(256, "masks depend on their query from the first step")
     if new_masks and not freeze_detector:
-        why = "a mask has one loss, a box one after every decoder layer and more"
+        why = "the mask head is new, and has one loss; boxes have one after every decoder layer and more"
         model |= {"mask_loss_coefficient": Choice(5, why), "dice_loss_coefficient": Choice(5, why)}
     name = "finetune" if start == "checkpoint" else "small-data"
     small = has_small_transformer(data, start) and (d_model or SMALL_WIDTH) <= SMALL_WIDTH
