@@ -50,8 +50,8 @@ def assign_locations(
         centers: (B, hw, 2); valid (B, hw), False in the padding.
 
     Returns:
-        classes (B, hw), `no_object` where there is none, boxes (B, hw, 4) cxcywh, zeros where there is none, and weights
-        (B, hw): one over the number of locations of the object, 0 where there is none.
+        classes (B, hw), `no_object` where there is none, boxes (B, hw, 4) cxcywh, zeros where there is none, and
+        weights (B, hw), one over the number of locations of the object, 0 where there is none.
     """
     counts = [len(label["class_labels"]) for label in labels]
     size = max(counts, default=0)

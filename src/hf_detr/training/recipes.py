@@ -72,8 +72,8 @@ class Recipe:
     Args:
         name: one of `RECIPES`, but not `"auto"`.
         why: one line on why this recipe was chosen, and for which data.
-        model: fields of [`DetrConfig`]; of a checkpoint only `num_queries`, where it has too few, and those of a new mask
-            head.
+        model: fields of [`DetrConfig`]; of a checkpoint only `num_queries`, where it has too few, and those of a new
+            mask head.
         training: `epochs`, `batch_size` (images per process and batch), `learning_rate`, `backbone_learning_rate`,
             `weight_decay`, `schedule` (`"wsd"`: warm-up, stable, decay to 0; `"step"`: a tenth after two thirds),
             `warmup` and `decay` (fractions of all steps), `augmentation`, `eval_every` (epochs).
