@@ -115,10 +115,9 @@ class DetrConfig(PreTrainedConfig):
         prior_probability: probability p that an untrained model assigns to all C classes together (arXiv 1708.02002,
             section 4.1): the bias of no-object starts at `log(C (1 - p) / p)`, all others at 0. Use it with the class
             losses `"focal"` and `"iou_aware"`. `None` (the paper): PyTorch's random biases.
-        mask_attention_gain: factor of the initial weights of the mask head that read attention maps. The values of a
-            map add up to 1 over heads and locations, so they are small beside the features, and without a factor the
-            masks of all queries are alike for the first thousand steps. 1 is the paper; 256 is a good value for a new
-            head.
+        mask_attention_gain: factor on the initial weights of the mask head's first convolution that are applied to
+            attention maps. The maps of a query sum to 1 over heads and locations, so their values are small compared
+            with the features. 1 is the paper; 256 is a good value.
 
     Fields of transformers' `DetrConfig` that say the same in other words (`backbone_config`, `use_timm_backbone`) are
     translated; those that this model does not have are refused unless they are off.

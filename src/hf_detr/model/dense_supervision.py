@@ -79,14 +79,14 @@ def assign_locations(
 class DenseHead(nn.Module):
     """Class and box of each location from its feature vector; one head for the features before and after the encoder.
 
-    Every object counts once, with the mean over its locations, so that a small one, which has few, counts as much as
-    one that fills the image, and the normalizers are known before the forward pass:
+    Each object with at least one location has the same weight, so that a small one counts as much as one that fills
+    the image, and the normalizers are known before the forward pass. Summed over both features:
 
         loss = Σ_objects (mean over its locations of the term) / number of boxes
 
     with the terms `loss_ce` = `w (1 - p[c]) (-log p[c])` (a focal loss with gamma 1), w = 1 or the weight of the class,
-    `loss_bbox` = L1 and `loss_giou` = 1 - GIoU. An object whose locations all belong to smaller ones, or to another one
-    with the same box, does not count. Locations without an object have `loss_ce`, too, each with half the mean weight
+    `loss_bbox` = L1 and `loss_giou` = 1 - GIoU. An object has no location if all belong to smaller ones, or to another
+    one with the same box. Locations without an object have `loss_ce`, too, each with half the mean weight
     of the assigned locations of their image, or 0.5 in an image without objects.
     """
 

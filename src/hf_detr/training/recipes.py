@@ -128,8 +128,8 @@ def choose_recipe(
         upright: whether the images have an up and a down, as photographs do.
         num_queries: of the checkpoint; images with more objects get more queries.
         d_model: of a new model, if it was given; a wide transformer on a pretrained backbone gets the paper's rates.
-        new_masks: whether a mask head is trained from random weights; the paper's recipes have no values of their own
-            for it.
+        new_masks: whether a mask head is trained from random weights. The paper's recipes have no values for mask
+            heads.
         freeze_detector: whether only the mask head is trained.
 
     Raises:
