@@ -185,12 +185,22 @@ def test_a_frozen_detector_must_know_all_classes(trained, script, tmp_path):
         ("--masks --freeze_detector --model M --backbone_learning_rate 1e-4", "omit --freeze_detector"),
         ("--masks --stuff", "omit --stuff"),
         ("--metric PQ", "--metric PQ measures masks: add --masks"),
+        ("--set mask_attention_gain=256", "--set mask_attention_gain=... is for masks: add --masks"),
+        ("--stuff --set dice_loss_coefficient=5", "--set dice_loss_coefficient=... is for masks: add --masks"),
     ],
 )
 def test_contradictions_are_refused_before_data_are_read(arguments, message, capsys):
     with pytest.raises(SystemExit):
         parse_finetune_args(None, arguments.split())
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_initial_weights_of_a_trained_mask_head_are_refused(trained, script):
+    cwd, _ = trained
+    options = ["--masks", "--model", "run", "--set", "mask_attention_gain=256", "--quick", "--output_dir", "no"]
+    output = script("finetune.py", *options, cwd=cwd, ok=False)
+    assert "is for the initial weights of a mask head, and run has a trained one" in output
+    assert not (cwd / "no").exists()
 
 
 def test_panoptic_quality_needs_stuff(trained, script):

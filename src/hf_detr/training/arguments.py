@@ -20,6 +20,8 @@ from .recipes import AUGMENTATIONS, RECIPES
 EMBEDDED_BACKBONE = "test_resnet"  # for the drawn images; a larger one takes too long on a few CPU cores
 METRICS = ("AP", "AP50", "AP75", "AR100")
 METRICS_OF_MASKS = ("mask_AP", "mask_AP50", "mask_AP75", "mask_AR100", "PQ", "PQ_things", "PQ_stuff")
+# Fields of DetrConfig that only models with masks read.
+FIELDS_OF_MASKS = ("mask_attention_gain", "mask_loss_coefficient", "dice_loss_coefficient")
 # Fields of DetrConfig on which the shape or the meaning of trained weights depends.
 SHAPES_OF_WEIGHTS = (
     "backbone", "backbone_kwargs", "dilation", "feature_stride", "d_model", "encoder_layers", "encoder_attention_heads",
@@ -261,6 +263,9 @@ class FinetuneArguments:
             raise ValueError("--freeze_detector trains the mask head only: add --masks")
         if self.run.metric in METRICS_OF_MASKS and not self.data.masks:
             raise ValueError(f"--metric {self.run.metric} measures masks: add --masks")
+        unused = sorted(set(self.model.config_fields()) & set(FIELDS_OF_MASKS)) if not self.data.masks else []
+        if unused:
+            raise ValueError(f"--set {unused[0]}=... is for masks: add --masks")
         if self.model.freeze_detector and self.recipe.backbone_learning_rate and not self.saved:
             raise ValueError("--backbone_learning_rate is for a backbone that trains; omit --freeze_detector")
         if self.model.freeze_backbone and self.recipe.backbone_learning_rate and not self.saved:

@@ -67,7 +67,7 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
         train_set: in the schema of `hf_detr.data`; its annotations are read, not its images.
 
     Raises:
-        ValueError: the recipe does not fit the starting point.
+        ValueError: the recipe, or a field of the config, does not fit the starting point.
     """
     given, config, data = args.recipe.given(), args.model.config_fields(), summarize(train_set)
     if args.saved:  # `given` is complete then
@@ -78,6 +78,12 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
             given = OVERFIT | given
         if args.data.quick:
             given = QUICK | given
+        new_masks = args.data.masks and not (args.model.model and has_masks(args.model.model))
+        if args.data.masks and not new_masks and "mask_attention_gain" in config:
+            raise ValueError(
+                f"--set mask_attention_gain=... is for the initial weights of a mask head, and {args.model.model} has "
+                "a trained one."
+            )
         start: Start = "checkpoint" if args.model.model else "scratch" if args.random_backbone else "backbone"
         recipe = choose_recipe(
             args.recipe.recipe,
@@ -86,7 +92,7 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
             size_range(processor.size),
             strides=[] if start == "checkpoint" else _strides(args.backbone, masks=args.data.reads_masks),
             upright=not args.data.is_drawn,
-            new_masks=args.data.masks and not (args.model.model and has_masks(args.model.model)),
+            new_masks=new_masks,
             freeze_detector=args.model.freeze_detector,
             d_model=config.get("d_model"),
             num_queries=_queries_of(args.model.model) if args.model.model and not args.model.freeze_detector else None,
