@@ -38,7 +38,7 @@ MODELS = {
         "query_type": "anchor", "dense_loss_coefficient": 1, "denoising_groups": 2, "query_groups": 2,
         "class_loss": "cross_entropy", "modulate_attention": True, "feature_stride": 16,
     },
-    "masks": {  # where a ReLU is at 0, rounding decides on a gradient
+    "masks": {  # with GELU: rounding may turn a gradient on or off where a ReLU is near 0
         "query_type": "anchor", "denoising_groups": 2, "feature_stride": 16, "activation_function": "gelu",
     },
 }  # fmt: skip

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4  # for float32
 TOLERANCE_FLOAT16 = 0.05  # its usual differences are 0.001 to 0.005
-REPLACED_FLOAT16 = 0.05  # of all queries, and at most
-REPLACED_OF_IMAGE = 0.2  # of those of one image
+REPLACED_FLOAT16 = 0.05  # fraction of the queries of all images together
+REPLACED_OF_IMAGE = 0.2  # largest fraction of the queries of one image
 COMPARED = ("logits", "pred_boxes", "pred_masks", "scores", "boxes")
 
 
@@ -144,9 +144,9 @@ def _outputs(exported: "ExportedDetr", model: "DetrForDetection", case: Case) ->
 
 
 def _paired(compared: list[tuple[Outputs, Outputs]], replaced: float) -> list[tuple[Outputs, Outputs]]:
-    """Each query beside the one that it is closest to, without the fraction `replaced` of all queries that differ most,
-    of an image at most `REPLACED_OF_IMAGE`; none is excluded if an output is not finite."""
-    pairs = [_closest(found, expected) for found, expected in compared]  # per case: (3, B, Q): rows, columns, costs
+    """Each query beside the one that it is closest to. The fraction `replaced` of all queries, those that differ most,
+    is excluded, but at most `REPLACED_OF_IMAGE` of each image, and none if an output is not finite."""
+    pairs = [_closest(found, expected) for found, expected in compared]  # rows, columns, costs
     costs = torch.cat([costs.flatten() for *_, costs in pairs]).sort().values
     limit = costs[len(costs) - 1 - math.floor(replaced * len(costs))]
     if any(not values.isfinite().all() for found, _ in compared for values in found.values()):
