@@ -61,7 +61,7 @@ def main() -> None:
     values = recipe.values("training", {"epochs": args.epochs} if args.epochs else {})
     config = DetrConfig(**recipe.values("model", {"backbone": backbone, "id2label": names}))
     model = DetrForDetection.from_pretrained_backbone(config) if args.dataset else DetrForDetection(config)
-    augmentation = data.paper_augmentation(size) if args.dataset else data.flip_rotate_augmentation()
+    augmentation = data.paper_augmentation(size, rounded=True) if args.dataset else data.flip_rotate_augmentation()
     if args.dataset is None:  # drawn images stay in memory, resized once
         resize = data.Augmentation(v2.Resize(edges))
         train_set, val_set = [resize(row) for row in train_set], list(val_set)

@@ -19,6 +19,7 @@ from hf_detr.data.augmentation import (
     RandomSizeCrop,
     flip_rotate_augmentation,
     paper_augmentation,
+    rounded_side,
 )
 from hf_detr.data.augmented_dataset import AugmentedDataset
 from hf_detr.data.collate import DetectionCollator
@@ -289,6 +290,56 @@ class TestPaperRecipe:
         assert [label["size"].tolist() for label in batch["labels"]] == [[row["height"], row["width"]] for row in rows]
         with pytest.raises(ValueError, match="Some rows of this batch are resized"):
             DetectionCollator(processor)([rows[0], make_row()])
+
+
+class TestRoundedSides:
+    @pytest.mark.parametrize(
+        ("side", "limit", "expected"),
+        [
+            (1, None, 1), (7, None, 7), (9, None, 8), (13, None, 12), (100, None, 96), (230, None, 224),
+            (250, None, 256), (287, None, 256), (290, None, 320), (384, 640, 384), (639, 640, 640), (800, None, 768),
+            (1333, 1333, 1280), (1333, None, 1344), (500, 500, 448), (318, 318, 256),
+        ],
+    )  # fmt: skip
+    def test_by_hand(self, side, limit, expected):
+        assert rounded_side(side, limit) == expected
+
+    def test_no_side_changes_by_more_than_an_eighth(self):
+        for side in range(1, 2000):
+            assert abs(rounded_side(side) - side) <= side / 8
+
+    def test_images_have_few_sizes_and_labels_stay_consistent(self):
+        size = {"shortest_edge": 384, "longest_edge": 640}
+        rounded, exact, boxes = set(), set(), 0
+        for seed in range(60):
+            width = 90 + seed
+            row = make_row(width=width, height=80, boxes=BOXES[:1] + BOXES[2:3])
+            seed_torch(seed)
+            same = paper_augmentation(size)(row)
+            exact.add((same["width"], same["height"]))
+            seed_torch(seed)
+            new = paper_augmentation(size, rounded=True)(row)
+            rounded.add((new["width"], new["height"]))
+            assert new["image"].shape[-2:] == (new["height"], new["width"])
+            assert max(new["width"], new["height"]) <= 640
+            shorter, longer = sorted((same["width"], same["height"]))
+            expected = (rounded_side(shorter, 384), rounded_side(longer, 384 if shorter == longer else 640))
+            assert abs(expected[0] / expected[1] / (shorter / longer) - 1) < 0.26
+            assert tuple(sorted((new["width"], new["height"]))) == expected
+            objects_agree(new, row)
+            for (x, y, w, h), object_id in zip(new["objects"]["bbox"], new["objects"]["id"], strict=True):
+                if min(w, h) > 16:  # the middle of a narrower rest shows the object beside it, too
+                    assert new["image"][0, int(y + h / 2), int(x + w / 2)].item() == 40 * (object_id - 99)
+                    boxes += 1
+        assert boxes > 60
+        assert len(rounded) < len(exact) / 2
+
+    def test_extreme_images(self):
+        augmentation = paper_augmentation({"shortest_edge": 384, "longest_edge": 640}, rounded=True)
+        for width, height in ((2000, 2), (2, 2000), (1, 1)):
+            row = augmentation(make_row(width=width, height=height, boxes=[]))
+            assert max(row["width"], row["height"]) <= 640
+            assert min(row["width"], row["height"]) >= 1
 
 
 class TestAlbumentations:

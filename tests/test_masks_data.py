@@ -439,6 +439,11 @@ def test_a_third_of_the_size_takes_the_middle_of_three_pixels_so_that_masks_do_n
             assert np.array_equal(masks_of(found), masks_of(row)[:, 1::3, 1::3])
             seen += 1
     assert seen
+    transform = paper_augmentation({"shortest_edge": 80, "longest_edge": 200}, rounded=True).transform.transforms[-1]
+    found = Augmentation(transform)(row)
+    exact = Augmentation(ResizeTo(found["height"], found["width"]))(row)
+    assert found["height"] % 8 == found["width"] % 8 == 0
+    assert found["objects"] == exact["objects"]
     found = Augmentation(ResizeTo(30, 40))(row)
     assert (found["height"], found["width"]) == (30, 40)
     assert np.array_equal(masks_of(found), masks_of(row)[:, 1::3, 1::3])

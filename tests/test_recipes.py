@@ -162,6 +162,15 @@ def test_every_value_has_a_reason_and_can_be_overridden():
     assert recipe.values("training", {})["augmentation"] == "turns"
 
 
+def test_images_have_few_sizes_unless_the_recipe_is_the_paper_s():
+    chosen = {
+        start: choose_recipe("auto", SMALL, start, (384, 640)).training["augmentation"].value
+        for start in ("scratch", "backbone", "checkpoint")
+    }
+    assert set(chosen.values()) == {"paper-rounded"}
+    assert choose_recipe("paper", SMALL, "backbone", (384, 640)).training["augmentation"].value == "paper"
+
+
 # -- schedules --------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
 from hf_detr.data import DetectionCollator, draw_shapes_dataset, id2label, load_detection_dataset
 from hf_detr.evaluation import evaluate_detection
 from hf_detr.model.loss import DetrLoss
+from hf_detr.runtime.cores import KEPT_KERNELS
 from hf_detr.training import parameter_groups, use_all_cores
 
 
@@ -37,6 +38,16 @@ def test_all_cores_are_used_unless_told_otherwise(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     torch.set_num_threads(1)  # as PyTorch would have read the variable
     assert use_all_cores() == 1
+
+
+def test_kernels_are_kept_unless_told_otherwise(monkeypatch):
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.delenv(name, raising=False)
+    use_all_cores()
+    assert int(os.environ[name]) == KEPT_KERNELS > 1024  # oneDNN's own
+    monkeypatch.setenv(name, "7")
+    use_all_cores()
+    assert os.environ[name] == "7"
 
 
 COUNTS = ([3, 1], [4, 0])

@@ -89,10 +89,11 @@ def flip_rotate_augmentation() -> "Augmentation":
     """Flips and rotations by 90 degrees, all eight combinations equally likely, for images without a natural
     orientation, such as aerial or microscope images and drawings. Nothing is resampled."""
     rotate = v2.RandomApply([Rotate90()], p=0.5)
-    return Augmentation(v2.Compose([v2.RandomHorizontalFlip(p=0.5), v2.RandomVerticalFlip(p=0.5), rotate]))
+    steps = [v2.RandomHorizontalFlip(p=0.5), v2.RandomVerticalFlip(p=0.5), rotate]
+    return Augmentation(v2.Compose(steps), few_sizes=True)
 
 
-def paper_augmentation(size: Mapping[str, int | None] | None = None) -> "Augmentation":
+def paper_augmentation(size: Mapping[str, int | None] | None = None, *, rounded: bool = False) -> "Augmentation":
     """The paper's augmentation (section A.4 and `datasets/coco.py` of its code) for a processor's `size`.
 
     A random-size crop with probability 1/2, a horizontal flip with probability 1/2, then a resize so that the shortest
@@ -103,6 +104,9 @@ def paper_augmentation(size: Mapping[str, int | None] | None = None) -> "Augment
             `shortest_edge / 800`, the limit is its `longest_edge`, and the processor does not resize again. With any
             other form, such as `{"height": 96, "width": 96}`, only crop and flip are applied, and the processor
             resizes.
+        rounded: after the resize, height and width are rounded to the nearest multiples of 64 pixels (of less below
+            256), neither above its limit. The aspect ratio usually changes by a few percent, by a quarter at most.
+            Images then have few different sizes, for each of which oneDNN has to prepare kernels on a CPU.
 
     The crop precedes the flip to flip fewer pixels; the distribution is the same.
     """
@@ -112,30 +116,56 @@ def paper_augmentation(size: Mapping[str, int | None] | None = None) -> "Augment
     if shortest:
         longest = given.get("longest_edge")
         scales = [round(scale * shortest / PAPER_SHORTEST_EDGE) for scale in PAPER_SCALES]
-        steps.append(v2.RandomChoice([_Resize(scale, longest) for scale in scales]))
-    return Augmentation(v2.Compose(steps), resizes=bool(shortest))
+        limit = shortest if rounded else None
+        steps.append(v2.RandomChoice([_Resize(scale, longest, rounded_up_to=limit) for scale in scales]))
+    return Augmentation(v2.Compose(steps), resizes=bool(shortest), few_sizes=rounded or not shortest)
 
 
-class _Resize(v2.Resize):
+class _Resize(v2.Transform):
     """To a shortest edge, or less where the longest would exceed its limit, but at least 1 pixel. Pixels of masks are
-    those nearest to their centre; torchvision's own resize moves masks by up to half a pixel to the bottom right."""
+    those nearest to their centre; torchvision's own resize moves masks by up to half a pixel to the bottom right.
 
-    def __init__(self, shortest: int, longest: int | None) -> None:
-        # torchvision rejects a limit that is not above the shortest edge; then the limit alone defines the size
-        super().__init__(None if longest and shortest >= longest else shortest, max_size=longest)
+    Args:
+        shortest, longest: in pixels; `longest` None: no limit.
+        rounded_up_to: round height and width by [`rounded_side`], the shorter one to this length at most; None: do not.
+    """
+
+    def __init__(self, shortest: int, longest: int | None, *, rounded_up_to: int | None = None) -> None:
+        super().__init__()
+        self.shortest = shortest
+        self.longest = longest
+        self.rounded_up_to = rounded_up_to
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        height, width = F.get_size(inpt)
-        if self.max_size and min(height, width) * self.max_size < max(height, width):
-            size = [1, self.max_size] if height < width else [self.max_size, 1]
-            max_size = None
-        else:
-            size, max_size = self.size, self.max_size
+        size = self._size(*F.get_size(inpt))
         if isinstance(inpt, tv_tensors.Mask):
+            return tv_tensors.Mask(resize_masks(inpt.as_subclass(Tensor), (size[0], size[1])))
+        return F.resize(inpt, size, antialias=True)
+
+    def _size(self, height: int, width: int) -> list[int]:
+        """Height and width after the resize of an image."""
+        if self.longest and min(height, width) * self.longest < max(height, width):
+            size = [1, self.longest] if height < width else [self.longest, 1]
+        else:
+            # torchvision rejects a limit that is not above the shortest edge; then the limit alone defines the size
+            shortest = None if self.longest and self.shortest >= self.longest else self.shortest
             none = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(height, width))  # type: ignore[call-overload]
-            new_size = F.resize(none, size, max_size=max_size).canvas_size  # type: ignore[attr-defined]
-            return tv_tensors.Mask(resize_masks(inpt.as_subclass(Tensor), new_size))
-        return F.resize(inpt, size, interpolation=self.interpolation, max_size=max_size, antialias=self.antialias)
+            size = list(F.resize(none, shortest, max_size=self.longest).canvas_size)  # type: ignore[attr-defined, arg-type]
+        if self.rounded_up_to is None:
+            return size
+        return [rounded_side(side, self.rounded_up_to if side == min(size) else self.longest) for side in size]
+
+
+def rounded_side(side: int, limit: int | None = None) -> int:
+    """The nearest multiple of 64 pixels, or below 256 of 32, below 128 of 16, and so on: a side changes by at most an
+    eighth.
+
+    Args:
+        limit: if the nearest is longer, the one before it.
+    """
+    step = min(64, 1 << max(0, side.bit_length() - 3))
+    nearest = round(side / step) * step
+    return nearest - step if limit and nearest > limit else nearest
 
 
 class ResizeTo(v2.Resize):
@@ -174,15 +204,25 @@ class Augmentation:
         resizes: the transform resizes images to the training resolution. The row then has `resized`, and
             `DetectionCollator` does not resize it again.
         min_side: in pixels of the new image.
+        few_sizes: the transform yields few different image sizes. The expected duration of a run then excludes what
+            PyTorch prepares once for each.
 
     Raises:
         ValueError: an Albumentations transform has no `bbox_params`; a box of the row is invalid or outside its image;
             a transform returns boxes without their labels or masks.
     """
 
-    def __init__(self, transform: Callable[..., Any], *, resizes: bool = False, min_side: float = 1.0) -> None:
+    def __init__(
+        self,
+        transform: Callable[..., Any],
+        *,
+        resizes: bool = False,
+        min_side: float = 1.0,
+        few_sizes: bool = False,
+    ) -> None:
         self.transform = transform
         self.resizes = resizes
+        self.few_sizes = few_sizes
         self.min_side = min_side
         self._albumentations = any(c.__module__.split(".")[0] == "albumentations" for c in type(transform).__mro__)
         if self._albumentations and "bboxes" not in getattr(transform, "processors", {}):
@@ -303,7 +343,9 @@ def _boxes_of_visible_parts(boxes: Tensor, counts: list[str], areas: list[int], 
 
 def _clip(boxes: Tensor, height: int, width: int) -> Tensor:
     """Boxes (N, 4) xywh clipped to the image; boxes inside are returned without rounding errors."""
-    corners = box_convert(boxes, "xywh", "xyxy")
+    corners = torch.cat((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), dim=1)
+    if (corners >= 0).all() and (corners <= torch.tensor([width, height] * 2)).all():  # by far the most frequent
+        return boxes
     clipped = clip_boxes_to_image(corners, (height, width))
     inside = (clipped == corners).all(1)
     return torch.where(inside[:, None], boxes, box_convert(clipped, "xyxy", "xywh"))

@@ -108,7 +108,8 @@ def trial_step(
     Args:
         model: not yet prepared.
         build_optimizer: for the copy.
-        rows: training images without augmentation, which makes them smaller.
+        rows: training images without augmentation, which makes most of them smaller, and sides at most 32 pixels
+            longer.
         choose: batch size to indices of rows, such as [`most_expensive`].
         collate: makes a batch of them.
     """

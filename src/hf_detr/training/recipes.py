@@ -11,7 +11,7 @@ from ..data.schema import learned_objects
 
 Start = Literal["checkpoint", "backbone", "scratch"]
 RECIPES = ("auto", "paper", "paper-500", "small-data", "finetune")
-AUGMENTATIONS = ("paper", "flip", "turns", "none")
+AUGMENTATIONS = ("paper", "paper-rounded", "flip", "turns", "none")
 
 IMAGES_SEEN = {"checkpoint": 30_000, "backbone": 60_000, "scratch": 100_000}
 MAX_QUERIES = 1000  # of a checkpoint that gets more; the cost of the decoder grows with their square
@@ -265,7 +265,7 @@ def _training(
         "schedule": Choice("wsd", "warm-up, stable, then linear decay to 0"),
         "warmup": Choice(0.03, "fraction of all steps in which the rate rises"),
         "decay": Choice(0.35, "fraction of all steps in which it falls"),
-        "augmentation": Choice("paper", "crops, flips and scales")
+        "augmentation": Choice("paper-rounded", "crops, flips and scales; few sizes, as each costs time on a CPU")
         if upright
         else Choice("turns", "the images have no up and no down: all flips and quarter turns"),
         "eval_every": Choice(max(1, epochs // 20), "about twenty evaluations"),

@@ -211,11 +211,11 @@ def compile_for_training(model: DetrForDetection) -> None:
 
 def build_augmentation(kind: str, processor: DetrImageProcessor) -> Augmentation:
     """One of `AUGMENTATIONS` by name."""
-    if kind == "paper":
-        return paper_augmentation(processor.size)
+    if kind in ("paper", "paper-rounded"):
+        return paper_augmentation(processor.size, rounded=kind == "paper-rounded")
     if kind == "turns":
         return flip_rotate_augmentation()
-    return Augmentation(v2.RandomHorizontalFlip(0.5 if kind == "flip" else 0.0))
+    return Augmentation(v2.RandomHorizontalFlip(0.5 if kind == "flip" else 0.0), few_sizes=True)
 
 
 def build_loaders(
