@@ -95,9 +95,7 @@ def main(augmentation: Callable[[Any], Any] | None = None) -> None:
     )
     train_step.skipped = run.progress.skipped
 
-    while run.progress.epoch < recipe.epochs and not run.ends_early():
-        epoch = run.progress.epoch + 1
-
+    while not run.is_done():
         model.train()
         for batches in run.steps(train_loader):
             terms = train_step(batches, run.progress.step + 1)  # forward, backward, clipping, optimizer, schedule, EMA
@@ -108,7 +106,7 @@ def main(augmentation: Callable[[Any], Any] | None = None) -> None:
                     sys.exit(run.stop.exit_code)
         line = run.epoch_figures()
 
-        evaluated = epoch % recipe.eval_every == 0 or epoch == recipe.epochs
+        evaluated = run.evaluation_due()
         if evaluated:
             run.save_checkpoint()  # a scheduler that stops the run may not wait for the end of the evaluation
         line |= run.measure_probe(evaluated=evaluated)

@@ -78,6 +78,18 @@ def build_schedule(
     return schedule
 
 
+def stretch_schedule(
+    schedule: torch.optim.lr_scheduler.LRScheduler, kind: str, *, warmup: float, decay: float, total_steps: int
+) -> None:
+    """Give a schedule of [`build_schedule`] another number of steps; the arguments are as there. The optimizer has its
+    rates after [`move_schedule`] or the next step."""
+    assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+    like = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=schedule.optimizer.defaults["lr"])
+    other = build_schedule(like, kind, warmup=warmup, decay=decay, total_steps=total_steps)
+    assert isinstance(other, torch.optim.lr_scheduler.LambdaLR)
+    schedule.lr_lambdas = other.lr_lambdas * len(schedule.lr_lambdas)
+
+
 def move_schedule(
     schedule: torch.optim.lr_scheduler.LRScheduler, step: int, *, rises_from: float | None = None, rise: int = 0
 ) -> None:

@@ -3,9 +3,10 @@
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .run_recipe import RunRecipe
 MEASURED = 3  # of each, after one to warm up
 EVALUATIONS = 20  # of a run with --minutes, unless --eval_every is given
 MAX_EPOCHS = 10_000
+PLANNED_AGAIN = 0.1  # fraction of --minutes after which epochs are planned by those that are done
 
 
 @dataclass(frozen=True)
@@ -69,57 +71,118 @@ def measure_pace(
             with accelerator.autocast():
                 evaluation.run(copy, [batch], processor, progress=False)
 
-        step = _seconds(train_loader, recipe.batch_size, train, processor, accelerator)
-        evaluated = _seconds(val_loader, recipe.batch_size, evaluate, processor, accelerator)
+        few_sizes = getattr(getattr(train_loader.dataset, "augmentation", None), "few_sizes", False)
+        step = _seconds(train_loader, recipe.batch_size, train, processor, accelerator, few_sizes=few_sizes)
+        evaluated = _seconds(val_loader, recipe.batch_size, evaluate, processor, accelerator, few_sizes=True)
     slowest = accelerator.gather(torch.tensor([[step, evaluated]], device=accelerator.device)).amax(0)
     step, evaluated = slowest.tolist()
     return Pace(step * recipe.gradient_accumulation_steps, evaluated / recipe.batch_size)
 
 
 def _seconds(
-    loader: Any, batch_size: int, use: Callable[[Any], None], processor: DetrImageProcessor, accelerator: Accelerator
+    loader: Any,
+    batch_size: int,
+    use: Callable[[Any], None],
+    processor: DetrImageProcessor,
+    accelerator: Accelerator,
+    *,
+    few_sizes: bool,
 ) -> float:
-    """Seconds per batch of typical images: loading plus use, or the longer of the two if worker processes load."""
+    """Seconds per batch of typical images: loading plus use, or the longer of the two if worker processes load.
+
+    Args:
+        few_sizes: most batches of the run have sizes that an earlier one had; what PyTorch prepares for a new size is
+            not in the seconds then.
+    """
+
+    def finish() -> None:
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize(accelerator.device)
+
     choose = typical(resized_sizes(image_sizes(loader.dataset), processor.size))
     loading, using = [], []
     for _ in range(1 + MEASURED):
         start = time.perf_counter()
         batch = loader.collate_fn([loader.dataset[index] for index in choose(batch_size)])
         loaded = time.perf_counter()
+        if few_sizes:
+            use(send_to_device(batch, accelerator.device))
+            finish()
+        started = time.perf_counter()
         use(send_to_device(batch, accelerator.device))
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize(accelerator.device)
+        finish()
         loading.append(loaded - start)
-        using.append(time.perf_counter() - loaded)
+        using.append(time.perf_counter() - started)
     load, used = (statistics.median(seconds[1:]) for seconds in (loading, using))
     return used + load if loader.num_workers == 0 else max(used, load / loader.num_workers)
 
 
-def expected_seconds(recipe: RunRecipe, pace: Pace, num_train: int, num_val: int, processes: int) -> float:
-    """Seconds of a whole run."""
-    steps = recipe.epochs * math.ceil(num_train / (recipe.batch_size * recipe.gradient_accumulation_steps * processes))
-    evaluations = math.ceil(recipe.epochs / recipe.eval_every)
-    return pace.step * steps + pace.evaluation * evaluations * num_val / processes
+def seconds_of_epoch(
+    recipe: RunRecipe, pace: Pace, num_train: int, num_val: int, processes: int
+) -> tuple[float, float]:
+    """Seconds of the steps of an epoch, and of an evaluation."""
+    steps = math.ceil(num_train / (recipe.batch_size * recipe.gradient_accumulation_steps * processes))
+    return pace.step * steps, pace.evaluation * num_val / processes
+
+
+def expected_seconds(epochs: int, eval_every: int, epoch: float, evaluation: float, *, done: int = 0) -> float:
+    """Seconds from the end of epoch `done` to the end of epoch `epochs`, with an evaluation after every `eval_every`th
+    and the last one.
+
+    Args:
+        epoch, evaluation: seconds of each, see [`seconds_of_epoch`].
+    """
+    return epoch * (epochs - done) + evaluation * (math.ceil(epochs / eval_every) - done // eval_every)
 
 
 def fit_epochs(
-    recipe: RunRecipe,
-    pace: Pace,
-    seconds: float,
-    num_train: int,
-    num_val: int,
-    processes: int,
-    *,
-    eval_every: int | None = None,
-) -> RunRecipe:
-    """The recipe with the largest number of epochs, at least 1, that take no longer than `seconds`.
+    seconds: float, epoch: float, evaluation: float, *, eval_every: int | None, done: int = 0, at_least: int = 1
+) -> tuple[int, int]:
+    """The largest number of epochs, `at_least` or more, of which those after the first `done` take no longer than
+    `seconds`, and the epochs between evaluations; see [`expected_seconds`].
 
     Args:
         eval_every: epochs between evaluations; None: about twenty evaluations.
     """
-    longest = recipe
-    for epochs in range(1, MAX_EPOCHS + 1):
-        candidate = replace(recipe, epochs=epochs, eval_every=eval_every or math.ceil(epochs / EVALUATIONS))
-        if epochs == 1 or expected_seconds(candidate, pace, num_train, num_val, processes) <= seconds:
-            longest = candidate  # also after one that takes longer: 21 epochs have fewer evaluations than 20
+    longest: tuple[int, int] | None = None
+    for epochs in range(at_least, at_least + MAX_EPOCHS):
+        every = eval_every or math.ceil(epochs / EVALUATIONS)
+        if longest is None or expected_seconds(epochs, every, epoch, evaluation, done=done) <= seconds:
+            longest = epochs, every  # also after one that takes longer: 21 epochs have fewer evaluations than 20
+    assert longest is not None
     return longest
+
+
+class RunClock:
+    """What the epochs and evaluations of a run have taken since it began.
+
+    Args:
+        evaluation: seconds that an evaluation is expected to take, until one is timed.
+    """
+
+    def __init__(self, evaluation: float) -> None:
+        self.began = self._epoch_began = time.monotonic()
+        self._epochs: list[float] = []
+        self._evaluation = evaluation
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Time the evaluation that runs inside."""
+        started = time.monotonic()
+        yield
+        self._evaluation = time.monotonic() - started
+        self._epoch_began += self._evaluation  # not of the epoch
+
+    def end_epoch(self) -> None:
+        now = time.monotonic()
+        self._epochs.append(now - self._epoch_began)
+        self._epoch_began = now
+
+    def measured(self, accelerator: Accelerator) -> tuple[float, float, float]:
+        """Seconds since the beginning, of an epoch, and of the last evaluation, on the slowest process. The epoch is
+        the median of the later half of all; the first is left out if there are others, because PyTorch prepares
+        kernels for each image size in it. To be called on all processes together, after an epoch."""
+        epoch = statistics.median(self._epochs[len(self._epochs) // 2 :])
+        own = torch.tensor([[time.monotonic() - self.began, epoch, self._evaluation]], device=accelerator.device)
+        passed, epoch, evaluation = accelerator.gather(own).amax(0).tolist()
+        return passed, epoch, evaluation

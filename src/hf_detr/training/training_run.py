@@ -28,14 +28,14 @@ from .batch_size import fit_batch_size
 from .checkpoints import Progress, any_process, load_checkpoint, save_checkpoint, trim_log, use_plain_weights
 from .meter import EpochMeter, describe_duration, describe_epoch, log_image
 from .model_saving import save_model
-from .optimization import move_schedule, rescale_ema
+from .optimization import move_schedule, rescale_ema, stretch_schedule
 from .run_data import check_data
 from .run_folder import FOUND_IN_TIME, acquire_run_dir, begin, write_arguments
 from .run_recipe import RunRecipe
 from .setup import describe_run
 from .sharding import gather_weights
 from .step import Batch, TrainStep, in_groups, share_buffers
-from .timing import expected_seconds, fit_epochs, measure_pace
+from .timing import PLANNED_AGAIN, RunClock, expected_seconds, fit_epochs, measure_pace, seconds_of_epoch
 from .training_advice import describe_overfit, has_memorized, training_advice
 from .training_probe import FIGURES, TrainingProbe
 
@@ -106,19 +106,20 @@ class TrainingRun:
         accelerator, minutes = self.accelerator, self.args.run.minutes
         pace = measure_pace(recipe, model, train_loader, val_loader, val_set, self.processor, accelerator)
         counts = len(train_loader.dataset), len(val_set), accelerator.num_processes
+        of_epoch = seconds_of_epoch(recipe, pace, *counts)
         if minutes is not None and not self.args.saved:
             found = {name: self.folder.arguments[name] for name in FOUND_IN_TIME}
             if None in found.values():
-                every = self.args.recipe.eval_every
-                fitting = fit_epochs(recipe, pace, 60 * minutes, *counts, eval_every=every)
-                found = {name: getattr(fitting, name) for name in FOUND_IN_TIME}
+                fitting = fit_epochs(60 * minutes, *of_epoch, eval_every=self.args.recipe.eval_every)
+                found = dict(zip(FOUND_IN_TIME, fitting, strict=True))
                 self._remember(found)
             recipe = replace(recipe, **found)
-        seconds = expected_seconds(recipe, pace, *counts)
+        seconds = expected_seconds(recipe.epochs, recipe.eval_every, *of_epoch)
         text = (
             f"Expected: about {describe_duration(seconds)} here for {recipe.epochs} epochs, {pace.step:.2g} s a step, "
             f"with an evaluation after every {recipe.eval_every}."
         )
+        self.evaluation_seconds = of_epoch[1]
         if minutes is not None and seconds > 60 * minutes:
             text += f" That is more than --minutes {minutes:g}: fewer images or a smaller model take less."
         accelerator.print(text)
@@ -194,7 +195,11 @@ class TrainingRun:
                 accelerator.print(f"Best {self.recipe.metric} so far {progress.best:.4f}")
             begin(self.folder, accelerator)
         within = 1.0 if progress.trained else progress.batches / (steps_per_epoch * recipe.gradient_accumulation_steps)
-        self.began, self.began_with = time.monotonic(), progress.epoch + within  # in epochs
+        self.clock = RunClock(self.evaluation_seconds)
+        self.began_with = progress.epoch + within  # in epochs
+        self.steps_per_epoch = steps_per_epoch
+        # a run that continues keeps its plan: checkpoints do not have the time that is over
+        self.is_planned = self.args.run.minutes is None or self.folder.checkpoint is not None
         progress.spread, progress.data = spread, data
         progress.step_images, progress.planned_epochs = step_images, recipe.epochs
         progress.first_step_images = progress.first_step_images or step_images
@@ -206,7 +211,7 @@ class TrainingRun:
 
     def _place_schedule(self, steps_per_epoch: int) -> None:
         """Put the schedule where the run is: at the same fraction of it, also if an epoch has another number of steps
-        now. A run that goes on after its rate has fallen rises to the schedule as in a warm-up."""
+        now. If a run is extended after its rate has fallen, the rate rises to the schedule as in a warm-up."""
         progress, scheduler, accumulated = self.progress, self.scheduler, self.recipe.gradient_accumulation_steps
         within = steps_per_epoch if progress.trained else math.ceil(progress.batches / accumulated)
         step = progress.epoch * steps_per_epoch + within
@@ -217,8 +222,8 @@ class TrainingRun:
             progress.rise = (progress.epoch + within / steps_per_epoch, progress.rate, max(wanted, 1 / steps_per_epoch))
             rate, epochs = scheduler.get_last_lr()[0], progress.rise[2]
             self.accelerator.print(
-                f"The learning rate had fallen to {rate / factor * progress.rate:.2g}. It rises to {rate:.2g} again "
-                f"within {epochs:.2g} epochs, then follows the schedule to the end of epoch {self.recipe.epochs}."
+                f"The learning rate rises from {rate / factor * progress.rate:.2g} to {rate:.2g} within {epochs:.2g} "
+                f"epochs, then follows the schedule to the end of epoch {self.recipe.epochs}."
             )
         if progress.rise:
             epoch, start, epochs = progress.rise
@@ -231,6 +236,10 @@ class TrainingRun:
         """The learning rate as a fraction of its maximum."""
         base = self.scheduler.base_lrs[0]
         return float(self.scheduler.get_last_lr()[0] / base) if base else 0.0
+
+    def is_done(self) -> bool:
+        """All epochs are trained, or it ends early."""
+        return self.progress.epoch >= self.recipe.epochs or self._ends_early()
 
     # -- an epoch -----------------------------------------------------------------------------------------------------
 
@@ -297,13 +306,18 @@ class TrainingRun:
         self.accelerator.end_training()
         return True
 
+    def evaluation_due(self) -> bool:
+        """Whether the model is evaluated at the end of this epoch."""
+        epoch = self.progress.epoch + 1
+        return epoch % self.recipe.eval_every == 0 or epoch == self.recipe.epochs
+
     def epoch_figures(self) -> dict[str, float]:
         """The line of the epoch for the log: means of the loss terms, learning rates, images per second."""
         line = {"epoch": self.progress.epoch + 1, "step": self.progress.step, "seconds": round(self.meter.seconds, 1)}
         return line | self.meter.figures(self.scheduler)
 
     def end_epoch(self, line: dict[str, float]) -> None:
-        """Write the line to the log, the trackers and the console, and save a checkpoint."""
+        """Write the line to the log, the trackers and the console, plan the time once more, and save a checkpoint."""
         self.progress.end_epoch()
         self.accelerator.log(line, step=self.progress.step)
         progress, metric = self.progress, self.recipe.metric
@@ -314,7 +328,7 @@ class TrainingRun:
             if "AP" in line or not self.args.data.overfit:
                 best = "" if progress.best is None else f"{metric} {progress.best:.4f} (epoch {progress.best_epoch})"
                 done = progress.epoch - self.began_with  # nothing, after an epoch of which only the evaluation was left
-                passed = time.monotonic() - self.began
+                passed = time.monotonic() - self.clock.began
                 left = passed / done * (self.recipe.epochs - progress.epoch) if done else None
                 tqdm.write(describe_epoch(line, self.recipe.epochs, left=left, best=best))
             if "AP" in line and not self.args.data.overfit:
@@ -322,7 +336,43 @@ class TrainingRun:
                 advice = training_advice(self.progress.evaluations, query_type=query_type, stride=stride)
                 if advice:
                     tqdm.write(f"Stuck? {advice}")
+        self.clock.end_epoch()
+        if not self.is_planned:
+            self._plan_again()
         self.save_checkpoint()
+
+    def _plan_again(self) -> None:
+        """With `--minutes`, when two epochs and a tenth of the time are over, or all epochs: as many epochs as fit into
+        the rest by what epochs have taken. The machine may be more or less busy than when the run was planned."""
+        assert self.args.run.minutes is not None
+        whole, recipe, progress = 60 * self.args.run.minutes, self.recipe, self.progress
+        done, is_over = progress.epoch, progress.epoch == recipe.epochs
+        passed, epoch, evaluation = self.clock.measured(self.accelerator)
+        if not is_over and (done < 2 or passed < PLANNED_AGAIN * whole):
+            return
+        self.is_planned = True
+        epochs, eval_every = fit_epochs(
+            whole - passed - evaluation,  # the best model is evaluated at the end
+            epoch,
+            evaluation,
+            eval_every=self.args.recipe.eval_every,
+            done=done,
+            at_least=done if is_over else done + 1,
+        )
+        if epochs == recipe.epochs:
+            return
+        self.accelerator.print(
+            f"New plan: {epochs} epochs instead of {recipe.epochs}, at {epoch / self.steps_per_epoch:.2g} s a step."
+        )
+        progress.rate = self._rate()
+        self.recipe = replace(recipe, epochs=epochs, eval_every=eval_every)
+        self._remember({name: getattr(self.recipe, name) for name in FOUND_IN_TIME})
+        total_steps = epochs * self.steps_per_epoch
+        stretch_schedule(
+            self.scheduler, recipe.schedule, warmup=recipe.warmup, decay=recipe.decay, total_steps=total_steps
+        )
+        self._place_schedule(self.steps_per_epoch)
+        progress.planned_epochs = epochs
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -343,6 +393,10 @@ class TrainingRun:
         Args:
             line: figures of the epoch, see `epoch_figures`.
         """
+        with self.clock.evaluation():
+            return self._evaluate_and_save(val_loader, val_set, line)
+
+    def _evaluate_and_save(self, val_loader: Any, val_set: Any, line: dict[str, float]) -> dict[str, float]:
         accelerator, metric = self.accelerator, self.recipe.metric
         with accelerator.autocast():
             evaluation = self._evaluate(self.predictor, val_loader, val_set)
@@ -377,7 +431,7 @@ class TrainingRun:
             return compare_masks_with_ground_truth(val_set, evaluation.masks.detections())
         return compare_with_ground_truth(val_set, evaluation.boxes.detections())
 
-    def ends_early(self) -> bool:
+    def _ends_early(self) -> bool:
         """The images of `--overfit` are memorized, or there was no improvement for `--early_stopping` evaluations."""
         patience = self.args.run.early_stopping
         if self.args.data.overfit:
