@@ -2,15 +2,19 @@
 
 import io
 import pickle
+from copy import deepcopy
 
 import accelerate
 import pytest
 import torch
 from conftest import padded_batch, random_labels, randomise_norms, relative_difference, tiny_config, tiny_model
+from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
 from hf_detr import DetrForDetection
 from hf_detr.speed import prepare_for_inference, prepare_for_training
+from hf_detr.speed.depthwise import WideConv2d, has_slow_gradient, narrow, widen
+from hf_detr.speed.folding import FoldedConv2d
 
 MODELS = {
     "frozen norms": {},
@@ -18,7 +22,7 @@ MODELS = {
     "norms with activations": {"backbone": "test_efficientnet", "feature_stride": 16},
     "no batch norm": {"backbone": "test_convnext", "feature_stride": 16},
     "windows": {"backbone": "swin_tiny_patch4_window7_224", "feature_stride": 8, "backbone_kwargs": {"embed_dim": 24}},
-    "anchors": {"query_type": "anchor", "dense_loss_coefficient": 1, "query_groups": 2},
+    "anchors": {"query_type": "anchor", "dense_loss_coefficient": 1, "denoising_groups": 2},
     "learned positions, pre-norm": {"position_embedding_type": "learned", "pre_norm": True},
 }
 
@@ -152,6 +156,78 @@ def test_training_in_place_keeps_names_losses_and_gradients(kind):
     assert prepared.keys() == plain.keys()
     for name, gradient in plain.items():
         assert relative_difference(prepared[name], gradient) < 1e-8, name
+
+
+def test_depthwise_convolutions_with_folded_norms_run_in_float32_as_well():
+    model = tiny_model(**MODELS["norms with activations"]).train()
+    randomise_norms(model)
+    prepare_for_training(model)
+    modules = [m for m in model.model.backbone.modules() if isinstance(m, FoldedConv2d) and has_slow_gradient(m)]
+    assert modules
+    seen = {}
+    for module in modules:
+        module._conv_forward = lambda *given, plain=module._conv_forward, key=module: (
+            seen.update({key: given[0].dtype}) or plain(*given)
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*padded_batch([(64, 96), (80, 64)]), labels=random_labels([2, 3])).loss.backward()
+    assert set(seen) == set(modules)
+    assert set(seen.values()) == {torch.float32}
+    assert all(module.weight.grad.isfinite().all() for module in modules if module.weight.requires_grad)
+
+
+def test_weights_are_folded_once_for_all_sizes_of_a_batch_and_anew_for_the_next(monkeypatch):
+    model = tiny_model().train()
+    randomise_norms(model)
+    prepare_for_training(model)
+    folded, plain = [], FoldedConv2d.folded
+    monkeypatch.setattr(FoldedConv2d, "folded", lambda self: folded.append(self) or plain(self))
+    images, mask = padded_batch([(64, 96), (80, 64), (48, 48)])
+    backbone = model.model.backbone
+    convolutions = [module for module in backbone.modules() if isinstance(module, FoldedConv2d)]
+    before = backbone(images, mask)[0].map
+    assert len(convolutions) == len(folded) == len(set(folded)) > 1
+    with torch.no_grad():
+        convolutions[0].weight.mul_(2)
+    assert not torch.equal(backbone(images, mask)[0].map, before)
+    assert len(folded) == 2 * len(convolutions)
+    with pytest.raises(Exception, match="channels"):
+        backbone(images[:, :1], mask)
+    backbone.model(images)  # by itself: nothing is kept
+    assert len(folded) >= 3 * len(convolutions)
+    assert convolutions[0].shared.of_module is None
+    fast = prepare_for_inference(model).model.backbone
+    assert not fast._forward_hooks
+    assert not fast._forward_pre_hooks
+
+
+def test_depthwise_convolutions_with_a_slow_gradient_train_in_float32_inside_bfloat16():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(16, 16, 5, padding=2, groups=16),
+        Conv2dSame(16, 16, 3, stride=2, groups=16, bias=False),
+        nn.Conv2d(16, 16, 3, padding=1, groups=16),
+        nn.Conv2d(16, 16, 1),
+    )
+    kinds = [type(module) for module in network]
+    plain, images = deepcopy(network), torch.randn(2, 16, 17, 20).bfloat16()
+    widen(network)
+    assert [type(module) for module in network] == [WideConv2d, WideConv2d, nn.Conv2d, nn.Conv2d]
+    exact = [plain[:1](images.float()), plain[1](images.float())]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, rounded = [network[0](images), network[1](images)], [plain[0](images), plain[1](images)]
+        with torch.no_grad():  # nothing to gain without a gradient
+            assert torch.equal(network[0](images), rounded[0])
+        network(images).square().mean().backward()
+    for ours, theirs in zip(found, exact, strict=True):
+        assert torch.equal(ours, theirs.bfloat16())
+    assert torch.equal(network[0](images.float()), exact[0])
+    plain(images.float()).square().mean().backward()
+    for (name, ours), (_, theirs) in zip(network.named_parameters(), plain.named_parameters(), strict=True):
+        assert relative_difference(ours.grad, theirs.grad) < 0.02, name
+    narrow(network)
+    assert [type(module) for module in network] == kinds
+    assert all(vars(module).keys() == vars(other).keys() for module, other in zip(network, plain, strict=True))
 
 
 @torch.no_grad()

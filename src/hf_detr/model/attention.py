@@ -29,7 +29,9 @@ def eager_attention_forward(
     """
     scores = (query * scaling) @ key.transpose(2, 3)
     if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        # added, because filling copies the scores twice; half of the minimum, because the sum must not overflow
+        bias = torch.zeros_like(attention_mask, dtype=scores.dtype)
+        scores = scores + bias.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min / 2)
     weights = nn.functional.softmax(scores, dim=-1)  # accumulates in float32 in every dtype
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..model.attention import Attention, ConditionalAttention, MultiHeadAttention
 
-MAX_SCORES = 2**25  # the table of scores has to fit into memory, and into caches to be fast
+MAX_SCORES = 2**24  # the table of scores has to fit into caches to be fast
 
 
 class _WrittenOut(Attention):

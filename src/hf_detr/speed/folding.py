@@ -2,7 +2,8 @@
 norm(conv(x)) = conv'(x) with weight' = scale · weight and bias' = shift + scale · bias.
 
 For training the weights are folded anew in each step, so that gradients of the weight are those of the two modules in
-turn, while nothing of the norm is computed on activations. For prediction it is done once.
+turn, while nothing of the norm is computed on activations; all images of a batch share them, whatever their sizes. For
+prediction it is done once.
 """
 
 from typing import Any
@@ -11,7 +12,6 @@ import torch
 from timm.layers import BatchNormAct2d
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import FrozenBatchNormAct2d
-from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,10 +20,22 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ..model.backbone import Backbone
 from ..model.timm_network import create_network
+from .depthwise import convolve, narrow
 
 # exactly these: a subclass may do more with its weights, as weight standardisation does
 CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 NORMS = (nn.BatchNorm2d, BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d)
+
+
+class FoldedWeights:
+    """The folded weights of one forward pass of a backbone, which runs its network once for each image size. A hook
+    before and after that pass."""
+
+    def __init__(self) -> None:
+        self.of_module: dict[int, tuple[Tensor, Tensor]] | None = None  # None: the backbone does not run
+
+    def __call__(self, backbone: nn.Module, inputs: Any, *output: Any) -> None:
+        self.of_module = None if output else {}
 
 
 class FoldedConv2d(nn.Conv2d):
@@ -31,10 +43,12 @@ class FoldedConv2d(nn.Conv2d):
 
     Attributes:
         norm: that norm, in a tuple, since it stays a module of the network at its own place.
+        shared: what the folded weights of this batch are kept in.
         same_padding: as timm's `Conv2dSame` pads.
     """
 
     norm: tuple[Any]
+    shared: FoldedWeights
     same_padding: bool
 
     def folded(self) -> tuple[Tensor, Tensor]:
@@ -55,11 +69,15 @@ class FoldedConv2d(nn.Conv2d):
         return (self.weight * scale[:, None, None, None]).to(self.weight.dtype), shift.to(self.weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # named as in nn.Conv2d
-        if self.same_padding:
-            input = pad_same(input, list(self.kernel_size), list(self.stride), list(self.dilation))  # type: ignore[arg-type]
-        if not torch.compiler.is_compiling():
-            self.norm[0].applied = True
-        return self._conv_forward(input, *self.folded())
+        if torch.compiler.is_compiling():
+            return convolve(self, input, *self.folded())
+        self.norm[0].applied = True
+        kept = self.shared.of_module
+        if kept is None:
+            return convolve(self, input, *self.folded())
+        if id(self) not in kept:
+            kept[id(self)] = self.folded()
+        return convolve(self, input, *kept[id(self)])
 
     def _replicate_for_data_parallel(self) -> Any:
         raise NotImplementedError(
@@ -186,18 +204,24 @@ def find_pairs(backbone: Backbone) -> list[tuple[str, str]]:
 def fold(backbone: Backbone) -> None:
     """Let convolutions apply the frozen norms after them, in place. Parameters and buffers keep their names; what was
     folded already stays as it is."""
+    narrow(backbone.model)
+    shared = next((hook for hook in backbone._forward_pre_hooks.values() if isinstance(hook, FoldedWeights)), None)
     for convolution_name, norm_name in find_pairs(backbone):
         convolution: Any = backbone.model.get_submodule(convolution_name)
         norm = backbone.model.get_submodule(norm_name)
         if type(convolution) in CONVOLUTIONS and type(norm) in FOLDED_NORMS:
+            if shared is None:
+                shared = FoldedWeights()
+                backbone.register_forward_pre_hook(shared)
+                backbone.register_forward_hook(shared, always_call=True)
             convolution.same_padding = isinstance(convolution, Conv2dSame)
-            convolution.norm = (norm,)
+            convolution.norm, convolution.shared = (norm,), shared
             convolution.__class__, norm.__class__ = FoldedConv2d, FOLDED_NORMS[type(norm)]
 
 
 def _unfold(convolution: Any) -> None:
     plain = Conv2dSame if convolution.same_padding else nn.Conv2d
-    del convolution.norm, convolution.same_padding
+    del convolution.norm, convolution.shared, convolution.same_padding
     convolution.__class__ = plain
 
 
@@ -206,6 +230,10 @@ def fuse(backbone: Backbone) -> None:
     """Write the norms into the weights of the convolutions for good, in place, and take them out of the network: an
     identity, or their activation, is left. Norms that still gather statistics are fused with those they have."""
     network = backbone.model
+    narrow(network)
+    for hooks in (backbone._forward_pre_hooks, backbone._forward_hooks):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, FoldedWeights)]:
+            del hooks[key]
     for convolution_name, norm_name in find_pairs(backbone):
         convolution: Any = network.get_submodule(convolution_name)
         norm: Any = network.get_submodule(norm_name)

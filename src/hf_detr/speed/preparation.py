@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..model.modeling_hf_detr import DetrForDetection
 from ..model.segmentation import DetrForSegmentation
+from .depthwise import widen
 from .fast_attention import use_fast_attention
 from .folding import fold, fuse
 from .linear import use_fast_linear
@@ -77,13 +78,14 @@ def prepare_for_inference(
 def prepare_for_training(model: DetrForDetection) -> None:
     """Make a model train faster, in place, with the same names and values of the weights and the same losses.
 
-    Convolutions apply the frozen batch norms after them and run in channels-last, and on a CPU linear layers and
-    attention use the faster kernels.
+    Convolutions apply the frozen batch norms after them and run in channels-last, and on a CPU linear layers,
+    attention and depthwise convolutions use the faster kernels.
 
     What binds modules together raises instead of computing something else: replacing a convolution afterwards,
     `nn.DataParallel`, and offloading.
     """
     fold(model.model.backbone)
+    widen(model.model.backbone.model)
     use_memory_format(model.model.backbone.model)
     use_fast_linear(model)
     use_fast_attention(model)

@@ -1,0 +1,67 @@
+"""The gradient of depthwise convolutions on a CPU: float32, bfloat16, and bfloat16 as `prepare_for_training` runs it.
+
+    python benchmarks/depthwise.py
+
+Channels-last, forward and backward of one convolution, at the sizes of EfficientNet-Lite0 in an image of 384 x 384. Run
+it before adding a processor to a table: where the second column is not slower than the first one, the third gains
+nothing.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from measure import machine
+from torch import Tensor, nn
+
+from hf_detr.speed.depthwise import widen
+from hf_detr.training import use_all_cores
+
+# images, channels, side of the input, kernel, stride
+CASES = (
+    (1, 96, 192, 3, 2),
+    (1, 144, 96, 3, 1),
+    (1, 144, 96, 5, 2),
+    (1, 240, 48, 3, 2),
+    (1, 672, 24, 5, 1),
+    (4, 672, 24, 5, 1),
+)
+
+
+def main() -> None:
+    use_all_cores()
+    print(f"{machine()}\n\n| images, channels, side, kernel, stride | float32 | bfloat16 | as prepared |")
+    print("|---|---|---|---|")
+    for count, channels, side, kernel, stride in CASES:
+        convolution = nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=channels)
+        images = torch.randn(count, channels, side, side).contiguous(memory_format=torch.channels_last)
+        cells = [median(step(convolution, images)), median(step(convolution, images.bfloat16()))]
+        widen(nn.Sequential(convolution))
+        cells.append(median(step(convolution, images.bfloat16())))
+        print(f"| {count}, {channels}, {side}, {kernel}, {stride} | {' | '.join(f'{ms:.2f} ms' for ms in cells)} |")
+
+
+def step(convolution: nn.Conv2d, images: Tensor) -> Callable[[], object]:
+    images = images.detach().requires_grad_()
+
+    def run() -> object:
+        with torch.autocast("cpu", torch.bfloat16, enabled=images.dtype == torch.bfloat16):
+            output = convolution(images)
+        return torch.autograd.grad(output.sum(), (images, *convolution.parameters()))
+
+    return run
+
+
+def median(run: Callable[[], object], repeats: int = 15) -> float:
+    """In ms, after three rounds to warm up."""
+    times = []
+    for _ in range(repeats + 3):
+        started = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times[3:])
+
+
+if __name__ == "__main__":
+    main()
