@@ -35,7 +35,7 @@ MODELS = {
         "prior_probability": 0.05, "feature_stride": 16, "pre_norm": True,
     },
     "all options": {
-        "query_type": "anchor", "dense_loss_coefficient": 1, "denoising_groups": 2, "query_groups": 2,
+        "query_type": "anchor", "dense_loss_coefficient": 1, "denoising_groups": 2,
         "class_loss": "cross_entropy", "modulate_attention": True, "feature_stride": 16,
     },
     "masks": {  # with GELU: rounding may turn a gradient on or off where a ReLU is near 0

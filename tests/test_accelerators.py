@@ -20,18 +20,16 @@ from hf_detr.model.queries import BOX_NOISE, LABEL_NOISE, Denoising, group_mask
 
 ALL_ON = {
     "query_type": "anchor",
-    "query_groups": 3,
     "denoising_groups": 2,
     "dense_loss_coefficient": 1,
     "class_loss": "iou_aware",
     "prior_probability": 0.02,
 }
 TRAINING_ONLY = {
-    "query_groups": {"query_groups": 3},
     "denoising": {"denoising_groups": 2},
     "dense": {"dense_loss_coefficient": 1},
     "class_loss": {"class_loss": "focal", "class_loss_coefficient": 2},
-    "all": {name: ALL_ON[name] for name in ("query_groups", "denoising_groups", "dense_loss_coefficient")},
+    "all": {name: ALL_ON[name] for name in ("denoising_groups", "dense_loss_coefficient")},
 }
 
 
@@ -68,13 +66,9 @@ def test_options_of_training_do_not_touch_predictions(option, query_type):
     assert not any(part in name for name in with_labels.loss_dict for part in ("denoising", "dense"))
 
 
-@pytest.mark.parametrize("query_type", ["learned", "anchor"])
-def test_in_training_the_queries_that_predict_do_not_see_the_others(query_type):
-    options = dict(ALL_ON, query_type=query_type)
-    if query_type == "learned":
-        del options["denoising_groups"]
-    plain = away_from_zero(tiny_model(query_type=query_type, dropout=0.0)).train()
-    trained = tiny_model(dropout=0.0, **options).train()
+def test_in_training_the_queries_that_predict_do_not_see_the_others():
+    plain = away_from_zero(tiny_model(query_type="anchor", dropout=0.0)).train()
+    trained = tiny_model(dropout=0.0, **ALL_ON).train()
     trained.load_state_dict(plain.state_dict(), strict=False)
     ours, theirs = plain(images()), trained(images(), labels=random_labels([2, 3]))
     assert theirs.logits.shape == ours.logits.shape
@@ -85,9 +79,9 @@ def test_in_training_the_queries_that_predict_do_not_see_the_others(query_type):
 
 def test_all_off_is_the_paper_s_model():
     names = set(tiny_model().state_dict())
-    assert not any("extra" in name or "dense" in name or "denoising" in name or "anchor" in name for name in names)
+    assert not any("dense" in name or "denoising" in name or "anchor" in name for name in names)
     config = tiny_config()
-    assert (config.query_type, config.query_groups, config.denoising_groups) == ("learned", 1, 0)
+    assert (config.query_type, config.denoising_groups) == ("learned", 0)
     assert (config.dense_loss_coefficient, config.class_loss, config.prior_probability) == (0, "cross_entropy", None)
 
 
@@ -151,7 +145,6 @@ def test_one_decoder_layer_has_no_idle_weights():
     [
         ({"query_type": "box"}, "learned, anchor"),
         ({"class_loss": "hinge"}, "cross_entropy, focal, iou_aware"),
-        ({"query_groups": 0}, "at least 1"),
         ({"denoising_groups": 2}, 'needs `query_type="anchor"`'),
         ({"dense_loss_coefficient": -1}, "at least 0"),
         ({"prior_probability": 1.0}, "between 0 and 1"),
@@ -245,31 +238,8 @@ def test_padding_changes_nothing_for_anchors():
         torch.testing.assert_close(together.pred_boxes[index], alone.pred_boxes[0], atol=1e-5, rtol=0)
 
 
-# -- query groups -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("query_type", ["learned", "anchor"])
-def test_the_loss_of_groups_is_the_mean_of_the_losses_of_each_group_alone(query_type):
-    grouped = away_from_zero(tiny_model(query_type=query_type, query_groups=3, dropout=0.0)).train()
-    labels, alone = random_labels([2, 3]), []
-    for group in range(3):
-        model = tiny_model(query_type=query_type, dropout=0.0).train()
-        model.load_state_dict(grouped.state_dict(), strict=False)
-        if group:
-            queries = grouped.model.extra_query_groups.weight[(group - 1) * 12 : group * 12]
-            model.model.query_position_embeddings.weight.data.copy_(queries)
-        alone.append(model(images(), labels=labels))
-    together = grouped(images(), labels=labels)
-    for name, value in together.loss_dict.items():
-        mean = sum(output.loss_dict[name] for output in alone) / 3
-        torch.testing.assert_close(value, mean, atol=1e-5, rtol=1e-5, msg=name)
-    torch.testing.assert_close(together.loss, sum(output.loss for output in alone) / 3, atol=1e-4, rtol=1e-5)
-
-
-def test_no_two_anchors_of_all_groups_are_alike():
-    model = tiny_model(query_type="anchor", query_groups=3).model
-    anchors = torch.cat((model.query_position_embeddings.weight, model.extra_query_groups.weight))
-    assert len(anchors) == 36
+def test_no_two_anchors_are_alike():
+    anchors = tiny_model(query_type="anchor", num_queries=36).model.query_position_embeddings.weight
     assert torch.cdist(anchors, anchors).fill_diagonal_(1).min() > 0.05
 
 
@@ -526,7 +496,7 @@ def test_checkpoints_with_everything_on_come_back(tmp_path):
     loaded, info = DetrForDetection.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     assert torch.equal(loaded(images()).pred_boxes, model(images()).pred_boxes)
-    off = {"query_groups": 1, "denoising_groups": 0, "dense_loss_coefficient": 0}
+    off = {"denoising_groups": 0, "dense_loss_coefficient": 0}
     bare, info = DetrForDetection.from_pretrained(tmp_path, output_loading_info=True, **off)
     assert not any(info.values())
     assert torch.equal(bare(images()).pred_boxes, model(images()).pred_boxes)
@@ -535,11 +505,11 @@ def test_checkpoints_with_everything_on_come_back(tmp_path):
 def test_a_plain_checkpoint_is_trained_on_with_options(tmp_path):
     model = away_from_zero(tiny_model())
     model.save_pretrained(tmp_path)
-    options = {"query_groups": 2, "dense_loss_coefficient": 1}
+    options = {"dense_loss_coefficient": 1}
     loaded, info = DetrForDetection.from_pretrained(tmp_path, output_loading_info=True, **options)
-    assert {name.split(".")[-3 if "layers" in name else -2] for name in info["missing_keys"]}
-    assert all("extra_query_groups" in name or "dense_head" in name for name in info["missing_keys"])
-    assert loaded.model.extra_query_groups.weight.isfinite().all()
+    assert info["missing_keys"]
+    assert all("dense_head" in name for name in info["missing_keys"])
+    assert all(parameter.isfinite().all() for parameter in loaded.dense_head.parameters())
     assert torch.equal(loaded(images()).pred_boxes, model(images()).pred_boxes)
 
 
@@ -554,17 +524,16 @@ def test_classes_and_queries_are_fitted_in_every_part(tmp_path):
     assert torch.equal(
         after["denoising.class_embedding.weight"][[0, 2]], before["denoising.class_embedding.weight"][[2, 0]]
     )
-    groups, old = after["model.extra_query_groups.weight"], before["model.extra_query_groups.weight"]
-    assert groups.shape == (28, 4)
-    assert torch.equal(groups[:12], old[:12])
-    assert torch.equal(groups[14:26], old[12:])
+    queries, old = (state["model.query_position_embeddings.weight"] for state in (after, before))
+    assert queries.shape == (14, 4)
+    assert torch.equal(queries[:12], old)
     output = model.train()(images(), labels=random_labels([2, 3], num_labels=4))
     assert output.logits.shape == (2, 14, 5)
     assert output.loss.isfinite()
 
 
 def test_writing_for_transformers_leaves_out_what_only_trains_and_refuses_anchors():
-    model = away_from_zero(tiny_model(query_groups=2, dense_loss_coefficient=1))
+    model = away_from_zero(tiny_model(dense_loss_coefficient=1))
     theirs = to_transformers(model)
     torch.testing.assert_close(theirs(images()).logits, model(images()).logits, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="only models with learned queries"):

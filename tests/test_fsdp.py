@@ -23,7 +23,7 @@ from hf_detr.training.sharding import gather_weights, sharding_plugin
 pytestmark = pytest.mark.xdist_group("fsdp")  # its fixtures are expensive: one worker runs them once
 
 KINDS = {
-    "learned": {"query_type": "learned", "query_groups": 2},
+    "learned": {"query_type": "learned"},
     "anchor": {"query_type": "anchor", "denoising_groups": 2, "dense_loss_coefficient": 1, "class_loss": "iou_aware"},
     "batch norm that trains": {"query_type": "anchor", "freeze_batch_norm": False, "frozen_stages": -1},
     "masks": {"query_type": "anchor", "denoising_groups": 1},

@@ -21,7 +21,7 @@ pytestmark = [
 EXAMPLE = Path(__file__).parents[1] / "examples" / "finetune.py"
 SIZES = [(64, 96), (96, 64), (96, 96)]
 EVERYTHING = {
-    "query_type": "anchor", "query_groups": 2, "denoising_groups": 2, "dense_loss_coefficient": 1.0,
+    "query_type": "anchor", "denoising_groups": 2, "dense_loss_coefficient": 1.0,
     "class_loss": "iou_aware", "class_weights": {"LABEL_1": 3.0},
 }  # fmt: skip
 

@@ -17,10 +17,10 @@ pytest.importorskip("peft")
 RANK = 4
 KINDS = {
     "learned": {"query_type": "learned"},
-    "learned, groups and dense": {"query_type": "learned", "query_groups": 2, "dense_loss_coefficient": 1},
+    "learned and dense": {"query_type": "learned", "dense_loss_coefficient": 1},
     "anchor": {"query_type": "anchor"},
     "anchor, everything": {
-        "query_type": "anchor", "denoising_groups": 2, "dense_loss_coefficient": 1, "query_groups": 2,
+        "query_type": "anchor", "denoising_groups": 2, "dense_loss_coefficient": 1,
         "modulate_attention": True, "class_loss": "iou_aware",
     },
     "batch norm that gathers": {"query_type": "anchor", "freeze_batch_norm": False, "frozen_stages": -1},
@@ -80,8 +80,7 @@ def test_predictions_begin_as_they_were(adapted):
 def test_what_is_frozen_holds_still_and_what_trains_moves(adapted):
     before, _, _, model = adapted
     now = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
-    heads = ("class_labels_classifier", "bbox_predictor", "query_position_embeddings", "extra_query_groups",
-             "dense_head", "denoising")  # fmt: skip
+    heads = ("class_labels_classifier", "bbox_predictor", "query_position_embeddings", "dense_head", "denoising")
     for name, tensor in before.items():
         if name.endswith("num_batches_tracked"):
             continue

@@ -186,8 +186,8 @@ def test_a_batch_without_objects_reaches_every_parameter_of_the_mask_head():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_extra_query_groups_and_denoising_leave_masks_to_the_group_that_predicts():
-    model = model_for_masks(query_type="anchor", query_groups=3, denoising_groups=2, dropout=0.0).train()
+def test_denoising_leaves_masks_to_the_queries_that_predict():
+    model = model_for_masks(query_type="anchor", denoising_groups=2, dropout=0.0).train()
     images, mask = padded_batch(SIZES)
     labels = labels_with_masks([2, 1, 3])
     outputs = model(images, mask, labels)

@@ -47,6 +47,7 @@ def test_checkpoints_saved_by_version_0_1_give_the_same_outputs(name):
     folder = Path(__file__).parent / "fixtures" / "checkpoints_0_1" / name
     model, info = DetrForDetection.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
+    assert not hasattr(model.config, "query_groups")  # for training only, and retired since
     pixel_values = torch.linspace(-60, 60, 2 * 3 * 64 * 96).sin().reshape(2, 3, 64, 96)
     pixel_mask = torch.ones(2, 64, 96, dtype=torch.long)
     pixel_values[1, :, :, 70:], pixel_mask[1, :, 70:] = 0, 0

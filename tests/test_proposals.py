@@ -116,7 +116,6 @@ def test_a_saved_model_proposes_the_same(tmp_path):
     [
         ({"query_type": "learned"}, "query_type"),
         ({"dense_loss_coefficient": 0}, "dense_loss_coefficient"),
-        ({"query_groups": 2}, "query_groups"),
     ],
 )
 def test_what_contradicts_proposals_is_refused(changes, named):

@@ -486,7 +486,7 @@ def test_inputs_of_forward_that_do_not_fit_are_refused(arguments, message):
 
 
 def test_features_in_place_of_images_train(tmp_path):
-    model = tiny_model(query_type="anchor", query_groups=2, denoising_groups=1, d_model=32).train()
+    model = tiny_model(query_type="anchor", denoising_groups=1, d_model=32).train()
     queries = torch.randn(2, model.config.num_queries, 32, requires_grad=True)
     embeds = torch.randn(2, 9, 32, requires_grad=True)
     outputs = model(inputs_embeds=embeds, decoder_inputs_embeds=queries, labels=random_labels([1, 2]))

@@ -106,7 +106,7 @@ def test_going_on_after_the_end_warms_up_and_says_so(again):
     assert code == 0, output
     code, output, log = again[1]("--epochs", "10")
     assert code == 0, output
-    assert "The learning rate had fallen to 0. It rises to 0.001 again" in output
+    assert "The learning rate rises from 0 to 0.001 within" in output
     assert rates(log)[8] > 0
     assert rates(log)[10] == 0
 

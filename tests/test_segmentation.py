@@ -327,7 +327,7 @@ def test_classes_queries_and_stuff_follow_the_names(tmp_path):
 
 
 def test_a_frozen_detector_trains_the_mask_head_only():
-    model = tiny_segmentation(freeze_batch_norm=False, denoising_groups=2, query_type="anchor", query_groups=2).train()
+    model = tiny_segmentation(freeze_batch_norm=False, denoising_groups=2, query_type="anchor").train()
     model.freeze_detector()
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"mask_head", "bbox_attention"}

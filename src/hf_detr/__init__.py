@@ -12,7 +12,7 @@
     step 3  position_embedding           the position of each location of the feature map
     step 4  attention                    multi-head attention
             encoder                      feature map -> memory
-            queries                      the object queries of a batch; in training also groups and noised boxes
+            queries                      the object queries of a batch; in training also noised boxes
             proposals                    queries that start at the most confident locations of the image
             decoder                      queries + memory -> hidden states and boxes: learned queries
             anchor_decoder               the same for queries that are boxes

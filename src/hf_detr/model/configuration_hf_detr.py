@@ -26,6 +26,7 @@ FIELDS_OF_TRANSFORMERS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "train_backbone": ((True,), "call model.freeze_backbone()"),
     "init_std": ((0.02,), "initial weights are the paper's; `init_xavier_std` scales them"),
 }
+RETIRED = ("query_groups",)  # fields of version 0.1 that changed training only
 # What transformers itself passes to a config or writes into `config.json`, beside the fields that all configs have.
 NAMES_OF_TRANSFORMERS = (
     "_attn_implementation", "_commit_hash", "_name_or_path", "attn_implementation", "auto_map", "custom_pipelines",
@@ -86,9 +87,6 @@ class DetrConfig(PreTrainedConfig):
             feature vectors the content (two stages, arXiv 2010.04159, section 4.2; see
             [`~hf_detr.model.proposals.Proposals`]). Needs `dense_loss_coefficient`, which trains the locations. Use it
             with a `class_cost` of 6: what distinguishes queries at the same object is their score.
-        query_groups: training only: number of groups of `num_queries` queries. Queries attend only within their group,
-            each group is matched to all objects, the loss is the mean over the groups, and the first group predicts
-            (Group DETR, arXiv 2207.13085). Decoder and matching cost grows in proportion. The paper has 1.
         denoising_groups: training only, needs anchors: number of noised copies of the ground-truth boxes (shifted
             centers, scaled sides, a fifth of the labels flipped). They enter the decoder as extra queries that are
             trained to restore their object, with the same loss and without matching (DN-DETR, arXiv 2203.01305). Each
@@ -163,7 +161,6 @@ class DetrConfig(PreTrainedConfig):
     query_type: str = "learned"
     modulate_attention: bool = True
     query_proposals: bool = False
-    query_groups: int = 1
     denoising_groups: int = 0
     dense_loss_coefficient: float | int = 0
 
@@ -243,7 +240,9 @@ class DetrConfig(PreTrainedConfig):
 
     @classmethod
     def _without_unknown(cls, stored: dict[str, Any]) -> dict[str, Any]:
-        """Stored fields that this class has; a warning names the others, which other programs may have added."""
+        """Stored fields that this class has; a warning names the others, which other programs may have added, except
+        for those of version 0.1 that changed training only."""
+        stored = {name: value for name, value in stored.items() if name not in RETIRED}
         known = {*(field.name for field in fields(cls)), *cls.attribute_map, *FIELDS_OF_TRANSFORMERS}
         known |= set(NAMES_OF_TRANSFORMERS)
         unknown = sorted(set(stored) - known)
@@ -353,7 +352,6 @@ class DetrConfig(PreTrainedConfig):
             )
 
     def validate_training_options(self) -> None:
-        self._check_minimum("query_groups", 1)
         self._check_minimum("denoising_groups", 0)
         if self.denoising_groups and self.query_type != "anchor":
             raise ValueError(
@@ -364,8 +362,6 @@ class DetrConfig(PreTrainedConfig):
             raise ValueError('`query_proposals` needs `query_type="anchor"`: a proposal is the box of its query.')
         if self.query_proposals and not self.dense_loss_coefficient:
             raise ValueError("`query_proposals` needs `dense_loss_coefficient` above 0, which trains the proposals.")
-        if self.query_proposals and self.query_groups > 1:
-            raise ValueError("`query_proposals` and `query_groups` exclude each other: proposals make one group.")
         if self.prior_probability is not None and not 0 < self.prior_probability < 1:
             raise ValueError(f"`prior_probability` must be between 0 and 1, got {self.prior_probability}.")
 

@@ -78,14 +78,13 @@ def init_transformer(stack: Encoder | DetrDecoder, gain: float) -> None:
         init.zeros_(stack.bbox_predictor.layers[-1].bias)
 
 
-def init_queries(queries: nn.Embedding, are_boxes: bool, first: int = 0) -> None:
+def init_queries(queries: nn.Embedding, are_boxes: bool) -> None:
     """N(0, 1) for learned queries. Anchors cover the image evenly: their centres are the R2 sequence of M. Roberts (a
-    low-discrepancy sequence, evenly distributed at any length) from its element `first` on, their sides a quarter of
-    the image's."""
+    low-discrepancy sequence, evenly distributed at any length), their sides a quarter of the image's."""
     if not are_boxes:
         init.normal_(queries.weight)
         return
-    number = torch.arange(first + 1, first + queries.num_embeddings + 1, dtype=torch.float64, device="cpu")
+    number = torch.arange(1, queries.num_embeddings + 1, dtype=torch.float64, device="cpu")
     step = torch.tensor([1 / 1.32471795724474602596, 1 / 1.32471795724474602596**2], dtype=torch.float64, device="cpu")
     centers = ((0.5 + number[:, None] * step) % 1).float()
     boxes = torch.cat((centers, torch.full_like(centers, 0.25)), dim=1)

@@ -45,7 +45,7 @@ class LossOutput:
     """Args:
     loss: scalar, the weighted sum.
     loss_dict: the unweighted terms by name.
-    matching: which query was matched to which object, per layer and query group: (layers · groups, M).
+    matching: which query was matched to which object, per layer: (layers, M).
     """
 
     loss: Tensor
@@ -84,13 +84,12 @@ class DetrLoss:
 
     and the loss is their weighted sum, `class_loss_coefficient`, `bbox_loss_coefficient` and `giou_loss_coefficient`.
     `boxes` is the number of objects in the batch, at least 1. It and `sum(w)` are averaged over processes, once (the
-    paper's code averages `boxes` only). Each query group is matched and supervised like this, and terms are means over
-    groups. Denoising queries add the same terms with known objects in place of a matching, and `boxes` times the number
-    of groups in place of both normalizers. Dense supervision adds its own.
+    paper's code averages `boxes` only). Denoising queries add the same terms with known objects in place of a matching,
+    and `boxes` times the number of their groups in place of both normalizers. Dense supervision adds its own.
 
     A term is a method and an entry of `terms`: name -> (method, weight). A weight of None only reports the term.
     `mask_terms` are the same for the masks of a model that has a mask head, of the last layer only (paper, section
-    4.4), and of the query group that predicts:
+    4.4):
 
         loss_mask = sum(focal loss of a mask) / boxes     over matched pairs; see `mask_loss.focal_mask_loss`
         loss_dice = sum(dice loss of a mask) / boxes      over matched pairs; see `mask_loss.dice_loss`
@@ -176,15 +175,15 @@ class DetrLoss:
         masks: Callable[[Matching], MaskPairs] | None = None,
     ) -> LossOutput:
         """Args:
-            logits: (L, B, T, num_labels+1) of L decoder layers, the last one last; T = groups · `num_queries`, then the
-                denoising queries. Computed in float32 or wider.
+            logits: (L, B, T, num_labels+1) of L decoder layers, the last one last; the first `num_queries` of T
+                predict, then come denoising queries. Computed in float32 or wider.
             pred_boxes: (L, B, T, 4) cxcywh in [0, 1] of the image without its padding.
             labels: one dict per image with `class_labels` (N,) and `boxes` (N, 4), on any device; see
                 `hf_detr.model.annotations.check_labels`.
             denoising: how the denoising queries were made.
             dense: labels and number of boxes to the terms of [`~hf_detr.model.dense_supervision.DenseHead`].
             normalizers: of an optimizer step over several batches; None counts this batch, on all processes.
-            masks: the matching of the last layer, of the group that predicts, to the masks of its pairs.
+            masks: the matching of the last layer to the masks of its pairs.
 
         Returns:
             `loss_dict` has the terms of the last layer by name, those of earlier layers with `_0`, `_1`, ..., those of
@@ -202,13 +201,11 @@ class DetrLoss:
         counts = [len(label["class_labels"]) for label in labels]
 
         layers, split = len(logits), logits.shape[2] - (0 if denoising is None else len(denoising.group))
-        groups = split // self.config.num_queries
-        grouped = (_groups_as_layers(t[:, :, :split], groups) for t in (logits, pred_boxes))
-        grouped_logits, grouped_boxes = grouped
-        matching = self.match(grouped_logits, grouped_boxes, classes, boxes, counts)
+        own_logits, own_boxes = logits[:, :, :split], pred_boxes[:, :, :split]
+        matching = self.match(own_logits, own_boxes, classes, boxes, counts)
         weights = self.class_weights(device)
-        matched = _apply(matching, grouped_logits, grouped_boxes, classes, boxes, counts, normalizers, None, weights)
-        terms = {name: term(matched).unflatten(0, (layers, -1)).mean(1) for name, (term, _) in self.terms.items()}
+        matched = _apply(matching, own_logits, own_boxes, classes, boxes, counts, normalizers, None, weights)
+        terms = {name: term(matched) for name, (term, _) in self.terms.items()}
         loss, loss_dict = self._weighted_sum(terms), _by_layer(terms)
         if denoising is not None:
             num_boxes = normalizers.boxes * denoising.num_groups
@@ -225,8 +222,7 @@ class DetrLoss:
             loss = loss + self.config.dense_loss_coefficient * self._weighted_sum(dense_terms)
             loss_dict |= {f"{name}_dense": value for name, value in dense_terms.items()}
         if masks is not None:
-            last = (layers - 1) * groups
-            pairs = masks(Matching(matching.image, matching.query[last], matching.target[last]))
+            pairs = masks(Matching(matching.image, matching.query[-1], matching.target[-1]))
             mask_terms = {name: term(pairs, normalizers) for name, (term, _) in self.mask_terms.items()}
             loss = loss + torch.stack([self.mask_terms[name][1] * value for name, value in mask_terms.items()]).sum()
             loss_dict |= mask_terms
@@ -247,11 +243,6 @@ class DetrLoss:
         weights = {name: self.terms[name][1] for name in terms}
         weighted = [weight * terms[name].sum() for name, weight in weights.items() if weight is not None]
         return torch.stack(weighted).sum()
-
-
-def _groups_as_layers(tensor: Tensor, groups: int) -> Tensor:
-    """(L, B, groups · Q, ...) to (L · groups, B, Q, ...): to matching and loss a group is one more prediction."""
-    return tensor.unflatten(2, (groups, -1)).movedim(2, 1).flatten(0, 1) if groups > 1 else tensor
 
 
 def _apply(

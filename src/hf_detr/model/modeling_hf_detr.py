@@ -70,9 +70,7 @@ class DetrModel(DetrPreTrainedModel):
             config.position_embedding_type, config.d_model, for_anchors=are_boxes
         )
         # learned queries are position embeddings; anchors are inverse_sigmoid(cxcywh)
-        width, extra = 4 if are_boxes else config.d_model, config.query_groups - 1
-        self.query_position_embeddings = nn.Embedding(config.num_queries, width)
-        self.extra_query_groups = nn.Embedding(extra * config.num_queries, width) if extra else None
+        self.query_position_embeddings = nn.Embedding(config.num_queries, 4 if are_boxes else config.d_model)
         self.proposals = Proposals(config.d_model, config.num_labels) if config.query_proposals else None
         self.post_init()
 
@@ -81,8 +79,6 @@ class DetrModel(DetrPreTrainedModel):
         if module is self:
             init_as_torch(self.input_projection)
             init_queries(self.query_position_embeddings, self.decoder.queries_are_boxes)
-            if self.extra_query_groups is not None:
-                init_queries(self.extra_query_groups, self.decoder.queries_are_boxes, first=self.config.num_queries)
 
     def freeze_backbone(self) -> None:
         """Stop the training of the whole backbone, statistics of batch norm included."""
@@ -96,8 +92,7 @@ class DetrModel(DetrPreTrainedModel):
 
     def resize_queries(self, num_queries: int) -> str:
         """Change the number of object queries, in place: the first ones keep their weights, additional ones are
-        initialised as in a new model. The same in every extra query group. Returns a sentence that describes the
-        change."""
+        initialised as in a new model. Returns a sentence that describes the change."""
         return resize_queries(self, num_queries)
 
     def resize_channels(self, num_channels: int) -> str:
@@ -119,7 +114,7 @@ class DetrModel(DetrPreTrainedModel):
         denoising: DenoisingQueries | None = None,
         content: Tensor | None = None,
     ) -> Queries:
-        """The object queries of a batch; extra query groups only in training.
+        """The object queries of a batch.
 
         Args:
             content: (B, num_queries, d), what the decoder starts from; None: zeros.
@@ -128,25 +123,18 @@ class DetrModel(DetrPreTrainedModel):
             ValueError: the config has another number of queries than the model, or `content` another shape.
         """
         config, available = self.config, self.query_position_embeddings.num_embeddings
-        if available != config.num_queries:  # or the loss would take the others for an extra query group
+        if available != config.num_queries:
             raise ValueError(
                 f"The config has num_queries={config.num_queries}, but the model has {available} queries. Change both "
                 "with model.resize_queries."
             )
-
-        def rows(embeddings: nn.Embedding) -> Tensor:  # by a call, which offloaded weights need
-            return embeddings(torch.arange(embeddings.num_embeddings, device=device))
-
-        groups = [rows(self.query_position_embeddings)]
-        if self.training and self.extra_query_groups is not None:
-            groups += rows(self.extra_query_groups).split(config.num_queries)
         if content is not None and self.proposals is not None:
             raise ValueError("`query_proposals` take their content from the image, not from `decoder_inputs_embeds`.")
         expected = (batch_size, config.num_queries, config.d_model)
         if content is not None and tuple(content.shape) != expected:
             raise ValueError(f"`decoder_inputs_embeds` must be {expected}, got {tuple(content.shape)}.")
         return build_queries(
-            groups,
+            self.query_position_embeddings(torch.arange(available, device=device)),  # a call, for offloaded weights
             batch_size,
             config.d_model,
             are_boxes=self.decoder.queries_are_boxes,

@@ -12,7 +12,7 @@ from .loss import LossOutput
 @dataclass
 class DetrModelOutput(ModelOutput):
     """Hidden states of [`DetrModel`]. B images, T queries, L decoder layers, d = `d_model`, hw locations of the feature
-    map. T is `num_queries`, Q; in training with extra query groups or denoising, those come after the first Q.
+    map. T is `num_queries`, Q; in training with denoising queries, those come after the first Q.
 
     Args:
         last_hidden_state: (B, T, d), the last decoder layer's output, normed.

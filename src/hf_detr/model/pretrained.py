@@ -21,14 +21,14 @@ from .resizing import NAMED_BY_CLASS, keep_named_classes
 logger = logging.get_logger(__name__)
 Source = str | os.PathLike[str] | None
 # Modules that only training with their option uses; a model without the option ignores their weights.
-TRAINING_ONLY = ("extra_query_groups", "denoising", "dense_head")
+TRAINING_ONLY = ("denoising", "dense_head")
 # Names of weights in checkpoints saved by version 0.1, as {pattern: new name}: those checkpoints must keep loading.
 RENAMED = {
     r"^bbox_predictor\.": "model.decoder.bbox_predictor.",
-    r"further_query_groups\.": "extra_query_groups.",
     r"^denoising_content\.": "denoising.class_embedding.",
     r"decoder\.place_scale\.": "decoder.position_scale.",
 }
+RETIRED = (r"(extra|further)_query_groups\.",)  # weights of version 0.1 that only training used
 # Arguments of `from_pretrained` that locate a checkpoint; its config is read with them before its weights.
 LOCATION = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 RESIZABLE = ("id2label", "label2id", "num_labels", "num_queries", "num_channels")
@@ -49,7 +49,11 @@ class DetrPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # A counter that only batch norms with momentum=None read; frozen batch norms do not have it.
     _keys_to_ignore_on_load_missing = [r"num_batches_tracked"]
-    _keys_to_ignore_on_load_unexpected = [r"num_batches_tracked", *(rf"{name}\." for name in TRAINING_ONLY)]
+    _keys_to_ignore_on_load_unexpected = [
+        r"num_batches_tracked",
+        *(rf"{name}\." for name in TRAINING_ONLY),
+        *RETIRED,
+    ]
 
     def __init__(self, config: DetrConfig, *args: Any, **kwargs: Any) -> None:
         config.validate()  # fields may have been set since it was made

@@ -1,5 +1,5 @@
-"""Step 4: the object queries of a batch: learned vectors or anchor boxes, and in training extra groups and noised
-ground-truth boxes; and which query attends to which."""
+"""Step 4: the object queries of a batch: learned vectors or anchor boxes, and in training noised ground-truth
+boxes; and which query attends to which."""
 
 from typing import Any, NamedTuple
 
@@ -37,22 +37,19 @@ class DenoisingQueries(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """The object queries of a batch, T in all: the Q that predict, then, in training, extra query groups and denoising
-    queries.
+    """The object queries of a batch, T in all: the Q that predict, then, in training, denoising queries.
 
     Args:
         content: (B, T, d), what the decoder starts from.
         positions: (B, T, d), learned position embeddings; None if queries are boxes.
         boxes: (B, T, 4) cxcywh in [0, 1] of the image without its padding; None if queries are learned vectors.
-        group: (T,), the group of each; queries attend to their own group only.
-        attention_mask: (1 or B, 1, T, T) bool, True = attend; None: every query attends to every query.
+        attention_mask: (B, 1, T, T) bool, True = attend; None: every query attends to every query.
         denoising: how the last ones were made, if there are any.
     """
 
     content: Tensor
     positions: Tensor | None
     boxes: Tensor | None
-    group: Tensor
     attention_mask: Tensor | None = None
     denoising: DenoisingQueries | None = None
 
@@ -63,7 +60,7 @@ class Queries(NamedTuple):
 
 
 def build_queries(
-    groups: list[Tensor],
+    embeddings: Tensor,
     batch_size: int,
     d_model: int,
     *,
@@ -74,45 +71,38 @@ def build_queries(
     """The queries of a batch.
 
     Args:
-        content: (B, Q, d) of the first group; None: zeros, as of the other groups.
-        groups: the query parameters of each group, (Q, d) learned vectors, or (Q, 4) `inverse_sigmoid(cxcywh)` if
-            `are_boxes`.
+        embeddings: the query parameters, (Q, d) learned vectors, or (Q, 4) `inverse_sigmoid(cxcywh)` if `are_boxes`.
+        content: (B, Q, d), what the decoder starts from; None: zeros.
     """
-    embeddings = torch.cat(groups) if len(groups) > 1 else groups[0]
-    group = torch.arange(len(groups), device=embeddings.device).repeat_interleave(len(groups[0]))
     positions = boxes = None
     if are_boxes:
         boxes = embeddings.float().sigmoid().expand(batch_size, -1, -1)
     else:
         positions = embeddings.expand(batch_size, -1, -1)
-    first = 0 if content is None else content.shape[1]
-    others = embeddings.new_zeros(batch_size, len(embeddings) - first, d_model)
-    content = others if content is None else torch.cat((content, others.to(content)), dim=1)
-    valid = None
-    if denoising is not None:
-        if boxes is None:
-            raise ValueError("Denoising queries are boxes; they need a decoder whose queries are boxes.")
-        valid = torch.cat((denoising.valid.new_ones(batch_size, len(group)), denoising.valid), dim=1)
-        group = torch.cat((group, denoising.group + len(groups)))
-        boxes = torch.cat((boxes, denoising.boxes), dim=1)
-        content = torch.cat((content, denoising.content.to(content.dtype)), dim=1)
-    mask = None if len(groups) == 1 and denoising is None else group_mask(group, valid)
-    return Queries(content, positions, boxes, group, mask, denoising)
+    if content is None:
+        content = embeddings.new_zeros(batch_size, len(embeddings), d_model)
+    if denoising is None:
+        return Queries(content, positions, boxes)
+    if boxes is None:
+        raise ValueError("Denoising queries are boxes; they need a decoder whose queries are boxes.")
+    valid = torch.cat((denoising.valid.new_ones(batch_size, len(embeddings)), denoising.valid), dim=1)
+    group = torch.cat((denoising.group.new_zeros(len(embeddings)), denoising.group + 1))
+    boxes = torch.cat((boxes, denoising.boxes), dim=1)
+    content = torch.cat((content, denoising.content.to(content.dtype)), dim=1)
+    return Queries(content, positions, boxes, group_mask(group, valid), denoising)
 
 
-def group_mask(group: Tensor, valid: Tensor | None) -> Tensor:
+def group_mask(group: Tensor, valid: Tensor) -> Tensor:
     """Each query attends to the valid queries of its own group, and to itself.
 
     Args:
         group: (T,), the group of each query.
-        valid: (B, T) bool, or None if all are.
+        valid: (B, T) bool.
 
     Returns:
-        (1 or B, 1, T, T) bool, True = attend.
+        (B, 1, T, T) bool, True = attend.
     """
     same = (group[:, None] == group)[None, None]
-    if valid is None:
-        return same
     itself = torch.eye(len(group), dtype=torch.bool, device=group.device)
     return (same & valid[:, None, None]) | itself
 

@@ -24,16 +24,9 @@ def resize_queries(model: Any, num_queries: int) -> str:
     before, config.num_queries = model.query_position_embeddings.num_embeddings, num_queries
     kept = {row: row for row in range(min(num_queries, before))}
 
-    def resize(old: nn.Embedding, number: int, rows: dict[int, int], first: int = 0) -> nn.Embedding:
-        new = nn.Embedding(number, old.embedding_dim)
-        init_queries(new, model.decoder.queries_are_boxes, first)
-        return _copy_rows(new, old, rows)
-
-    model.query_position_embeddings = resize(model.query_position_embeddings, num_queries, kept)
-    if model.extra_query_groups is not None:  # the groups are stored one after the other
-        groups = config.query_groups - 1
-        rows = {group * num_queries + row: group * before + row for group in range(groups) for row in kept}
-        model.extra_query_groups = resize(model.extra_query_groups, groups * num_queries, rows, num_queries)
+    queries = nn.Embedding(num_queries, model.query_position_embeddings.embedding_dim)
+    init_queries(queries, model.decoder.queries_are_boxes)
+    model.query_position_embeddings = _copy_rows(queries, model.query_position_embeddings, kept)
     rest = f"{num_queries - len(kept)} new ones start afresh" if num_queries > before else "the rest is dropped"
     return f"Object queries: {before} to {num_queries}, the first {len(kept)} keep their weights, {rest}."
 

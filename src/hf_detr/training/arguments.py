@@ -34,7 +34,6 @@ SHAPES_OF_WEIGHTS = (
 PARTS_OF_MODEL = (
     "num_queries",
     "num_channels",
-    "query_groups",
     "denoising_groups",
     "dense_loss_coefficient",
     "query_proposals",

@@ -16,7 +16,6 @@ FULLY_TRAINED = (
     "class_labels_classifier",
     "bbox_predictor",
     "query_position_embeddings",
-    "extra_query_groups",
     "dense_head",
     "mask_head",
     "bbox_attention",
