@@ -126,6 +126,12 @@ def test_values_follow_the_data():
     assert choose_recipe("auto", SMALL, "backbone", (320, 480)).values("model", {})["feature_stride"] == 16
 
 
+@pytest.mark.parametrize(("max_objects", "groups"), [(0, 3), (4, 3), (33, 3), (34, 2), (60, 1), (100, 1), (500, 1)])
+def test_many_objects_get_fewer_denoising_groups(max_objects, groups):
+    data = dataclasses.replace(SMALL, max_objects=max_objects)
+    assert choose_recipe("auto", data, "scratch", (96, 96)).values("model", {})["denoising_groups"] == groups
+
+
 @pytest.mark.parametrize("start", ["checkpoint", "scratch"])
 def test_a_new_mask_head_gets_what_a_random_head_needs(start):
     def chosen(**masks):
@@ -411,8 +417,17 @@ def test_images_are_memorized_when_boxes_and_masks_are(numbers, memorized):
     assert ("mask AP50" in text) == (numbers.get("mask_AP50", -1) != -1)
 
 
-@pytest.mark.parametrize(("d_model", "rates"), [(None, (8e-4, 4e-4)), (64, (8e-4, 4e-4)), (256, (1e-4, 1e-5))])
-def test_a_transformer_that_is_made_wide_again_gets_the_paper_s_rates(d_model, rates):
-    recipe = choose_recipe("auto", SMALL, "backbone", (320, 480), d_model=d_model)
+@pytest.mark.parametrize(
+    ("start", "d_model", "rates"),
+    [
+        ("backbone", None, (4e-4, 2e-4)),
+        ("backbone", 64, (4e-4, 2e-4)),
+        ("backbone", 256, (1e-4, 1e-5)),  # the paper's
+        ("scratch", None, (8e-4, 4.8e-3)),
+        ("scratch", 256, (2e-4, 4e-4)),
+    ],
+)
+def test_a_transformer_that_is_made_wide_again_gets_lower_rates(start, d_model, rates):
+    recipe = choose_recipe("auto", SMALL, start, (320, 480), d_model=d_model)
     assert recipe.values("model", {})["d_model"] == 128
     assert tuple(recipe.training[name].value for name in ("learning_rate", "backbone_learning_rate")) == rates

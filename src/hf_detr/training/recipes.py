@@ -18,6 +18,7 @@ MAX_QUERIES = 1000  # of a checkpoint that gets more; the cost of the decoder gr
 MAX_TOKENS = 1500  # locations of the feature map; the cost of self-attention grows with their square
 STRIDES = (8, 16, 32)  # of most backbones
 SMALL_DATA = 5_000  # images from which a pretrained backbone gets the paper's transformer
+DENOISING_QUERIES = 100  # of an image, as in DINO (arXiv 2203.03605); a step takes longer the more there are
 ENOUGH_QUERIES = 50  # more locations than objects find something, until scores separate them
 SMALL_WIDTH = 128  # of that transformer otherwise
 SMALL_IMAGE = 200  # pixels of the longest side up to which batches of 32 fit anywhere
@@ -198,7 +199,10 @@ def _model(data: DataSummary, start: Start, image_size: tuple[int, int], strides
         "dense_loss_coefficient": Choice(
             1, "every location of the feature map is supervised, not only matched queries"
         ),
-        "denoising_groups": Choice(3, "noised ground-truth boxes train the decoder before the matching is stable"),
+        "denoising_groups": Choice(
+            max(1, min(3, DENOISING_QUERIES // max(1, data.max_objects))),
+            "noised ground-truth boxes train the decoder before the matching is stable",
+        ),
         "class_loss": Choice("iou_aware", "scores reflect the quality of the box"),
         "prior_probability": Choice(0.05, "initial scores are low, as most queries have no object"),
         "num_queries": Choice(
@@ -253,9 +257,9 @@ def _training(
     }
     rate, backbone_rate, why = rates[start]
     if start == "backbone" and small_transformer:
-        rate, backbone_rate, why = 8e-4, 4e-4, "a small transformer tolerates a high rate"
-    if start == "scratch" and not small:
-        rate, backbone_rate, why = 2e-4, 4e-4, "all weights are random, and batches are small"
+        rate, backbone_rate, why = 4e-4, 2e-4, "a small transformer tolerates a high rate"
+    if start == "scratch" and not small and not small_transformer:
+        rate, backbone_rate, why = 2e-4, 4e-4, "all weights are random, the transformer is wide, and batches are small"
     return {
         "epochs": Choice(epochs, f"about {seen:,} images seen, between 30 and 500 epochs"),
         "batch_size": Choice(32 if small else 4, "small images" if small else "the paper's, per process"),
