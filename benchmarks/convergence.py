@@ -157,7 +157,7 @@ def imagenet_weights(file: Path) -> Path:
 
 def augmentation(data: str) -> Augmentation:
     """The same for all variants of a data set: what the recipe chooses."""
-    return flip_rotate_augmentation() if data == "shapes" else paper_augmentation(SIZES[data])
+    return flip_rotate_augmentation() if data == "shapes" else paper_augmentation(SIZES[data], rounded=True)
 
 
 def endless(loader: Any) -> Iterator[Batch]:
@@ -205,7 +205,6 @@ PLAIN = {
     "query_type": "learned",
     "query_proposals": False,
     "class_cost": 1,
-    "query_groups": 1,
     "denoising_groups": 0,
     "dense_loss_coefficient": 0,
     "class_loss": "cross_entropy",
@@ -218,7 +217,6 @@ OURS: dict[str, dict[str, Any]] = {
     "plain": {},
     "anchor": {"query_type": "anchor"},
     "anchor-denoising": {"query_type": "anchor", "denoising_groups": 3},
-    "groups": {"query_groups": 3},
     "focal": _PRIOR | {"class_loss": "focal", "class_loss_coefficient": 2, "class_cost": 2},
     "iou-aware": _PRIOR | {"class_loss": "iou_aware"},
     "dense": {"dense_loss_coefficient": 1},
@@ -359,7 +357,8 @@ def to_line(minutes: float, step: int, loss: float, evaluator: CocoEvaluator, la
     metrics = evaluator.compute()
     line = {"minutes": round(minutes, 4), "step": step, "loss": round(loss, 4)}
     line |= {name: round(metrics[name], 5) for name in ("AP", "AP50")}
-    return line | {"last": True} if last else line
+    classes = {name: round(value, 5) for name, value in metrics["per_class"].items()}
+    return line | {"per_class": classes, "last": True} if last else line
 
 
 def run(args: argparse.Namespace) -> None:
@@ -374,7 +373,8 @@ def run(args: argparse.Namespace) -> None:
             path = args.folder / f"{args.data}-{variant}-{seed}.jsonl"
             about = describe(data, variant, seed, args)
             if path.exists() and is_complete(lines := read_lines(path)):
-                different = [k for k in ("minutes", "images", "recipe") if lines[0].get(k) != about[k]]
+                compared = ("minutes", "images", "recipe", "augmentation")
+                different = [k for k in compared if lines[0].get(k) != about[k]]
                 if different:
                     raise SystemExit(f"{path} is of another run ({', '.join(different)}). Name another --folder.")
                 print(f"{path}: complete")
@@ -414,6 +414,7 @@ def describe(data: Data, variant: str, seed: int, args: argparse.Namespace) -> L
         "parameters": yolo_parameters(variant, len(data.names)) if yolo else size_of(build_model(data, recipe, seed)),
         "precision": "no" if yolo else preferred_precision(),
         "recipe": settings,
+        "augmentation": "ultralytics'" if yolo else "turns" if data.name == "shapes" else "paper-rounded",
         "machine": machine(),
         "date": date.today().isoformat(),
     }

@@ -32,8 +32,8 @@ def machine() -> str:
     )
 
 
-def print_table(title: str, rows: dict[str, dict[str, float]]) -> None:
-    print(f"\n{title} ({machine()})\n\n| case | ours, ms | transformers, ms | ratio |\n|---|---|---|---|")
+def print_table(title: str, rows: dict[str, dict[str, float]], peer: str = "transformers") -> None:
+    print(f"\n{title} ({machine()})\n\n| case | ours, ms | {peer}, ms | ratio |\n|---|---|---|---|")
     for case, row in rows.items():
         ours, theirs = (f"{row[n]:.1f} ± {row[n + '_spread']:.1f}" for n in ("ours", "theirs"))
         print(f"| {case} | {ours} | {theirs} | {row['ratio']:.1f}x |")

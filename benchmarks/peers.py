@@ -396,7 +396,12 @@ def own_threads() -> Iterator[None]:
 
 
 def train_yolo(
-    data: Any, model: str, seed: int, minutes: float, every: float
+    data: Any,
+    model: str,
+    seed: int,
+    minutes: float,
+    every: float,
+    keep_model: Callable[[nn.Module], None] | None = None,
 ) -> Iterator[tuple[float, int, float, CocoEvaluator, bool]]:
     """Trains a model of ultralytics from random weights by its own trainer.
 
@@ -406,6 +411,7 @@ def train_yolo(
     Args:
         data: `Data` of convergence.py.
         model: "yolo26n", say.
+        keep_model: gets the trained model, with averaged weights.
 
     Yields:
         minutes of training, steps of the optimizer, loss, detections, and whether it is the end.
@@ -467,6 +473,8 @@ def train_yolo(
     for number, (when, step, loss, weights) in enumerate(kept, start=1):
         trainer.ema.ema.load_state_dict(weights)
         yield when, step, loss, evaluate_yolo(trainer.ema.ema, data), number == len(kept)
+    if keep_model is not None:
+        keep_model(trainer.ema.ema)
 
 
 def yolo_version() -> str:
