@@ -76,7 +76,7 @@ def main() -> None:
         times = {}
         for count in (1, 32):
             files = paths[:count]
-            times[f"complete, {count} files"] = compare(
+            times[f"complete, {count} file{'s' * (count > 1)}"] = compare(
                 partial(predict, files), partial(predict_yolo, files), args.repeats
             )
             both = (prepared(path, count, size, hint) for path in (folder / "ours", their_folder))

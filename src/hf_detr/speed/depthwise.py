@@ -1,5 +1,5 @@
 """Depthwise convolutions that train in bfloat16 on a CPU. oneDNN has a fast gradient in channels-last for 3x3 kernels
-without stride and dilation only; that of all others takes up to 25 times as long as in float32. They run in float32,
+without stride and dilation only; all others take up to nine times as long as in float32. They run in float32,
 therefore, inside a network that otherwise runs in bfloat16."""
 
 from typing import Any
