@@ -157,7 +157,12 @@ def imagenet_weights(file: Path) -> Path:
 
 def augmentation(data: str) -> Augmentation:
     """The same for all variants of a data set: what the recipe chooses."""
-    return flip_rotate_augmentation() if data == "shapes" else paper_augmentation(SIZES[data], rounded=True)
+    return flip_rotate_augmentation() if kind_of(data) == "turns" else paper_augmentation(SIZES[data], rounded=True)
+
+
+def kind_of(data: str) -> str:
+    """The name of the augmentation, for the record of a run."""
+    return "turns" if data == "shapes" else "paper-rounded"
 
 
 def endless(loader: Any) -> Iterator[Batch]:
@@ -414,7 +419,7 @@ def describe(data: Data, variant: str, seed: int, args: argparse.Namespace) -> L
         "parameters": yolo_parameters(variant, len(data.names)) if yolo else size_of(build_model(data, recipe, seed)),
         "precision": "no" if yolo else preferred_precision(),
         "recipe": settings,
-        "augmentation": "ultralytics'" if yolo else "turns" if data.name == "shapes" else "paper-rounded",
+        "augmentation": "ultralytics'" if yolo else kind_of(data.name),
         "machine": machine(),
         "date": date.today().isoformat(),
     }

@@ -6,17 +6,16 @@ Channels-last, forward and backward of one convolution, at the sizes of Efficien
 Where the second column is not slower than the first one, the third gains nothing.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
-from measure import machine
+from measure import machine, median
 from torch import Tensor, nn
 
 from hf_detr.speed.depthwise import widen
 from hf_detr.training import use_all_cores
 
+REPEATS = 15
 # images, channels, side of the input, kernel, stride
 CASES = (
     (1, 96, 192, 3, 2),
@@ -35,9 +34,9 @@ def main() -> None:
     for count, channels, side, kernel, stride in CASES:
         convolution = nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=channels)
         images = torch.randn(count, channels, side, side).contiguous(memory_format=torch.channels_last)
-        cells = [median(step(convolution, images)), median(step(convolution, images.bfloat16()))]
+        cells = [median(step(convolution, images), REPEATS), median(step(convolution, images.bfloat16()), REPEATS)]
         widen(nn.Sequential(convolution))
-        cells.append(median(step(convolution, images.bfloat16())))
+        cells.append(median(step(convolution, images.bfloat16()), REPEATS))
         print(f"| {count}, {channels}, {side}, {kernel}, {stride} | {' | '.join(f'{ms:.2f} ms' for ms in cells)} |")
 
 
@@ -55,16 +54,6 @@ def step(convolution: nn.Conv2d, images: Tensor) -> Callable[[], object]:
         return torch.autograd.grad(forward(), (images, *convolution.parameters()), gradient)
 
     return run
-
-
-def median(run: Callable[[], object], repeats: int = 15) -> float:
-    """In ms, after three rounds to warm up."""
-    times = []
-    for _ in range(repeats + 3):
-        started = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times[3:])
 
 
 if __name__ == "__main__":

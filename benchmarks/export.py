@@ -11,9 +11,7 @@ transformers' graph.
 """
 
 import argparse
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import numpy as np
 import onnxruntime
 import openvino
 import torch
-from measure import compare, machine, print_table
+from measure import compare, machine, median, print_table
 from transformers import PreTrainedModel
 
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
@@ -110,16 +108,6 @@ def main() -> None:
     print(f"\n2 images padded to {height} x {width}, ours ({machine()})\n\n| case | ms |\n|---|---|")
     for name, milliseconds in padded.items():
         print(f"| {name} | {milliseconds:.1f} |")
-
-
-def median(run: Callable[[], object], repeats: int) -> float:
-    """In ms, after two warm-up rounds."""
-    times = []
-    for _ in range(repeats + 2):
-        started = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times[2:])
 
 
 if __name__ == "__main__":

@@ -25,6 +25,16 @@ def compare(ours: Callable[[], object], theirs: Callable[[], object], repeats: i
     return row | {"ratio": row["theirs"] / row["ours"]}
 
 
+def median(run: Callable[[], object], repeats: int) -> float:
+    """In ms, after two warm-up rounds."""
+    times = []
+    for _ in range(repeats + 2):
+        started = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times[2:])
+
+
 def machine() -> str:
     return (
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "

@@ -105,8 +105,8 @@ def paper_augmentation(size: Mapping[str, int | None] | None = None, *, rounded:
             other form, such as `{"height": 96, "width": 96}`, only crop and flip are applied, and the processor
             resizes.
         rounded: after the resize, height and width are rounded to the nearest multiples of 64 pixels (of less below
-            256), neither above its limit. The aspect ratio usually changes by a few percent, by a quarter at most.
-            Images then have few different sizes, for each of which oneDNN has to prepare kernels on a CPU.
+            256), neither above its limit. The aspect ratio usually changes by a few percent. Images
+            then have few different sizes, for each of which oneDNN has to prepare kernels on a CPU.
 
     The crop precedes the flip to flip fewer pixels; the distribution is the same.
     """

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-KEPT_KERNELS = 16_384  # a training step has some 200 per image size; oneDNN's default is 1,024
+KEPT_KERNELS = 16_384  # oneDNN's default is 1,024; benchmarks/many_sizes.py compares them
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # constants of glibc's malloc.h
 
 
