@@ -22,6 +22,15 @@ from hf_detr.model.image_io import to_image_tensor
 
 # -- config ------------------------------------------------------------------------------------------------------------
 
+
+def test_class_ids_follow_from_names_alone():
+    """transformers leaves `label2id` empty then, where the number of classes is not given."""
+    config = DetrConfig(id2label={0: "cat", 1: "N/A", 2: "N/A"})
+    assert config.label2id == {"cat": 0, "N/A": 1}
+    assert DetrConfig(id2label={0: "cat"}, label2id={"cat": 0}).label2id == {"cat": 0}
+    assert DetrConfig().label2id == {"LABEL_0": 0, "LABEL_1": 1}
+
+
 WRONG_VALUES = [
     ("class_loss", "focus"),
     ("position_embedding_type", "learnd"),

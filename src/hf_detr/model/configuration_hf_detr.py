@@ -187,6 +187,9 @@ class DetrConfig(PreTrainedConfig):
         if any(value is not None for value in theirs.values()):
             self._take_over(theirs)
         super().__post_init__(**kwargs)
+        label2id: dict[str, int] | None = getattr(self, "label2id", None)
+        if label2id is None and self.id2label is not None:  # not derived by transformers
+            self.label2id = {name: index for index, name in reversed(self.id2label.items())}
 
     def _take_over(self, theirs: dict[str, Any]) -> None:
         """Set the fields that transformers' names stand for.
