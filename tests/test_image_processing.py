@@ -310,3 +310,28 @@ def test_huge_images_are_refused_with_their_name(tmp_path, monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match=r"bomb\.png cannot be read"):
         to_image_tensor(path)
+
+
+@pytest.mark.parametrize(
+    ("size", "image", "expected"),
+    [
+        ({"shortest_edge": 384, "longest_edge": 640}, (400, 540), (384, 512)),  # 384 x 518
+        ({"shortest_edge": 384, "longest_edge": 640}, (300, 900), (224, 640)),  # 213 x 640; below 256 multiples of 32
+        ({"shortest_edge": 800, "longest_edge": 1333}, (480, 640), (768, 1088)),  # 800 x 1066; 832 is above the limit
+        ({"max_height": 200, "max_width": 300}, (500, 500), (192, 192)),
+        ({"height": 100, "width": 130}, (400, 540), (100, 130)),
+    ],
+)
+def test_sizes_are_rounded_if_training_rounded_them(tmp_path, size, image, expected):
+    DetrImageProcessor(size=size, round_size=True).save_pretrained(tmp_path)
+    processor = DetrImageProcessor.from_pretrained(tmp_path)
+    pixels = torch.zeros(3, *image, dtype=torch.uint8)
+    box = {"bbox": [0, 0, image[1] / 2, image[0]], "category_id": 0, "area": 8.0, "iscrowd": 0}
+    batch = processor(pixels, annotations={"image_id": 0, "annotations": [box]}, return_tensors="pt")
+    assert batch["pixel_values"].shape[-2:] == expected
+    [label] = batch["labels"]
+    assert label["size"].tolist() == list(expected)
+    assert label["boxes"][0].tolist() == pytest.approx([0.25, 0.5, 0.5, 1.0])
+    assert label["area"].item() == pytest.approx(8.0 * expected[0] * expected[1] / (image[0] * image[1]))
+    plain = processor(pixels, round_size=False, return_tensors="pt")["pixel_values"].shape[-2:]
+    assert plain == DetrImageProcessor(size=size)(pixels, return_tensors="pt")["pixel_values"].shape[-2:]

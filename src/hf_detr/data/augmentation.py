@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ..model.annotations import box_problem
 from ..model.image_io import to_image_tensor
-from ..model.processor_size import size_fields
+from ..model.processor_size import rounded_side, size_fields
 from .masks import decode_masks, encode_masks, mask_areas, mask_boxes, resize_masks
 
 Row = dict[str, Any]
@@ -154,18 +154,6 @@ class _Resize(v2.Transform):
         if self.rounded_up_to is None:
             return size
         return [rounded_side(side, self.rounded_up_to if side == min(size) else self.longest) for side in size]
-
-
-def rounded_side(side: int, limit: int | None = None) -> int:
-    """The nearest multiple of 64 pixels, or below 256 of 32, below 128 of 16, and so on: a side changes by at most an
-    eighth.
-
-    Args:
-        limit: if the nearest is longer, the one before it.
-    """
-    step = min(64, 1 << max(0, side.bit_length() - 3))
-    nearest = round(side / step) * step
-    return nearest - step if limit and nearest > limit else nearest
 
 
 class ResizeTo(v2.Resize):

@@ -32,7 +32,7 @@ from .mask_post_processing import (
     resize_nearest,
 )
 from .post_processing import post_process_detection
-from .processor_size import resized_size
+from .processor_size import resized_size, rounded_size
 
 logger = logging.get_logger(__name__)
 MAX_SIZE = 1333  # longest edge beside a shortest edge that is given as a number, as in the paper
@@ -66,6 +66,7 @@ class DetrImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     class_thresholds: list[float] | None
     panoptic_threshold: float | None
     return_segmentation_masks: bool | None
+    round_size: bool | None
 
 
 class HfDetrImageProcessor(TorchvisionBackend):
@@ -104,6 +105,10 @@ class HfDetrImageProcessor(TorchvisionBackend):
     num_channels: int = 3
     # Labels also have `masks`, as DetrForSegmentation needs them.
     return_segmentation_masks: bool = False
+    # Heights and widths are rounded after the resize (`processor_size.rounded_size`), as they were in training with the
+    # augmentation "paper-rounded". Otherwise the last row and column of the feature map lie partly outside the image,
+    # which a model that has not seen this places boxes too far to the right and the bottom for.
+    round_size: bool = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**self._usable(kwargs))
@@ -247,6 +252,7 @@ class HfDetrImageProcessor(TorchvisionBackend):
         pad_size: SizeDict | None,
         return_tensors: Any,
         return_segmentation_masks: bool | None = False,
+        round_size: bool | None = False,
         **kwargs: Any,
     ) -> BatchFeature:
         if isinstance(annotations, dict):
@@ -263,7 +269,7 @@ class HfDetrImageProcessor(TorchvisionBackend):
         resized = []
         for index, image in enumerate(images):
             with _naming(index, len(images)):
-                resized.append(self._resized(image, size, resample) if do_resize else image)
+                resized.append(self._resized(image, size, resample, bool(round_size)) if do_resize else image)
         channels, device = resized[0].shape[0], resized[0].device
         factor, offset = _affine(do_rescale, rescale_factor, do_normalize, image_mean, image_std, channels, device)
 
@@ -291,10 +297,12 @@ class HfDetrImageProcessor(TorchvisionBackend):
             batch["labels"] = [BatchFeature(label, tensor_type=return_tensors) for label in labels]
         return batch
 
-    def _resized(self, image: Tensor, size: SizeDict, resample: Any) -> Tensor:
+    def _resized(self, image: Tensor, size: SizeDict, resample: Any, rounded: bool) -> Tensor:
         height, width = _height_width(image)
         resized = resized_size((height, width), size)
-        if 1 in resized:  # transformers would make 0 pixels of a very thin image
+        if rounded:
+            resized = rounded_size(resized, size)
+        if rounded or 1 in resized:  # transformers would make 0 pixels of a very thin image
             size = SizeDict(height=resized[0], width=resized[1])
         try:
             return self.resize(image, size, resample)

@@ -24,6 +24,32 @@ def resized_size(image_size: tuple[int, int], size: Mapping[str, int | None] | A
     return max(1, int(resized[0])), max(1, int(resized[1]))
 
 
+def rounded_side(side: int, limit: int | None = None) -> int:
+    """The nearest multiple of 64 pixels, or below 256 of 32, below 128 of 16, and so on: a side changes by at most an
+    eighth.
+
+    Args:
+        limit: if the nearest is longer, the one before it.
+    """
+    step = min(64, 1 << max(0, side.bit_length() - 3))
+    nearest = round(side / step) * step
+    return nearest - step if limit and nearest > limit else nearest
+
+
+def rounded_size(image_size: tuple[int, int], size: Mapping[str, int | None] | Any) -> tuple[int, int]:
+    """(height, width) of a resized image, rounded by [`rounded_side`] within the limits of a processor's size; as it is
+    where the size is exact."""
+    given = size_fields(size)
+    height, width = image_size
+    if "height" in given:
+        return height, width
+    if "max_height" in given:
+        return rounded_side(height, given["max_height"]), rounded_side(width, given["max_width"])
+    shortest, longest = given["shortest_edge"], given.get("longest_edge")
+    rounded = [rounded_side(side, shortest if side == min(image_size) else longest) for side in image_size]
+    return rounded[0], rounded[1]
+
+
 def resized_sizes(
     image_sizes: Iterable[tuple[int, int]], size: Mapping[str, int | None] | Any
 ) -> list[tuple[int, int]]:

@@ -142,8 +142,11 @@ def build_processor(args: FinetuneArguments) -> DetrImageProcessor:
     return processor
 
 
-def fit_processor(processor: DetrImageProcessor, model: DetrForDetection) -> DetrImageProcessor:
-    """The processor with the score from which a query of this model is a panoptic segment, unless it has one."""
+def fit_processor(processor: DetrImageProcessor, model: DetrForDetection, recipe: RunRecipe) -> DetrImageProcessor:
+    """The processor with what it has to know of the model and its training: the score from which a query is a panoptic
+    segment, unless it has one, and whether sizes are rounded."""
+    if recipe.augmentation == "paper-rounded" and keeps_aspect_ratio(processor.size):
+        processor.round_size = True
     if model.has_masks and processor.panoptic_threshold is None and model.config.class_loss != "cross_entropy":
         processor.panoptic_threshold = PANOPTIC_THRESHOLD
     return processor
