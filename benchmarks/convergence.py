@@ -12,19 +12,20 @@ The clock is the wall time of training, data loading included; evaluations (in f
 Learning rates are functions of the share of the time that is over, so a slow variant goes through its whole schedule in
 fewer steps. Run on an idle machine: what others take is missing from both.
 
-Everybody has the same images, augmentation, sizes and batches, the same random backbone for a seed, bf16 where
-`preferred_precision()` says so, channels_last and fused AdamW. Ours have pre-norm, which transformers' DETR does not.
-In transformers' favour:
+Everybody has the same images, augmentation and sizes, the same random backbone for a seed, bf16 where
+`preferred_precision()` says so, channels_last and fused AdamW. Batch sizes: the recipe's for `ours-recipe` and
+`ours-without-*`, 4 for `-imagenet` variants, 32 for our other variants and those of transformers. Ours have pre-norm,
+which transformers' DETR does not. In transformers' favour:
 
 - Its batch norms, always frozen there, train: a random backbone cannot learn with frozen ones.
 - Its loss is computed in float32, outside autocast, and attention is the implementation that was the fastest here.
 - `-tuned` variants have the rates at which plain DETR learned best here, the `-fast` one those of our recipe; all of
-  them have our schedule, no dropout, and the initial weights of the papers' code. transformers draws all matrices and
-  queries from N(0, 0.02), which does for checkpoints, but from random weights its queries are all but equal, and the
-  signal shrinks from layer to layer. For DAB-DETR the prior of the classes is the paper's 0.01, where transformers
-  takes 1 / (classes + 1), with few classes a large number.
+  them have our schedule and averaged weights, no dropout, and the initial weights of the papers' code. transformers
+  draws all matrices and queries from N(0, 0.02), which does for checkpoints, but from random weights its queries are
+  all but equal, and the signal shrinks from layer to layer. For DAB-DETR the prior of the classes is the paper's 0.01,
+  where transformers takes 1 / (classes + 1), with few classes a large number.
 
-D-FINE-N, RT-DETR-R18 and FCOS have the same loop, batches of 16 and our schedule, whose fall at the end replaces
+D-FINE-N, RT-DETR-R18 and FCOS have the same loop, batches of 16, our schedule and (except `fcos-sgd`) the decay of our
 averaged weights. The first two have their own random backbones on all data, FCOS has ours, with ImageNet weights where
 ours has them. YOLO is trained from random weights by ultralytics (AGPL, never a dependency) with its defaults, on the
 longest side of our size; its clock leaves out validation and checkpoints. AP is always from our evaluator.
@@ -71,6 +72,7 @@ from hf_detr.data import (
 from hf_detr.evaluation import CocoEvaluator, evaluate_detection
 from hf_detr.speed import prepare_for_training
 from hf_detr.training import (
+    build_ema,
     choose_recipe,
     feature_strides,
     parameter_groups,
@@ -78,6 +80,7 @@ from hf_detr.training import (
     summarize,
     use_all_cores,
 )
+from hf_detr.training.recipes import EMA_DECAY
 
 Batch = dict[str, Any]
 Line = dict[str, Any]
@@ -132,7 +135,7 @@ def load_data(name: str, folder: Path, images: int | None) -> Data:
         "small-data", summarize(train_set), "backbone" if weights else "scratch", tuple(size.values()),
         strides=feature_strides(fixed["backbone"]), upright=name != "shapes",
     )  # fmt: skip
-    chosen = ("learning_rate", "backbone_learning_rate", "weight_decay", "batch_size")
+    chosen = ("learning_rate", "backbone_learning_rate", "weight_decay", "batch_size", "ema")
     training = {k: recipe.training[k].value for k in chosen}
     train_rows: list[Any] = list(train_set)
     if "height" in size:
@@ -204,6 +207,7 @@ class Recipe:
     paper_start: bool = False  # of transformers' models: initial weights as in the papers' code
     fields: dict[str, Any] = field(default_factory=dict)  # of the side's config
     optimizer: str = "adamw"  # or "sgd"
+    ema: float = 0.0  # decay of averaged weights, which are evaluated; 0: none
 
 
 PLAIN = {
@@ -240,6 +244,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
 _OUR_RATES: dict[str, Any] = {"learning_rate": 4e-4, "backbone_learning_rate": 1.2e-3, "schedule": level}
 _FAST_RATES = _OUR_RATES | {"learning_rate": 8e-4, "backbone_learning_rate": 4.8e-3}  # those of our recipe
 _PAPER_RATES: dict[str, Any] = {"learning_rate": 1e-4, "backbone_learning_rate": 1e-5}
+_IMAGENET: dict[str, Any] = {"schedule": level, "batch_size": 4, "ema": EMA_DECAY}
 _DETR_FIELDS: dict[str, Any] = {"auxiliary_loss": True, "dropout": 0.1}
 _TUNED_FIELDS = {"auxiliary_loss": True, "dropout": 0.0}
 _TUNED_DAB = _TUNED_FIELDS | {"initializer_bias_prior_prob": 0.01}
@@ -253,23 +258,23 @@ VARIANTS: dict[str, Recipe] = {
     "transformers-paper": Recipe("detr", **_PAPER_RATES, schedule=drop_at(2 / 3), fields=_DETR_FIELDS),
     # arXiv 2201.12329, section 5: 50 epochs, dropped after 40
     "transformers-dab": Recipe("dab", **_PAPER_RATES, schedule=drop_at(0.8), fields={"auxiliary_loss": True}),
-    "transformers-paper-tuned": Recipe("detr", **_OUR_RATES, paper_start=True, fields=_TUNED_FIELDS),
-    "transformers-dab-tuned": Recipe("dab", **_OUR_RATES, paper_start=True, fields=_TUNED_DAB),
-    "transformers-dab-fast": Recipe("dab", **_FAST_RATES, paper_start=True, fields=_TUNED_DAB),
+    "transformers-paper-tuned": Recipe("detr", **_OUR_RATES, paper_start=True, fields=_TUNED_FIELDS, ema=EMA_DECAY),
+    "transformers-dab-tuned": Recipe("dab", **_OUR_RATES, paper_start=True, fields=_TUNED_DAB, ema=EMA_DECAY),
+    "transformers-dab-fast": Recipe("dab", **_FAST_RATES, paper_start=True, fields=_TUNED_DAB, ema=EMA_DECAY),
     **{f"ours-{name}": Recipe("ours", **_OUR_RATES, fields=PLAIN | fields) for name, fields in OURS.items()},
     # with the rates and the batches of the recipe, see `recipe_for`
     "ours-recipe": Recipe("ours", 0.0, 0.0, level),
     **{f"ours-without-{name}": Recipe("ours", 0.0, 0.0, level, fields=fields) for name, fields in WITHOUT.items()},
     # published: 8e-4 for batches of 128, half of it in the backbone; 0.35 = sqrt(16 / 128) of it, in the backbone too
-    "dfine-n": Recipe("dfine", 2.8e-4, 2.8e-4, level, batch_size=16),
+    "dfine-n": Recipe("dfine", 2.8e-4, 2.8e-4, level, batch_size=16, ema=EMA_DECAY),
     # published: 1e-4, a tenth in the backbone, for 72 epochs of COCO; at 4e-4 the loss fell faster here
-    "rtdetr-r18": Recipe("rtdetr", 4e-4, 4e-4, level, batch_size=16),
-    "fcos": Recipe("fcos", 4e-4, 4e-4, level, clip=math.inf, batch_size=16),
+    "rtdetr-r18": Recipe("rtdetr", 4e-4, 4e-4, level, batch_size=16, ema=EMA_DECAY),
+    "fcos": Recipe("fcos", 4e-4, 4e-4, level, clip=math.inf, batch_size=16, ema=EMA_DECAY),
     "fcos-sgd": Recipe("fcos", 0.01, 0.01, level, clip=math.inf, batch_size=16, optimizer="sgd"),  # as torchvision's
     # for data with an ImageNet backbone: our batches there, and for the transformers our rates
-    "detr-imagenet": Recipe("detr", 1e-4, 1e-5, level, batch_size=4, paper_start=True, fields=_TUNED_FIELDS),
-    "dab-imagenet": Recipe("dab", 1e-4, 1e-5, level, batch_size=4, paper_start=True, fields=_TUNED_DAB),
-    "fcos-imagenet": Recipe("fcos", 4e-4, 4e-4, level, clip=math.inf, batch_size=4),
+    "detr-imagenet": Recipe("detr", 1e-4, 1e-5, **_IMAGENET, paper_start=True, fields=_TUNED_FIELDS),
+    "dab-imagenet": Recipe("dab", 1e-4, 1e-5, **_IMAGENET, paper_start=True, fields=_TUNED_DAB),
+    "fcos-imagenet": Recipe("fcos", 4e-4, 4e-4, **_IMAGENET, clip=math.inf),
     **{name: Recipe("yolo", 0.0, 0.0, level, batch_size=16, fields=YOLO_SETTINGS) for name in ("yolo26n", "yolo11n")},
 }
 
@@ -317,7 +322,7 @@ def train(data: Data, variant: str, seed: int, minutes: float) -> Iterator[Line]
             yield to_line(*end)
         return
     precision = preferred_precision()
-    processor = DetrImageProcessor(size=data.size)
+    processor = DetrImageProcessor(size=data.size, round_size="shortest_edge" in data.size)  # as the augmentation
     post_processor = processor if recipe.side == "ours" else PEERS[recipe.side].processor or processor
     model = build_model(data, recipe, seed)
     if recipe.side == "ours":
@@ -335,6 +340,7 @@ def train(data: Data, variant: str, seed: int, minutes: float) -> Iterator[Line]
     sgd = recipe.optimizer == "sgd"
     optimizer = torch.optim.SGD(groups, momentum=0.9) if sgd else torch.optim.AdamW(groups, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
+    ema = build_ema(model, recipe.ema) if recipe.ema else None
     batches = endless(loader)
     # what PyTorch prepares at the first step of a shape belongs to nobody
     compute_loss(copy.deepcopy(model), next(iter(loader)), precision).backward()
@@ -350,11 +356,14 @@ def train(data: Data, variant: str, seed: int, minutes: float) -> Iterator[Line]
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         optimizer.zero_grad()
+        if ema is not None:
+            ema.update_parameters(model)
         elapsed += time.perf_counter() - started
         step += 1
         if elapsed >= min(next_evaluation, budget):
             next_evaluation = elapsed + every
-            evaluator = evaluate_detection(model, val_loader, data.val_set, post_processor, progress=False)
+            evaluated = model if ema is None else ema.module
+            evaluator = evaluate_detection(evaluated, val_loader, data.val_set, post_processor, progress=False)
             yield to_line(elapsed / 60, step, loss.item(), evaluator, elapsed >= budget)
 
 

@@ -56,7 +56,7 @@ def main(augmentation: Callable[[Any], Any] | None = None) -> None:
     recipe = resolve_recipe(args, train_set, processor)
     accelerator.print(recipe.description)
     model = build_model(args, recipe, train_set)
-    processor = fit_processor(processor, model)
+    processor = fit_processor(processor, model, recipe)
 
     # the run: its folder, its progress, its checkpoints
     run = TrainingRun(args, recipe, accelerator, processor)
@@ -76,7 +76,7 @@ def main(augmentation: Callable[[Any], Any] | None = None) -> None:
     prepare_for_training(model)
     if args.model.compile:
         compile_for_training(model)
-    ema = build_ema(model, args.run.ema).to(accelerator.device) if args.run.ema else None
+    ema = build_ema(model, recipe.ema).to(accelerator.device) if recipe.ema else None
     groups = parameter_groups(model, recipe.learning_rate, recipe.backbone_learning_rate, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, fused=True)
     unsharded = deepcopy(model).to(accelerator.device) if accelerator.is_fsdp2 else None

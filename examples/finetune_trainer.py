@@ -53,12 +53,13 @@ def main() -> None:
     size, backbone, start = {"height": 96, "width": 96}, "test_resnet", "scratch"
     if args.dataset:
         size, backbone, start = {"shortest_edge": 800, "longest_edge": 1333}, "resnet50", "backbone"
-    processor = DetrImageProcessor(size=size)
+    processor = DetrImageProcessor(size=size, round_size=args.dataset is not None)  # as the augmentation
     about, edges = training.summarize(train_set), tuple(size.values())
     strides = training.feature_strides(backbone)
     recipe = training.choose_recipe("auto", about, start, edges, strides=strides, upright=args.dataset is not None)
-    print(recipe.describe({}))
-    values = recipe.values("training", {"epochs": args.epochs} if args.epochs else {})
+    given = {"ema": 0.0} | ({"epochs": args.epochs} if args.epochs else {})  # the Trainer has no averaged weights
+    print(recipe.describe(given))
+    values = recipe.values("training", given)
     config = DetrConfig(**recipe.values("model", {"backbone": backbone, "id2label": names}))
     model = DetrForDetection.from_pretrained_backbone(config) if args.dataset else DetrForDetection(config)
     augmentation = data.paper_augmentation(size, rounded=True) if args.dataset else data.flip_rotate_augmentation()

@@ -562,7 +562,7 @@ def test_an_augmentation_of_your_own_takes_the_place_of_the_recipe_s(tmp_path):
     small = ["--set", "d_model=32", "encoder_layers=1", "decoder_layers=1"]
     code, said = run_script(tmp_path / "script.py", "--quick", *small, cwd=tmp_path)
     assert code == 0, said
-    assert "augmented 256" in said, "2 epochs of 64 images, after 4 batches of 32 to measure a step"
+    assert "augmented 192" in said, "2 epochs of 64 images, after 4 batches of 16 to measure a step"
     assert (tmp_path / "runs" / "shapes-1" / "last" / "model.safetensors").is_file()
 
 

@@ -5,14 +5,15 @@ import json
 
 import pytest
 import torch
-from conftest import random_labels, tiny_model
+from conftest import random_labels, tiny_config, tiny_model
 
-from hf_detr import DetrConfig
+from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
 from hf_detr.data import draw_shapes_dataset, load_detection_dataset
 from hf_detr.training import (
     build_processor,
     build_schedule,
     choose_recipe,
+    fit_processor,
     parse_finetune_args,
     resolve_recipe,
     summarize,
@@ -77,7 +78,7 @@ def test_what_is_chosen(name, start, expected):
     assert ("query_type" in model) == (expected == "small-data")
     assert set(recipe.values("training", {})) == {
         "epochs", "batch_size", "learning_rate", "backbone_learning_rate", "weight_decay", "schedule", "warmup",
-        "decay", "augmentation", "eval_every",
+        "decay", "ema", "augmentation", "eval_every",
     }  # fmt: skip
 
 
@@ -107,6 +108,7 @@ def test_the_paper_is_the_paper():
     values = recipe.values("training", {})
     assert (values["learning_rate"], values["backbone_learning_rate"], values["weight_decay"]) == (1e-4, 1e-5, 1e-4)
     assert (values["epochs"], values["schedule"], values["decay"], values["batch_size"]) == (300, "step", 0.3333, 4)
+    assert values["ema"] == 0
 
 
 def test_values_follow_the_data():
@@ -354,9 +356,59 @@ def test_a_resumed_run_has_its_arguments_and_takes_changes(tmp_path, drawn):
     assert (same.config["num_queries"], same.config["d_model"], same.epochs, same.learning_rate) == (7, 64, 5, 0.5)
     args, changed = resolve(drawn, [*again, "--epochs", "9", "--set", "dropout=0.1", "num_queries=7"])
     assert (changed.config, changed.epochs) == (recipe.config | {"dropout": 0.1}, 9)
-    for wrong in (["--ema", "0.9"], ["--metric", "AP50"]):
+    for wrong in (["--ema", "0"], ["--metric", "AP50"]):
         with pytest.raises(SystemExit):
             parse_finetune_args("", [*again, *wrong])
+
+
+def test_weights_are_averaged_unless_they_are_sharded(drawn, monkeypatch):
+    assert resolve(drawn, [])[1].ema == 0.99
+    assert resolve(drawn, ["--ema", "0"])[1].ema == 0
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert resolve(drawn, [])[1].ema == 0
+
+
+@pytest.mark.parametrize(("side", "objects", "expected"), [(96, 0.5, 32), (96, 0.1, 16), (128, 0.1, 8), (192, 0.1, 8)])
+def test_small_images_with_more_locations_come_in_smaller_batches(side, objects, expected):
+    data = dataclasses.replace(SMALL, object_side=objects)
+    recipe = choose_recipe("small-data", data, "scratch", (side, side))
+    assert recipe.training["batch_size"].value == expected
+    locations = (side // recipe.model["feature_stride"].value) ** 2
+    assert f"{locations} locations" in recipe.training["batch_size"].reason
+
+
+def test_a_run_of_version_0_1_is_resumed_without_averaged_weights(tmp_path, drawn):
+    args, recipe = resolve(drawn, ["--ema", "0"])
+    saved = recipe.settings(args) | {"ema": None}
+    (tmp_path / "args.json").write_text(json.dumps(saved))
+    assert resolve(drawn, ["--output_dir", str(tmp_path), "--resume"])[1].ema == 0
+
+
+def test_a_checkpoint_with_a_fine_feature_map_gets_small_batches(tmp_path, drawn):
+    sizes = {}
+    for stride in (8, None):
+        DetrForDetection(tiny_config(feature_stride=stride)).save_pretrained(tmp_path / str(stride))
+        DetrImageProcessor().save_pretrained(tmp_path / str(stride))
+        options = ["--model", str(tmp_path / str(stride)), "--image_size", "112"]
+        sizes[stride] = resolve(drawn, options)[1].batch_size
+    assert sizes == {8: 8, None: 32}
+
+
+@pytest.mark.parametrize(
+    ("options", "rounded"),
+    [
+        (["--image_size", "300"], True),
+        (["--recipe", "paper"], False),
+        (["--augmentation", "flip"], False),
+        (None, False),
+    ],
+)
+def test_images_are_rounded_in_prediction_if_they_are_in_training(drawn, options, rounded):
+    random = ["--dataset", "x", "--backbone", "test_resnet", "--backbone_weights", "none"]
+    args = parse_finetune_args("", [] if options is None else [*random, *options])
+    processor = build_processor(args)
+    recipe = resolve_recipe(args, drawn, processor)
+    assert fit_processor(processor, tiny_model(), recipe).round_size is rounded
 
 
 def test_overfitting_takes_away_what_stands_in_its_way(drawn):

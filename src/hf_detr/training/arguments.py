@@ -177,6 +177,7 @@ class RecipeArguments:
     schedule: str | None = option("wsd: warm-up, stable, decay; step: the paper's", choices=SCHEDULES)
     warmup: float | None = option("fraction of all steps in which the learning rate rises")
     decay: float | None = option("fraction of all steps, at the end, in which the rate falls (step: is a tenth)")
+    ema: float | None = option("decay of the averaged weights, which are evaluated and saved; 0: none", metavar="DECAY")
     augmentation: str | None = option("of the training images", choices=AUGMENTATIONS)
     eval_every: int | None = option("epochs between evaluations; the last epoch is always evaluated")
 
@@ -188,6 +189,10 @@ class RecipeArguments:
         for name in ("warmup", "decay"):
             if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise ValueError(f"--{name} is a fraction of all steps, between 0 and 1")
+        if not 0 <= (self.ema or 0) < 1:
+            raise ValueError(
+                "--ema must be at least 0 and below 1: a decay such as 0.99, or 0 to not average the weights"
+            )
         if (self.warmup or 0) + (self.decay or 0) > 1:
             raise ValueError("--warmup and --decay are fractions of all steps, together at most 1")
 
@@ -209,7 +214,6 @@ class RunArguments:
         help="batches per optimizer step",
     )
     auto_batch_size: bool = option("reduce the batch size until it fits, and accumulate gradients instead", False)
-    ema: float | None = option("average the weights; evaluate and save the average; such as 0.9998", metavar="DECAY")
     metric: str | None = option(
         "selects the best checkpoint, default AP; with --masks PQ where there is stuff, and mask_AP elsewhere",
         choices=(*METRICS, *METRICS_OF_MASKS),
@@ -237,8 +241,6 @@ class RunArguments:
             raise ValueError("--minutes must be a number above 0")
         if self.seed < 0:
             raise ValueError("--seed must not be negative")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError("--ema is a decay between 0 and 1, such as 0.9998")
 
 
 @dataclass(frozen=True)

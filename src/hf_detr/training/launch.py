@@ -30,7 +30,7 @@ def build_accelerator(args: FinetuneArguments) -> Accelerator:
         log_with=run.report_to,
         project_dir="runs",
     )
-    check_sharding(accelerator, ema=bool(run.ema), auto_batch_size=run.auto_batch_size)
+    check_sharding(accelerator, ema=bool(args.recipe.ema), auto_batch_size=run.auto_batch_size)
     check_trackers(run.report_to, accelerator)
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)

@@ -22,6 +22,8 @@ DENOISING_QUERIES = 100  # of an image, as in DINO (arXiv 2203.03605); a step ta
 ENOUGH_QUERIES = 50  # more locations than objects find something, until scores separate them
 SMALL_WIDTH = 128  # of that transformer otherwise
 SMALL_IMAGE = 200  # pixels of the longest side up to which batches of 32 fit anywhere
+BATCH_TOKENS = 2048  # locations per batch of small images; larger batches learn more slowly in the same time
+EMA_DECAY = 0.99  # averages about the last 100 steps
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class Recipe:
             mask head.
         training: `epochs`, `batch_size` (images per process and batch), `learning_rate`, `backbone_learning_rate`,
             `weight_decay`, `schedule` (`"wsd"`: warm-up, stable, decay to 0; `"step"`: a tenth after two thirds),
-            `warmup` and `decay` (fractions of all steps), `augmentation`, `eval_every` (epochs).
+            `warmup` and `decay` (fractions of all steps), `ema` (decay of averaged weights, 0 for none),
+            `augmentation`, `eval_every` (epochs).
     """
 
     name: str
@@ -111,6 +114,7 @@ def choose_recipe(
     strides: Sequence[int] = STRIDES,
     upright: bool = True,
     num_queries: int | None = None,
+    feature_stride: int | None = None,
     d_model: int | None = None,
     new_masks: bool = False,
     freeze_detector: bool = False,
@@ -128,6 +132,7 @@ def choose_recipe(
         strides: of the feature levels of the backbone, in pixels.
         upright: whether the images have an up and a down, as photographs do.
         num_queries: of the checkpoint; images with more objects get more queries.
+        feature_stride: of the checkpoint, or of a new model if it was given, in pixels.
         d_model: of a new model, if it was given; a wide transformer on a pretrained backbone gets the paper's rates.
         new_masks: whether a mask head is trained from random weights. The paper's recipes have no values for mask
             heads.
@@ -164,7 +169,9 @@ def choose_recipe(
         model |= {"mask_loss_coefficient": Choice(5, why), "dice_loss_coefficient": Choice(5, why)}
     name = "finetune" if start == "checkpoint" else "small-data"
     small = has_small_transformer(data, start) and (d_model or SMALL_WIDTH) <= SMALL_WIDTH
-    training = _training(data, start, image_size, upright, small)
+    chosen_stride = model["feature_stride"].value if "feature_stride" in model else max(STRIDES)
+    stride = feature_stride or chosen_stride
+    training = _training(data, start, image_size, stride, upright, small)
     if new_masks and freeze_detector:
         training["learning_rate"] = Choice(1e-3, "the mask head is random, and nothing else trains")
     return Recipe(name, f"{chosen}; {size}, {begins}", model, training)
@@ -245,7 +252,7 @@ def choose_stride(side: float, image_size: tuple[int, int], strides: Sequence[in
 
 
 def _training(
-    data: DataSummary, start: Start, image_size: tuple[int, int], upright: bool, small_transformer: bool
+    data: DataSummary, start: Start, image_size: tuple[int, int], stride: int, upright: bool, small_transformer: bool
 ) -> dict[str, Choice]:
     seen = IMAGES_SEEN[start]
     epochs = min(500, max(30, round(seen / max(data.num_images, 1))))
@@ -262,18 +269,27 @@ def _training(
         rate, backbone_rate, why = 2e-4, 4e-4, "all weights are random, the transformer is wide, and batches are small"
     return {
         "epochs": Choice(epochs, f"about {seen:,} images seen, between 30 and 500 epochs"),
-        "batch_size": Choice(32 if small else 4, "small images" if small else "the paper's, per process"),
+        "batch_size": small_batch(image_size, stride) if small else Choice(4, "the paper's, per process"),
         "learning_rate": Choice(rate, why),
         "backbone_learning_rate": Choice(backbone_rate, why),
         "weight_decay": Choice(1e-4, "the paper's"),
         "schedule": Choice("wsd", "warm-up, stable, then linear decay to 0"),
         "warmup": Choice(0.03, "fraction of all steps in which the rate rises"),
         "decay": Choice(0.35, "fraction of all steps in which it falls"),
+        "ema": Choice(EMA_DECAY, "the average of the weights is better than the last weights while the rate is high"),
         "augmentation": Choice("paper-rounded", "crops, flips and scales; few sizes, as each costs time on a CPU")
         if upright
         else Choice("turns", "the images have no up and no down: all flips and quarter turns"),
         "eval_every": Choice(max(1, epochs // 20), "about twenty evaluations"),
     }
+
+
+def small_batch(image_size: tuple[int, int], stride: int) -> Choice:
+    """The batch size for small images: 8, 16 or 32, so that a batch has about `BATCH_TOKENS` locations. Smaller batches
+    give more optimizer steps per minute, until the fixed cost of a step dominates."""
+    locations = math.prod(math.ceil(edge / stride) for edge in image_size)
+    size = 2 ** round(math.log2(BATCH_TOKENS / locations))
+    return Choice(max(8, min(32, size)), f"small images, with {locations} locations each")
 
 
 def _paper_training(epochs: int) -> dict[str, Choice]:
@@ -288,6 +304,7 @@ def _paper_training(epochs: int) -> dict[str, Choice]:
         "schedule": Choice("step", f"{paper}: a tenth after {high} of {epochs} epochs"),
         "warmup": Choice(0.0, paper),
         "decay": Choice(round(1 - high / epochs, 4), paper),
+        "ema": Choice(0.0, f"{paper}: no averaged weights"),
         "augmentation": Choice("paper", paper),
         "eval_every": Choice(1, "as in its code"),
     }

@@ -138,6 +138,7 @@ def _differences(
     """Arguments that matter and are not as saved, each in words. One that an older version did not have is as saved if
     it is not used."""
     now = json.loads(json.dumps(dict(arguments)))
+    saved = dict(saved) | ({"ema": 0.0} if saved.get("ema", 0.0) is None else {})  # of version 0.1
     new = {name for name, value in now.items() if name not in saved and value in (None, False)}
     names = sorted({*saved, *now} - set(CHANGEABLE) - new)
     return [

@@ -14,10 +14,12 @@ from ..model.timm_network import feature_strides
 from ..runtime import listed
 from .arguments import FinetuneArguments
 from .recipes import DataSummary, Start, choose_recipe, summarize
+from .sharding import is_sharded
 
 # nothing may regularize a model that is to memorize a few images
 OVERFIT = {
     "epochs": 400, "eval_every": 20, "augmentation": "none", "weight_decay": 0.0, "schedule": "wsd", "decay": 0.0,
+    "ema": 0.0,
 }  # fmt: skip
 QUICK = {"epochs": 2, "eval_every": 1}
 
@@ -43,6 +45,7 @@ class RunRecipe:
     schedule: str
     warmup: float
     decay: float
+    ema: float
     augmentation: str
     eval_every: int
     metric: str
@@ -72,6 +75,7 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
     given, config, data = args.recipe.given(), args.model.config_fields(), summarize(train_set)
     if args.saved:  # `given` is complete then
         config = args.saved.get("set", {}) | config
+        given = {"ema": 0.0} | given  # runs of 0.1 have none
         description = f"Recipe and arguments of the run in {args.run.output_dir}, except those given now."
     else:
         if args.data.overfit:
@@ -95,9 +99,13 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
             new_masks=new_masks,
             freeze_detector=args.model.freeze_detector,
             d_model=config.get("d_model"),
+            feature_stride=config.get("feature_stride") or _stride_of(args.model.model),
             num_queries=_queries_of(args.model.model) if args.model.model and not args.model.freeze_detector else None,
         )
         description = recipe.describe(config | given)
+        if is_sharded() and not given.get("ema"):
+            description += "\n  FSDP shards the weights, so they are not averaged: ema 0.0"
+            given["ema"] = 0.0
         given = recipe.values("training", given)
         if start == "checkpoint":
             config = recipe.values("model", config)
@@ -139,6 +147,14 @@ def _choose_metric(args: FinetuneArguments, stuff: Sequence[str]) -> tuple[str, 
     metric = asked or ("PQ" if stuff else "mask_AP")
     kinds = f"{listed(stuff)} are stuff" if stuff else "no class is stuff"
     return metric, f"\nThe best checkpoint has the highest {metric}; {kinds}. To choose another number: --metric"
+
+
+def _stride_of(checkpoint: str | None) -> int | None:
+    """The stride of a checkpoint's feature map, where it is not its backbone's deepest."""
+    if checkpoint is None:
+        return None
+    stored, _ = DetrConfig.get_config_dict(checkpoint)
+    return stored.get("feature_stride") or (16 if stored.get("dilation") else None)
 
 
 def _queries_of(checkpoint: str) -> int:

@@ -7,6 +7,11 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 
 
+def is_sharded() -> bool:
+    """Whether `accelerate launch` was configured for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def sharding_plugin() -> FullyShardedDataParallelPlugin | None:
     """`fsdp_plugin` for the `Accelerator`: None unless `accelerate launch` was configured for FSDP.
 
@@ -18,7 +23,7 @@ def sharding_plugin() -> FullyShardedDataParallelPlugin | None:
     Raises:
         ValueError: FSDP1; or `fsdp_cpu_ram_efficient_loading`, which does not distribute buffers (frozen batch norm).
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    if not is_sharded():
         return None
     from torch.distributed.fsdp import MixedPrecisionPolicy  # a slow import
 
@@ -39,7 +44,7 @@ def check_sharding(accelerator: Accelerator, *, ema: bool, auto_batch_size: bool
         ValueError: FSDP was configured, but Accelerate does not shard on this device and would silently train without
             it; or FSDP is combined with averaged weights or automatic batch sizes, which need unsharded weights.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not accelerator.is_fsdp2:
+    if is_sharded() and not accelerator.is_fsdp2:
         raise ValueError(f"Accelerate does not shard models on {accelerator.device.type}. Launch without FSDP.")
     if ema and accelerator.is_fsdp2:
         raise ValueError("--ema averages whole weights, but FSDP shards them. Omit one of the two.")
