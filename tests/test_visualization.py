@@ -5,6 +5,7 @@ from PIL import Image
 
 from hf_detr.data import category_ids, draw_shapes_dataset, load_detection_dataset
 from hf_detr.visualization import compare_with_ground_truth, contact_sheet, draw_boxes, draw_detections
+from hf_detr.visualization.draw import _place_caption
 
 
 def test_boxes_are_drawn_at_their_edges_on_a_copy():
@@ -24,6 +25,37 @@ def test_detections_of_one_class_share_a_colour_and_grey_images_become_colour():
     drawn = np.asarray(draw_detections(Image.new("L", (100, 100)), found, {"cat": 0, "dog": 1}))
     first, second, third = (tuple(drawn[90, x + 10].tolist()) for x in (5, 35, 65))
     assert first == third != second
+
+
+def test_captions_of_boxes_with_one_corner_do_not_cover_each_other():
+    taken = []
+    for box in ((0, 0, 150, 150), (0, 0, 190, 100), (0, 0, 90, 190), (50, 60, 90, 80)):
+        place = _place_caption(box, (40.0, 12.0), (200, 200), taken)
+        left, top, right, bottom = place
+        assert 0 <= left < right <= 200
+        assert 0 <= top < bottom <= 200
+        assert (right - left, bottom - top) == (40, 12)
+        assert all(right <= a or c <= left or bottom <= b or d <= top for a, b, c, d in taken)
+        taken.append(place)
+    assert taken[0] == (0, 0, 40, 12)
+    assert taken[3] == (50, 48, 90, 60), "above its box, where there is room"
+
+
+def test_captions_stay_within_the_image():
+    for box in ((-5, -5, 10, 10), (90, 30, 99, 39), (0, 0, 100, 40)):
+        drawn = np.asarray(draw_boxes(Image.new("RGB", (100, 40)), [box], ["a long caption"], [(255, 0, 0)]))
+        text = (drawn == (0, 0, 0)).all(2) & (np.roll(drawn, 1, 1) == (255, 0, 0)).all(2)
+        assert text.any()
+    assert draw_boxes(Image.new("RGB", (30, 6)), [(0, 0, 9, 5)], ["longer than the image"]).size == (30, 6)
+
+
+def test_small_images_are_enlarged_before_drawing():
+    found = [{"label": "cat", "score": 0.9, "box": {"xmin": 10, "ymin": 20, "xmax": 40, "ymax": 30}}]
+    drawn = draw_detections(Image.new("RGB", (50, 40)), found, min_side=500)
+    assert drawn.size == (500, 400)
+    coloured = np.asarray(drawn).any(2)
+    assert coloured[300, 150:350].all(), "the lower edge of the box"
+    assert draw_detections(Image.new("RGB", (600, 40)), found, min_side=500).size == (600, 40)
 
 
 def test_sheets_hold_every_image():

@@ -1,6 +1,6 @@
 """A model over the batches of a data set, for any of the evaluators."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..runtime.extras import import_extra
+from ..runtime.modes import evaluation_mode
 from .coco_evaluator import CocoEvaluator
 from .mask_evaluators import MaskEvaluator, PanopticEvaluator
 
@@ -17,6 +18,29 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
+def predict_batches(
+    model: Any,
+    loader: Iterable[Mapping[str, Any]],
+    *,
+    progress: bool = True,
+    description: str = "Evaluating",
+    **options: Any,
+) -> Iterator[tuple[Mapping[str, Any], Any]]:
+    """Each batch of a loader with the model's outputs, in evaluation mode, which is undone at the end.
+
+    Args:
+        model: any model or export; a wrapped one is unwrapped.
+        loader: batches as `DetectionCollator` makes them, on any device.
+        description: of the progress bar.
+        options: further arguments of the model.
+    """
+    with evaluation_mode(model) as plain:
+        device: Any = getattr(plain, "device", torch.device("cpu"))  # exported models run on the host
+        for batch in tqdm(loader, desc=description, disable=not progress, leave=False):
+            images, mask = (batch[name].to(device, non_blocking=True) for name in ("pixel_values", "pixel_mask"))
+            yield batch, plain(pixel_values=images, pixel_mask=mask, **options)
+
+
 def run_evaluators(
     model: nn.Module,
     loader: Iterable[Mapping[str, Any]],
@@ -33,23 +57,14 @@ def run_evaluators(
         loader: batches as `DetectionCollator` makes them, on any device.
         evaluators: of the data set, without results.
         progress: show a progress bar.
-
     """
-    # without the DistributedDataParallel wrapper, which would wait for processes that have no images left
-    model = getattr(model, "module", model)
-    was_training = model.training
-    model.eval()
-    device: Any = getattr(model, "device", torch.device("cpu"))  # exported models run on the host
-    for batch in tqdm(loader, desc="Evaluating", disable=not progress, leave=False):
-        images, mask = (batch[name].to(device, non_blocking=True) for name in ("pixel_values", "pixel_mask"))
-        outputs = model(pixel_values=images, pixel_mask=mask)
+    for batch, outputs in predict_batches(model, loader, progress=progress):
         numbers = [torch.cat((label["image_id"].reshape(1), label["orig_size"])) for label in batch["labels"]]
         image_ids, sizes = torch.stack(numbers).cpu().split((1, 2), dim=1)
         for evaluator in evaluators:
             evaluator.update(image_ids[:, 0].tolist(), evaluator.post_process(processor, outputs, sizes))
     for evaluator in evaluators:
         evaluator.gather()
-    model.train(was_training)
 
 
 def evaluate_detection(

@@ -31,6 +31,18 @@ def import_hub() -> Any:
     return _import_installed("hf_detr.hub")
 
 
+def import_visualization() -> Any:
+    """Import `hf_detr.visualization`.
+
+    Raises:
+        ImportError: hf_detr is not installed.
+    """
+    visualization = _import_installed("hf_detr.visualization")
+    if visualization is None:
+        raise ImportError("This needs hf_detr: pip install hf_detr")
+    return visualization
+
+
 def _import_installed(name: str) -> Any:
     try:
         return importlib.import_module(name)

@@ -19,6 +19,7 @@ from .configuration_hf_detr import DetrConfig
 from .decoders import build_decoder
 from .dense_supervision import DenseHead
 from .encoder import Encoder, LayerOptions, Memory
+from .foreign import import_visualization
 from .heads import BoxHead, build_class_head
 from .image_io import check_images
 from .initialization import init_as_torch, init_class_head, init_queries
@@ -347,6 +348,11 @@ class DetrForDetection(DetrPreTrainedModel):
             a sentence that describes the change.
         """
         return resize_class_head(self, id2label)
+
+    def describe(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Any:
+        """A table of the model's parts for this batch: shapes, parameters, floating point operations and times. See
+        `hf_detr.visualization.describe`."""
+        return import_visualization().describe(self, pixel_values, pixel_mask)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(

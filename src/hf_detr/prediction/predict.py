@@ -144,18 +144,11 @@ def load_image(
     pixels = detector.image_processor.to_tensor(image)
     inputs = detector.preprocess(pixels)
     height, width = pixels.shape[-2:]
-    rgb = _to_pil(pixels) if picture else None
+    if picture:
+        from ..visualization.draw import tensor_to_pil  # which the package does not load
+
+    rgb = tensor_to_pil(pixels) if picture else None
     return LoadedImage(image_id, file, (width, height), inputs, pixels if tiles else None, rgb)
-
-
-def _to_pil(pixels: Tensor) -> PIL.Image.Image:
-    """From the model's tensor, because Pillow cannot convert all modes to RGB. Of other numbers of channels the first
-    one is shown."""
-    if pixels.is_floating_point():
-        pixels = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
-    if len(pixels) != 3:
-        pixels = pixels[:1].expand(3, -1, -1)
-    return PIL.Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
 def predict_batch(

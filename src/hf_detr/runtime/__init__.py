@@ -3,6 +3,7 @@
 from .errors import exit_on_error, prepare_output, require_source
 from .extras import import_extra
 from .files import PARTIAL, acquire_lock, atomic_write, sync
+from .modes import evaluation_mode
 from .stop import LongBarrier, StopRequest, end_with_launcher
 from .wording import listed, shortened
 
@@ -13,6 +14,7 @@ __all__ = [
     "acquire_lock",
     "atomic_write",
     "end_with_launcher",
+    "evaluation_mode",
     "exit_on_error",
     "import_extra",
     "listed",

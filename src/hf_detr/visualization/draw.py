@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
@@ -13,6 +14,9 @@ from ..data.schema import category_ids, id2label, source_id
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+Rectangle = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 def class_colour(index: int) -> tuple[int, int, int]:
@@ -28,9 +32,9 @@ def draw_boxes(
     colours: Sequence[tuple[int, int, int]] = (),
     width: int | None = None,
 ) -> Image.Image:
-    """A copy of the image with boxes (x_min, y_min, x_max, y_max in its pixels) and captions above them, or in them at
-    the upper edge of the image. torchvision's `draw_bounding_boxes` neither keeps captions within the image nor scales
-    them with it.
+    """A copy of the image with boxes (x_min, y_min, x_max, y_max in its pixels) and captions above them, or at another
+    edge where they would leave the image or cover an earlier caption. torchvision's `draw_bounding_boxes` neither does
+    that nor scales captions with the image.
 
     Args:
         captions, colours: per box; boxes beyond their number get no caption, and the colours of class 0, 1, ...
@@ -40,34 +44,75 @@ def draw_boxes(
     draw = ImageDraw.Draw(image)
     width = width or max(1, round(max(image.size) / 400))
     font = ImageFont.load_default(size=max(10, round(max(image.size) / 50)))
+    taken: list[Rectangle] = []
     for index, box in enumerate(boxes):
         colour = colours[index] if index < len(colours) else class_colour(index)
         left, top, right, bottom = (float(value) for value in box)
         draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=width)
         if index < len(captions) and captions[index]:
             text = draw.textbbox((0, 0), captions[index], font=font)
-            text_width, text_height = text[2] + 4, text[3] + 3
-            x = max(0.0, min(left, image.width - text_width))
-            y = top - text_height if top >= text_height else top
-            draw.rectangle((x, y, x + text_width, y + text_height), fill=colour)
-            draw.text((x + 2, y), captions[index], fill="black", font=font)
+            place = _place_caption((left, top, right, bottom), (text[2] + 4, text[3] + 3), image.size, taken)
+            taken.append(place)
+            draw.rectangle(place, fill=colour)
+            draw.text((place[0] + 2, place[1]), captions[index], fill="black", font=font)
     return image
 
 
+def _place_caption(
+    box: Rectangle, text: tuple[float, float], image: tuple[int, int], taken: Sequence[Rectangle]
+) -> Rectangle:
+    """Where a caption of this (width, height) goes: above its box, within it at the top, below, within at the bottom,
+    or at the right; the first that is in the image and covers no other, or else the one that covers the fewest."""
+    left, top, right, bottom = box
+    width, height = text
+    furthest = max(0.0, image[0] - width)
+    columns = [max(0.0, min(x, furthest)) for x in (left, right - width)]
+    rows = [y for y in (top - height, top, bottom, bottom - height) if 0 <= y <= image[1] - height] or [0.0]
+    places = [(x, y, x + width, y + height) for x in columns for y in rows]
+    return min(places, key=lambda place: sum(_overlap(place, other) for other in taken))
+
+
+def _overlap(one: Rectangle, other: Rectangle) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
 def draw_detections(
-    image: Image.Image, detections: Iterable[Mapping[str, Any]], label2id: Mapping[str, int] | None = None
+    image: Image.Image,
+    detections: Iterable[Mapping[str, Any]],
+    label2id: Mapping[str, int] | None = None,
+    *,
+    min_side: int = 0,
 ) -> Image.Image:
-    """A copy of the image with the result of `pipeline("object-detection")`, in one colour per class."""
+    """A copy of the image with the result of `pipeline("object-detection")`, in one colour per class.
+
+    Args:
+        label2id: of the model, which gives each class the same colour in all pictures; None: colours in order of first
+            appearance.
+        min_side: minimum length of the longest side in pixels. A smaller image is enlarged before drawing, so that
+            captions cover less of it.
+    """
     detections = list(detections)
+    scale = max(1.0, min_side / max(image.size))
+    image = image.resize([round(side * scale) for side in image.size]) if scale > 1 else image
     ids = dict(label2id or {})
     for detection in detections:
         ids.setdefault(detection["label"], len(ids))
     return draw_boxes(
         image,
-        [[d["box"][key] for key in ("xmin", "ymin", "xmax", "ymax")] for d in detections],
+        [[d["box"][key] * scale for key in ("xmin", "ymin", "xmax", "ymax")] for d in detections],
         [f"{d['label']} {d['score']:.2f}" for d in detections],
         [class_colour(ids[d["label"]]) for d in detections],
     )
+
+
+def tensor_to_pil(pixels: Tensor) -> Image.Image:
+    """What `DetrImageProcessor.to_tensor` makes of an image, (C, H, W), as RGB; Pillow cannot convert all modes. Of
+    other numbers of channels than 3, the first one is shown. Floats are in [0, 1]."""
+    if pixels.is_floating_point():
+        pixels = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+    if len(pixels) != 3:
+        pixels = pixels[:1].expand(3, -1, -1)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int = 4, cell: int = 320) -> Image.Image:
