@@ -31,6 +31,7 @@ from PIL import Image
 from safetensors.torch import save
 from test_video import make_clip
 
+from hf_detr.cli import COMMANDS as CLI_COMMANDS
 from hf_detr.data import draw_shapes_dataset
 from hf_detr.interop.original_checkpoints import coco_labels
 from hf_detr.training import parse_finetune_args
@@ -56,6 +57,7 @@ NOT_RUN = {
     'pip install ".[openvino,evaluation]"': NEEDS_INDEX,
     'pip install ".[video]"': NEEDS_INDEX,
     'pip install ".[lora]"': NEEDS_INDEX,
+    'pip install ".[visualization]"': NEEDS_INDEX,
     "python -m pytest -n 2 --dist loadgroup": "runs these tests",
     "hf auth login": "asks for a token; it is in the environment here",
     f"{LAUNCH}single_gpu.yaml examples/finetune.py --dataset FOLDER": NEEDS_GPUS,
@@ -187,7 +189,7 @@ def commands_of(page: str) -> list[str]:
         lines = [line.strip() for line in description.splitlines()]
         return [line for line in lines if line.startswith(("python examples/", "accelerate launch "))]
     lines = [line for block in fenced(page, "bash") for line in block.text.splitlines()]
-    starts = r"accelerate launch \S|python3? \S|pip install|hf \S|[A-Z_]+=\S+ \w"
+    starts = r"accelerate launch \S|python3? \S|pip install|hf \S|hf-detr (?!COMMAND|env|--)\S|[A-Z_]+=\S+ \w"
     lines += re.findall(rf"`((?:{starts})[^`]*)`", prose(page))
     commands = [command for line in lines for command in re.sub(r"\s+#.*", "", line).split(" && ")]
     return list(dict.fromkeys(command.strip() for command in commands if command.strip()))
@@ -195,13 +197,17 @@ def commands_of(page: str) -> list[str]:
 
 def script_of(command: str) -> tuple[str, list[str]] | None:
     """The script that a command runs, and its arguments; launchers run it in one process here."""
+    if match := re.match(r"(?:hf-detr |accelerate launch -m hf_detr\.commands\.)([\w-]+)(.*)", command):
+        script = CLI_COMMANDS.get(match[1], (match[1],))[0]
+        return f"examples/{script}.py", shlex.split(match[2])
     match = re.search(r"(?:^|\s)(examples/\S+\.py)(.*)", command)
     return (match[1], shlex.split(match[2])) if match else None
 
 
 def generic(command: str) -> str:
     """The same for commands that differ only in the launcher and in the names that pages have for the same files."""
-    command = re.sub(r"^.*?(?=examples/\w+(/\w+)?\.py)", "", command)
+    if found := script_of(command):
+        command = " ".join([found[0], *found[1]])
     return re.sub(r"(?<!\S)(MODEL|runs/shapes-1)(?!\S)", "CHECKPOINT", command).replace("DATASET", "FOLDER")
 
 
@@ -274,6 +280,8 @@ class Workplace:
             (cwd / "convnext_tiny.safetensors").write_bytes(self.hub.blobs_of(repo)["model.safetensors"])
         elif page == "examples/push_to_hub.py":
             places["FOLDER"] = checkpoint
+        elif page == "examples/detr_in_50_lines.py":
+            places["CHECKPOINT"] = self.fine_tuned
         elif page in ("docs/interop.md", "examples/convert.py"):
             places["CHECKPOINT"] = self.fine_tuned
             write_original_checkpoints(cwd)

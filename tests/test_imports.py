@@ -19,6 +19,12 @@ def imports(path: Path) -> list[ast.Import | ast.ImportFrom]:
     return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
 
 
+def exports_of(init: Path) -> set[str]:
+    """The names that a package takes from its modules."""
+    own = [node for node in imports(init) if isinstance(node, ast.ImportFrom) and node.level]
+    return {alias.asname or alias.name for node in own for alias in node.names}
+
+
 def relative_imports(name: str) -> set[str]:
     nodes = imports(MODEL / f"{name}.py")
     return {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and node.level}
@@ -87,7 +93,7 @@ def test_examples_use_public_names(path):
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("*/__init__.py")), ids=lambda p: p.parent.name)
 def test_packages_list_their_names(path):
     tree = ast.parse(path.read_text())
-    imported = {alias.asname or alias.name for node in imports(path) for alias in node.names}
+    imported = exports_of(path)
     listed = [n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"]
     assert imported == (set(ast.literal_eval(listed[0])) if listed else set())
 
@@ -98,12 +104,13 @@ def test_every_export_of_a_package_is_used_by_an_example_a_benchmark_the_docs_or
         path for name in ("examples", "benchmarks", "model_cards", "src") for path in (ROOT / name).rglob("*.py")
     ]
     for init in PACKAGE.glob("*/__init__.py"):
-        exports = {alias.asname or alias.name for node in imports(init) for alias in node.names}
+        exports = exports_of(init)
         used: set[str] = set()
         for path in sources:
             if not path.is_relative_to(init.parent):
                 used |= {alias.name for node in imports(path) for alias in node.names}
-                if re.search(r"import_(module|interop|hub)\(", path.read_text()):  # imported when it is needed
+                # imported when it is needed
+                if re.search(r"import_(module|interop|hub|visualization)\(", path.read_text()):
                     used |= set(re.findall(r"\w+", path.read_text()))
         assert not exports - used - documented, (
             f"{init.parent.name} exports {sorted(exports - used)}, which nobody uses"

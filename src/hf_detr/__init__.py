@@ -44,11 +44,12 @@ The toolbox: everything else, a package per task
     speed                                prepare a model for fast prediction or training
     evaluation                           COCO metrics and error analysis
     prediction                           pipeline, image folders, tiles, videos
-    visualization                        draw boxes and masks
+    visualization                        draw boxes, masks and attention; training curves; the parts of a model
     export                               ONNX and other runtimes
     interop                              read and write checkpoints of transformers' DETR and of the paper's code
     hub                                  push checkpoints with a model card
     runtime                              files, locks, signals
+    commands, cli                        the scripts of examples/ as the command `hf-detr`
 
 Importing hf_detr registers its classes with transformers' Auto classes, `pipeline("object-detection")` and
 `pipeline("image-segmentation")`.

@@ -1,0 +1,58 @@
+"""`hf-detr`: the scripts of `examples/` after `pip install hf_detr` alone."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_detr
+from hf_detr.cli import COMMANDS, main
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["hf-detr"])
+
+
+def test_help_fits_a_screen_and_lists_every_command(capsys):
+    main(["--help"])
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 24
+    assert max(map(len, text.splitlines())) <= 100
+    assert all(f"  {name} " in text for name in (*COMMANDS, "env"))
+    main([])
+    assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_the_script_of_the_same_source(command, capsys):
+    script = COMMANDS[command][0]
+    found = importlib.util.find_spec(f"hf_detr.commands.{script}")
+    assert Path(found.origin).read_bytes() == (EXAMPLES / f"{script}.py").read_bytes()
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert f"hf-detr {command}" in capsys.readouterr().out
+
+
+def test_every_script_of_the_examples_is_a_command():
+    not_commands = {"detr_in_50_lines", "finetune_trainer"}  # to be read
+    assert {file.stem for file in EXAMPLES.glob("*.py")} == not_commands | {script for script, _ in COMMANDS.values()}
+
+
+def test_errors_end_with_a_sentence():
+    with pytest.raises(SystemExit, match="no command 'fintune'"):
+        main(["fintune"])
+    with pytest.raises(SystemExit, match=r"There is no \./runs/none"):
+        main(["describe", "./runs/none"])
+
+
+def test_versions_and_devices_are_printed_for_a_bug_report(capsys):
+    main(["env"])
+    lines = capsys.readouterr().out.splitlines()
+    assert f"hf_detr {hf_detr.__version__}" in lines
+    assert any(line.startswith("torch 2.") for line in lines)
+    assert lines[-1].startswith("GPUs: ")
