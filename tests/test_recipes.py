@@ -409,6 +409,9 @@ def test_images_are_rounded_in_prediction_if_they_are_in_training(drawn, options
     processor = build_processor(args)
     recipe = resolve_recipe(args, drawn, processor)
     assert fit_processor(processor, tiny_model(), recipe).round_size is rounded
+    processor.round_size = True  # of a checkpoint, which is trained further
+    further = fit_processor(processor, tiny_model(), recipe).round_size
+    assert further == (recipe.augmentation != "paper"), "its images are rounded by the augmentation or the processor"
 
 
 def test_overfitting_takes_away_what_stands_in_its_way(drawn):

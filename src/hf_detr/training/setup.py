@@ -145,8 +145,8 @@ def build_processor(args: FinetuneArguments) -> DetrImageProcessor:
 def fit_processor(processor: DetrImageProcessor, model: DetrForDetection, recipe: RunRecipe) -> DetrImageProcessor:
     """The processor with what it has to know of the model and its training: the score from which a query is a panoptic
     segment, unless it has one, and whether sizes are rounded."""
-    if recipe.augmentation == "paper-rounded" and keeps_aspect_ratio(processor.size):
-        processor.round_size = True
+    if recipe.augmentation in ("paper", "paper-rounded") and keeps_aspect_ratio(processor.size):  # which resize
+        processor.round_size = recipe.augmentation == "paper-rounded"
     if model.has_masks and processor.panoptic_threshold is None and model.config.class_loss != "cross_entropy":
         processor.panoptic_threshold = PANOPTIC_THRESHOLD
     return processor
