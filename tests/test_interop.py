@@ -416,3 +416,11 @@ def test_files_that_are_no_checkpoint_of_the_paper_say_so(tmp_path):
         load_original(file, attention_heads=4)
     with pytest.raises(ValueError, match="5 classes, but there are 2 names"):
         load_original(file, id2label={0: "cat", 1: "dog"})
+
+
+def test_rounded_sizes_that_transformers_does_not_have_are_logged(tmp_path, warnings):
+    model = tiny_model()
+    save_for_transformers(model, DetrImageProcessor(), tmp_path / "plain")
+    assert "rounds" not in warnings.text
+    save_for_transformers(model, DetrImageProcessor(round_size=True), tmp_path / "rounded")
+    assert "rounds the sizes of images" in warnings.text

@@ -15,12 +15,15 @@ from transformers import (
     PreTrainedModel,
     TableTransformerForObjectDetection,
 )
+from transformers.utils import logging
 
 from ..model.image_processing_hf_detr import HfDetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
 from ..model.pretrained import TRAINING_ONLY
 from ..model.segmentation import DetrForSegmentation
 from .transformers_checkpoints import OUR_BOX_HEAD, PROCESSOR_FIELDS, SHARED_FIELDS, THEIR_BOX_HEAD
+
+logger = logging.get_logger(__name__)
 
 _TABLE_TRANSFORMER_NAMES = {
     r"^model\.backbone\.model\.": "model.backbone.conv_encoder.model.",
@@ -108,6 +111,11 @@ def save_for_transformers(model: DetrForDetection, processor: HfDetrImageProcess
         ValueError: see [`to_transformers`]. Nothing is written then.
     """
     theirs = to_transformers(model)
+    if processor.round_size:
+        logger.warning(
+            "The processor rounds the sizes of images as in training, and transformers' does not. Boxes may be less "
+            "exact there towards the right and the bottom."
+        )
     folder = Path(folder)
     theirs.save_pretrained(folder)
     file = folder / "config.json"
