@@ -21,9 +21,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="checkpoint, a folder or a Hub id")
     parser.add_argument(
-        "--height", type=int, help="of the images, in pixels; default: of an image of 480 x 640, resized"
+        "--height", type=int, help="of the images, in pixels; default: as the processor resizes 480 x 640"
     )
-    parser.add_argument("--width", type=int, help="by the processor of the checkpoint: 800 x 1066 in the paper")
+    parser.add_argument("--width", type=int, help="the same for the width")
     parser.add_argument("--batch_size", type=int, default=1, help="number of images, default 1")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the weights")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

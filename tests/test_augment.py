@@ -19,11 +19,11 @@ from hf_detr.data.augmentation import (
     RandomSizeCrop,
     flip_rotate_augmentation,
     paper_augmentation,
-    rounded_side,
 )
 from hf_detr.data.augmented_dataset import AugmentedDataset
 from hf_detr.data.collate import DetectionCollator
 from hf_detr.data.schema import detection_info
+from hf_detr.model.processor_size import rounded_side
 
 NAN = float("nan")
 seed_torch = torch.default_generator.manual_seed  # unlike torch.manual_seed, does not queue calls for GPUs

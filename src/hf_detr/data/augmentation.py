@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ..model.annotations import box_problem
 from ..model.image_io import to_image_tensor
-from ..model.processor_size import rounded_side, size_fields
+from ..model.processor_size import rounded_size, size_fields
 from .masks import decode_masks, encode_masks, mask_areas, mask_boxes, resize_masks
 
 Row = dict[str, Any]
@@ -127,7 +127,7 @@ class _Resize(v2.Transform):
 
     Args:
         shortest, longest: in pixels; `longest` None: no limit.
-        rounded_up_to: round height and width by [`rounded_side`], the shorter one to this length at most; None: do not.
+        rounded_up_to: round height and width by [`rounded_size`], the shorter one to this length at most; None: do not.
     """
 
     def __init__(self, shortest: int, longest: int | None, *, rounded_up_to: int | None = None) -> None:
@@ -153,7 +153,9 @@ class _Resize(v2.Transform):
             size = list(F.resize(none, shortest, max_size=self.longest).canvas_size)  # type: ignore[attr-defined, arg-type]
         if self.rounded_up_to is None:
             return size
-        return [rounded_side(side, self.rounded_up_to if side == min(size) else self.longest) for side in size]
+        return list(
+            rounded_size((size[0], size[1]), {"shortest_edge": self.rounded_up_to, "longest_edge": self.longest})
+        )
 
 
 class ResizeTo(v2.Resize):

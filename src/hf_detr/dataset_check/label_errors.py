@@ -16,7 +16,6 @@ from torchvision.ops import box_convert, box_iou, nms
 
 from ..data.schema import id2label, unique_names
 from ..evaluation.evaluation_loop import predict_batches
-from ..model.segmentation import DetrForSegmentation
 
 KINDS = {
     "missing": "an object without an annotation",
@@ -80,11 +79,10 @@ def find_label_errors(
             f"The model has the classes {theirs}, the data set {names}. Use a model that was trained on the classes of "
             "the data set, in the same order."
         )
-    options = {"masks_above": 1.0} if isinstance(model, DetrForSegmentation) else {}
     rows = list(zip(dataset["image_id"], dataset["objects"], strict=True))
     errors: list[LabelError] = []
     number = 0
-    for batch, outputs in predict_batches(model, loader, progress=progress, description="Predicting", **options):
+    for batch, outputs in predict_batches(model, loader, progress=progress, description="Predicting", masks=False):
         probabilities = outputs.logits.float().softmax(-1)[..., :-1].cpu()
         boxes = box_convert(outputs.pred_boxes.float().cpu(), "cxcywh", "xyxy").clamp(0, 1)
         for label, of_image, predicted in zip(batch["labels"], probabilities, boxes, strict=True):
@@ -171,14 +169,11 @@ def _duplicates(
         if not same or {first, second} & known:
             continue
         own = probabilities[:, labels[first]]
-        strengths = [own * overlap[:, index] for index in (first, second)]
-        queries = [int(strength.argmax()) for strength in strengths]
-        two = own.masked_fill(~((overlap[:, first] >= SAME_PLACE) & (overlap[:, second] >= SAME_PLACE)), 0).topk(
-            min(2, len(own))
-        )
-        if len(two.values) == 2 and two.values[1] > CONFIDENT:
+        at_both = (overlap[:, [first, second]] >= SAME_PLACE).all(1)
+        if (own[at_both] > CONFIDENT).sum() > 1:
             continue
-        worse = second if strengths[0][queries[0]] >= strengths[1][queries[1]] else first
+        support = (own[:, None] * overlap[:, [first, second]]).amax(0)
+        worse = second if support[0] >= support[1] else first
         known = known | {worse}
         errors.append(
             LabelError("duplicate", float(between[first, second]), image, worse, int(labels[worse]), None, None)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..model.segmentation import DetrForSegmentation
 from ..runtime.extras import import_extra
 from ..runtime.modes import evaluation_mode
 from .coco_evaluator import CocoEvaluator
@@ -24,7 +25,7 @@ def predict_batches(
     *,
     progress: bool = True,
     description: str = "Evaluating",
-    **options: Any,
+    masks: bool = True,
 ) -> Iterator[tuple[Mapping[str, Any], Any]]:
     """Each batch of a loader with the model's outputs, in evaluation mode, which is undone at the end.
 
@@ -32,9 +33,10 @@ def predict_batches(
         model: any model or export; a wrapped one is unwrapped.
         loader: batches as `DetectionCollator` makes them, on any device.
         description: of the progress bar.
-        options: further arguments of the model.
+        masks: compute them, if the model has masks.
     """
     with evaluation_mode(model) as plain:
+        options = {"masks_above": 1.0} if isinstance(plain, DetrForSegmentation) and not masks else {}
         device: Any = getattr(plain, "device", torch.device("cpu"))  # exported models run on the host
         for batch in tqdm(loader, desc=description, disable=not progress, leave=False):
             images, mask = (batch[name].to(device, non_blocking=True) for name in ("pixel_values", "pixel_mask"))

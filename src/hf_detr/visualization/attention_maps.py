@@ -14,7 +14,7 @@ from ..model.modeling_hf_detr import DetrForDetection
 from ..model.post_processing import post_process_detection
 from ..model.segmentation import DetrForSegmentation
 from ..runtime.modes import evaluation_mode
-from .draw import class_colour, contact_sheet, draw_boxes, tensor_to_pil
+from .draw import CORNERS, class_colour, contact_sheet, draw_boxes, tensor_to_pil
 from .heat import draw_heat
 
 CELL = 320  # pixels of a picture in a sheet
@@ -99,7 +99,7 @@ class AttentionMaps:
         return self.image.resize([max(1, round(side * self._scale())) for side in self.image.size])
 
     def _boxes(self) -> list[list[float]]:
-        return [[d["box"][k] * self._scale() for k in ("xmin", "ymin", "xmax", "ymax")] for d in self.detections]
+        return [[d["box"][k] * self._scale() for k in CORNERS] for d in self.detections]
 
     def _colours(self) -> list[tuple[int, int, int]]:
         return [class_colour(self.label2id[detection["label"]]) for detection in self.detections]
@@ -184,7 +184,7 @@ def ranked_detections(
         {
             "score": scores[query],
             "label": model.config.id2label[int(found["labels"][query])],
-            "box": dict(zip(("xmin", "ymin", "xmax", "ymax"), found["boxes"][query].tolist(), strict=True)),
+            "box": dict(zip(CORNERS, found["boxes"][query].tolist(), strict=True)),
             "query": query,
         }
         for query in kept

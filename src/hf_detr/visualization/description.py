@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..model.pretrained import TRAINING_ONLY
 from ..runtime.modes import evaluation_mode
 
 # what `describe` lists, as far as a model has it: steps of the paper, and the modules that they consist of
@@ -25,7 +26,6 @@ STAGES = (
     ("mask attention", "bbox_attention"),
     ("mask head", "mask_head"),
 )
-TRAINING_ONLY = ("denoising", "dense_head")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,6 @@ def describe(model: Any, pixel_values: Tensor, pixel_mask: Tensor | None = None,
         pixel_mask: (B, H, W), 1 = image, 0 = padding; None without padding.
     """
     parts = [(name, model.get_submodule(path)) for name, path in STAGES if _has(model, path)]
-    parts = [(name, module) for name, module in parts if module is not None]
     with evaluation_mode(model):
         # the fused kernels of a CPU are not in the counter's table
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, _watch(parts) as (shapes, _):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+CORNERS = ("xmin", "ymin", "xmax", "ymax")  # of a box, in the result of a pipeline
 Rectangle = tuple[float, float, float, float]  # left, top, right, bottom
 
 
@@ -99,7 +100,7 @@ def draw_detections(
         ids.setdefault(detection["label"], len(ids))
     return draw_boxes(
         image,
-        [[d["box"][key] * scale for key in ("xmin", "ymin", "xmax", "ymax")] for d in detections],
+        [[d["box"][key] * scale for key in CORNERS] for d in detections],
         [f"{d['label']} {d['score']:.2f}" for d in detections],
         [class_colour(ids[d["label"]]) for d in detections],
     )

@@ -18,6 +18,7 @@ from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
 from ..runtime.extras import import_extra
 from .attention_maps import AttentionMaps, attention_maps, predict_image, read_image
+from .draw import CORNERS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -154,8 +155,8 @@ def explain(
         seed: of the random orders.
 
     Raises:
-        ValueError: there is no such detection, the model returns no attention weights, or a number is below 1, or the
-            detection has no area.
+        ValueError: there is no such detection, its box has no area, the model returns no attention weights, or a number
+            is below 1.
     """
     if min(steps, random_orders, batch_size) < 1:
         raise ValueError("`steps`, `random_orders` and `batch_size` must be at least 1.")
@@ -204,9 +205,7 @@ def _index_of(detection: int | Mapping[str, Any], maps: AttentionMaps) -> int:
     alike = [index for index, other in enumerate(found) if other["label"] == detection["label"]]
     if not alike:
         raise ValueError(f"No detection of {detection['label']!r} was found. Check the label, or lower `threshold`.")
-    corners = [
-        [d["box"][key] for key in ("xmin", "ymin", "xmax", "ymax")] for d in (detection, *(found[i] for i in alike))
-    ]
+    corners = [[d["box"][key] for key in CORNERS] for d in (detection, *(found[i] for i in alike))]
     overlaps = box_iou(torch.tensor(corners[:1], dtype=torch.float32), torch.tensor(corners[1:]))[0]
     if overlaps.max() < 0.5:
         raise ValueError(
@@ -241,7 +240,7 @@ def _similarity(outputs: Any, target: Mapping[str, Any], label2id: Mapping[str, 
     """(B,), how much each image has of the detection; `size` is (width, height) of the image in pixels."""
     probabilities = outputs.logits.float().softmax(-1)[..., label2id[target["label"]]].cpu()  # (B, Q)
     width, height = size
-    box = torch.tensor([[target["box"][key] for key in ("xmin", "ymin", "xmax", "ymax")]])
+    box = torch.tensor([[target["box"][key] for key in CORNERS]])
     box = box / torch.tensor([width, height, width, height])
     boxes = box_convert(outputs.pred_boxes.float().cpu(), "cxcywh", "xyxy").clamp(0, 1)
     overlap = box_iou(boxes.flatten(0, 1), box)[:, 0].view(probabilities.shape)

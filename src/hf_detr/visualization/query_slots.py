@@ -12,7 +12,6 @@ from ..data.collate import DetectionCollator
 from ..evaluation.evaluation_loop import predict_batches
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
-from ..model.segmentation import DetrForSegmentation
 from ..runtime.extras import import_extra
 
 if TYPE_CHECKING:
@@ -34,8 +33,7 @@ def query_boxes(
         boxes (N, Q, 4), cxcywh in [0, 1] of each image, and scores (N, Q), the probability of the best class.
     """
     boxes, scores = [], []
-    options = {"masks_above": 1.0} if isinstance(model, DetrForSegmentation) else {}
-    for _, outputs in predict_batches(model, batches, progress=progress, description="Images", **options):
+    for _, outputs in predict_batches(model, batches, progress=progress, description="Images", masks=False):
         boxes.append(outputs.pred_boxes.float().cpu())
         scores.append(outputs.logits.float().softmax(-1)[..., :-1].amax(-1).cpu())
     return torch.cat(boxes), torch.cat(scores)

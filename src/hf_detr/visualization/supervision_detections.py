@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..runtime.extras import import_extra
-
-CORNERS = ("xmin", "ymin", "xmax", "ymax")
+from .draw import CORNERS
 
 
 def to_supervision(detections: Iterable[Mapping[str, Any]], label2id: Mapping[str, int]) -> Any:
