@@ -212,12 +212,14 @@ class Recipe:
 
 PLAIN = {
     "query_type": "learned",
+    "relative_boxes": False,
     "query_proposals": False,
     "class_cost": 1,
     "denoising_groups": 0,
     "dense_loss_coefficient": 0,
     "class_loss": "cross_entropy",
     "class_loss_coefficient": 1,
+    "giou_loss_coefficient": 2,
     "prior_probability": None,
 }
 _PRIOR = {"prior_probability": 0.05}
@@ -233,6 +235,8 @@ OURS: dict[str, dict[str, Any]] = {
 
 # The recipe with one step of the ladder left out.
 WITHOUT: dict[str, dict[str, Any]] = {
+    "relative-boxes": {"relative_boxes": False},
+    "giou-weight": {"giou_loss_coefficient": 2},
     "proposals": {"query_proposals": False},
     "class-cost": {"class_cost": 1},
     "denoising": {"denoising_groups": 0},

@@ -86,13 +86,15 @@ class AnchorDecoder(DetrDecoder):
     Queries and keys are twice as wide as values, which only "eager" and "sdpa" attention support.
 
     Args:
-        modulate_attention: see `DetrConfig`.
+        modulate_attention, relative_boxes: see `DetrConfig`.
     """
 
     queries_are_boxes = True
     attn_implementations = ("eager", "sdpa")
 
-    def __init__(self, num_layers: int, options: LayerOptions, *, modulate_attention: bool) -> None:
+    def __init__(
+        self, num_layers: int, options: LayerOptions, *, modulate_attention: bool, relative_boxes: bool
+    ) -> None:
         super().__init__()
         d_model = options.d_model
         self.d_model = d_model
@@ -101,7 +103,7 @@ class AnchorDecoder(DetrDecoder):
         self.anchor_embedding = MLP([2 * d_model, d_model, d_model])
         self.position_scale = MLP([d_model, d_model, d_model]) if num_layers > 1 else None
         self.reference_size = MLP([d_model, d_model, 2]) if modulate_attention else None
-        self.bbox_predictor = BoxHead(d_model)
+        self.bbox_predictor = BoxHead(d_model, relative=relative_boxes)
 
     def _center_positions(self, waves: Tensor, anchors: Tensor, hidden_states: Tensor, is_first: bool) -> Tensor:
         """Position embedding of the anchors' centres, (B, T, d), scaled by the content (arXiv 2108.06152, section 3.3)

@@ -75,13 +75,18 @@ class DetrConfig(PreTrainedConfig):
         position_embedding_type: `"sine"` or `"learned"`, the spatial position embeddings of the feature map.
         init_xavier_std: gain of the Xavier-uniform initialization of the transformer's matrices.
         query_type: `"learned"`: the paper's learned object queries. `"anchor"`: each query is a box (cx, cy, w, h) from
-            which its attention starts and which every decoder layer refines,
-            `box = sigmoid(head + inverse_sigmoid(anchor))` (DAB-DETR, arXiv 2201.12329), with cross-attention scores
+            which its attention starts and which every decoder layer refines (DAB-DETR, arXiv 2201.12329; formula:
+            `relative_boxes`), with cross-attention scores
             `content · content + position · position` (Conditional DETR, arXiv 2108.06152). Anchors converge many times
             faster; prefer them unless training starts from a checkpoint with learned queries.
         modulate_attention: anchors only: scale the sine embeddings of x by `predicted width / w` and those of y by
             `predicted height / h`, which fits the extent of attention to the box (DAB-DETR, equation 6). Use it for
             objects of very different sizes.
+        relative_boxes: with anchors or the dense loss: boxes are refined by offsets in units of their own sides (Faster
+            R-CNN, arXiv 1506.01497, equation 2), and every location starts from a box of the same size in pixels. The
+            offsets for an object then do not depend on its position or on the image size, which is far easier to learn
+            from few images. `False`: offsets of the logits of the coordinates, as in DAB-DETR (formulas:
+            [`~hf_detr.model.heads.BoxHead`]).
         query_proposals: anchors only: the queries of an image start at its most confident locations. Each location of
             the encoder's output predicts a class and a box; the boxes of the best `num_queries` are the anchors, their
             feature vectors the content (two stages, arXiv 2010.04159, section 4.2; see
@@ -160,6 +165,7 @@ class DetrConfig(PreTrainedConfig):
 
     query_type: str = "learned"
     modulate_attention: bool = True
+    relative_boxes: bool = False
     query_proposals: bool = False
     denoising_groups: int = 0
     dense_loss_coefficient: float | int = 0
@@ -360,6 +366,11 @@ class DetrConfig(PreTrainedConfig):
             raise ValueError(
                 '`denoising_groups` needs `query_type="anchor"`: a noised box is the anchor of its query, and learned '
                 "queries have no anchor."
+            )
+        if self.relative_boxes and self.query_type != "anchor" and not self.dense_loss_coefficient:
+            raise ValueError(
+                '`relative_boxes` needs `query_type="anchor"` or `dense_loss_coefficient` above 0: no other '
+                "part of the model refines boxes."
             )
         if self.query_proposals and self.query_type != "anchor":
             raise ValueError('`query_proposals` needs `query_type="anchor"`: a proposal is the box of its query.')

@@ -10,7 +10,10 @@ from .encoder import LayerOptions
 DECODERS: dict[str, Callable[[DetrConfig, LayerOptions], DetrDecoder]] = {
     "learned": lambda config, layer: Decoder(config.decoder_layers, layer),
     "anchor": lambda config, layer: AnchorDecoder(
-        config.decoder_layers, layer, modulate_attention=config.modulate_attention
+        config.decoder_layers,
+        layer,
+        modulate_attention=config.modulate_attention,
+        relative_boxes=config.relative_boxes,
     ),
 }
 

@@ -20,7 +20,8 @@ from .box_loss import giou_of, l1_distance
 from .heads import BoxHead, build_class_head
 
 CENTRAL_REGION = 0.35  # locations up to this far from the centre of a box, as a fraction of its sides, belong to it
-INITIAL_SIDE = 0.25  # width and height of the box that a location refines
+INITIAL_SIDE = 0.25  # width and height of the box that a location refines, as a fraction of the image
+RELATIVE_SIDE = 2.5  # side of this box with relative boxes, in locations (feature strides)
 PRIOR = 0.1  # probability that an untrained head gives an object
 NO_OBJECT_WEIGHT = 0.5
 
@@ -29,14 +30,28 @@ def location_centers(mask: Tensor) -> Tensor:
     """Centres of the locations of a feature map, (B, h, w) bool (True = image) to (B, hw, 2): x and y in [0, 1] of
     each image without its padding, and -1 in the padding."""
     y, x = mask.cumsum(1, dtype=torch.float32) - 0.5, mask.cumsum(2, dtype=torch.float32) - 0.5
-    rows, columns = (mask.any(axis).sum(1).clamp(min=1)[:, None, None] for axis in (2, 1))
-    return torch.stack((x / columns, y / rows), dim=-1).masked_fill(~mask[..., None], -1.0).flatten(1, 2)
+    centers = torch.stack((x, y), dim=-1) / locations_per_side(mask)[:, None, None]
+    return centers.masked_fill(~mask[..., None], -1.0).flatten(1, 2)
 
 
-def location_anchors(mask: Tensor) -> Tensor:
-    """The boxes that the locations of a feature map refine, (B, h, w) bool to (B, hw, 4) cxcywh."""
+def locations_per_side(mask: Tensor) -> Tensor:
+    """Columns and rows of each image in a feature map, without padding, (B, h, w) bool to (B, 2), at least 1."""
+    return torch.stack([mask.any(axis).sum(1) for axis in (1, 2)], dim=-1).clamp(min=1)
+
+
+def location_anchors(mask: Tensor, *, relative: bool = False) -> Tensor:
+    """The boxes that the locations of a feature map refine, (B, h, w) bool to (B, hw, 4) cxcywh.
+
+    Args:
+        relative: square boxes of the same size in pixels in every image, `RELATIVE_SIDE` times the stride: a feature
+            vector contains the size of an object in pixels, not as a fraction of the image. Otherwise their sides are
+            `INITIAL_SIDE` of the image.
+    """
     centers = location_centers(mask)
-    return torch.cat((centers, torch.full_like(centers, INITIAL_SIDE)), dim=-1)
+    if not relative:
+        return torch.cat((centers, torch.full_like(centers, INITIAL_SIDE)), dim=-1)
+    sides = RELATIVE_SIDE / locations_per_side(mask)[:, None].to(centers.dtype)
+    return torch.cat((centers, sides.expand_as(centers)), dim=-1)
 
 
 @torch.no_grad()
@@ -90,10 +105,14 @@ class DenseHead(nn.Module):
     of the assigned locations of their image, or 0.5 in an image without objects.
     """
 
-    def __init__(self, d_model: int, num_labels: int) -> None:
+    def __init__(self, d_model: int, num_labels: int, *, relative_boxes: bool = False) -> None:
         super().__init__()
         self.class_labels_classifier = build_class_head(d_model, num_labels)
-        self.bbox_predictor = BoxHead(d_model)
+        self.bbox_predictor = BoxHead(d_model, relative=relative_boxes)
+
+    def anchors(self, mask: Tensor) -> Tensor:
+        """The boxes that the locations of a feature map refine, (B, h, w) bool to (B, hw, 4) cxcywh."""
+        return location_anchors(mask, relative=self.bbox_predictor.relative)
 
     def of(
         self, outputs: Any, class_weights: Tensor | None = None
@@ -119,7 +138,7 @@ class DenseHead(nn.Module):
             num_boxes: see [`~hf_detr.model.loss.LossNormalizers`].
             class_weights: (num_labels+1,), of each class and, last, 1 for "no object"; None: all 1.
         """
-        anchors, valid = location_anchors(mask), mask.flatten(1)
+        anchors, valid = self.anchors(mask), mask.flatten(1)
         no_object = self.class_labels_classifier.out_features - 1
         classes, boxes, weights = assign_locations(anchors[..., :2], valid, labels, no_object)
         assigned = classes < no_object

@@ -72,7 +72,11 @@ class DetrModel(DetrPreTrainedModel):
         )
         # learned queries are position embeddings; anchors are inverse_sigmoid(cxcywh)
         self.query_position_embeddings = nn.Embedding(config.num_queries, 4 if are_boxes else config.d_model)
-        self.proposals = Proposals(config.d_model, config.num_labels) if config.query_proposals else None
+        self.proposals = (
+            Proposals(config.d_model, config.num_labels, relative_boxes=config.relative_boxes)
+            if config.query_proposals
+            else None
+        )
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -295,7 +299,9 @@ class DetrForDetection(DetrPreTrainedModel):
         denoise, dense = config.denoising_groups > 0, config.dense_loss_coefficient > 0
         self.denoising = Denoising(config.num_labels, config.d_model, config.denoising_groups) if denoise else None
         dense = dense and not config.query_proposals  # which have the head
-        self.dense_head = DenseHead(config.d_model, config.num_labels) if dense else None
+        self.dense_head = (
+            DenseHead(config.d_model, config.num_labels, relative_boxes=config.relative_boxes) if dense else None
+        )
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

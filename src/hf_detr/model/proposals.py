@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .box_loss import iou_of
-from .dense_supervision import DenseHead, location_anchors
+from .dense_supervision import DenseHead
 from .encoder import Memory
 from .heads import MLP
 from .queries import Queries
@@ -29,9 +29,9 @@ class Proposals(nn.Module):
     otherwise move the boxes that it starts from.
     """
 
-    def __init__(self, d_model: int, num_labels: int) -> None:
+    def __init__(self, d_model: int, num_labels: int, *, relative_boxes: bool = False) -> None:
         super().__init__()
-        self.head = DenseHead(d_model, num_labels)
+        self.head = DenseHead(d_model, num_labels, relative_boxes=relative_boxes)
         self.overlap_embedding = MLP([2, OVERLAP_WIDTH, d_model])
 
     def forward(self, queries: Queries, memory: Memory, num_queries: int) -> Queries:
@@ -71,7 +71,7 @@ class Proposals(nn.Module):
         located = scores[:, :-count].masked_fill(~mask.flatten(1), -10 * FAR)
         at = torch.cat((located, last.expand(scores.shape[0], -1)), dim=1).topk(count, dim=1).indices[..., None]
         vectors = torch.cat((features, content), dim=1).gather(1, at.expand(-1, -1, features.shape[-1]))
-        anchors = torch.cat((location_anchors(mask), boxes), dim=1).gather(1, at.expand(-1, -1, 4))
+        anchors = torch.cat((self.head.anchors(mask), boxes), dim=1).gather(1, at.expand(-1, -1, 4))
         refined = self.head.bbox_predictor(vectors, anchors).to(boxes.dtype)
         classes = logits[..., :-1].argmax(-1).gather(1, at[..., 0])
         return torch.where(at < height * width, refined, anchors), vectors, classes

@@ -201,6 +201,10 @@ def _model(data: DataSummary, start: Start, image_size: tuple[int, int], strides
     queries = min(300, max(enough, math.ceil(2.5 * data.max_objects)))
     model = {
         "query_type": Choice("anchor", "queries that are boxes attend to the right location from the first step"),
+        "relative_boxes": Choice(
+            True, "offsets are fractions of the sides of a box, the same at every position and scale"
+        ),
+        "giou_loss_coefficient": Choice(5, "boxes become precise sooner than with the paper's 2"),
         "query_proposals": Choice(True, "queries start at the most confident locations of the image"),
         "class_cost": Choice(6, "the matching follows the scores, so that one query keeps an object"),
         "dense_loss_coefficient": Choice(
