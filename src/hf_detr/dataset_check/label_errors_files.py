@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..data.labelling_tools import coco_pre_annotations, label_studio_task
 from ..data.schema import id2label, source_id
 from ..model.image_io import to_image_tensor
 from ..runtime.files import atomic_write
@@ -84,8 +85,7 @@ def write_label_errors_page(errors: Sequence[LabelError], dataset: Any, file: Pa
 
 def write_label_studio(errors: Sequence[LabelError], dataset: Any, file: Path, *, root: str = "") -> Path:
     """Tasks for Label Studio, one per affected image, with the corrected boxes as a prediction whose `score` is the
-    highest suspicion of the image. The labelling configuration must contain
-    `<RectangleLabels name="label" toName="image">` and `<Image name="image">`.
+    highest suspicion of the image; see [`label_studio_task`].
 
     Args:
         root: prefix of the file names, such as `/data/local-files/?d=images/`.
@@ -94,48 +94,25 @@ def write_label_studio(errors: Sequence[LabelError], dataset: Any, file: Path, *
     tasks = []
     for image, of_image in _by_image(errors).items():
         row = light[image]
-        width, height = row["width"], row["height"]
-        results = []
-        for label, (x, y, w, h) in corrected(row["objects"], of_image):
-            places = {"x": x / width, "y": y / height, "width": w / width, "height": h / height}
-            value = {name: round(100 * place, 4) for name, place in places.items()}
-            results.append(
-                {
-                    "type": "rectanglelabels",
-                    "from_name": "label",
-                    "to_name": "image",
-                    "original_width": width,
-                    "original_height": height,
-                    "value": value | {"rotation": 0, "rectanglelabels": [names[label]]},
-                }
-            )
-        tasks.append(
-            {
-                "data": {"image": root + row["file_name"]},
-                "predictions": [{"score": max(error.suspicion for error in of_image), "result": results}],
-            }
-        )
+        boxes = [(names[label], box) for label, box in corrected(row["objects"], of_image)]
+        score = max(error.suspicion for error in of_image)
+        tasks.append(label_studio_task(root + row["file_name"], (row["width"], row["height"]), boxes, score=score))
     with atomic_write(file) as out:
         json.dump(tasks, out, indent=1)
     return file
 
 
 def write_coco_suggestions(errors: Sequence[LabelError], dataset: Any, file: Path) -> Path:
-    """The affected images with corrected boxes as COCO annotations, which CVAT imports as "COCO 1.0". It reads no
-    category 0, and needs numbers as image ids, so ids are counted from 1; it matches images by file name. Masks and
-    crowds are not written."""
+    """The affected images with corrected boxes as COCO annotations, see [`coco_pre_annotations`]. Masks and crowds are
+    not written."""
     light = dataset.remove_columns("image")
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for number, (image, of_image) in enumerate(_by_image(errors).items(), start=1):
+    images = []
+    for image, of_image in _by_image(errors).items():
         row = light[image]
-        images.append({"id": number} | {key: row[key] for key in ("file_name", "width", "height")})
-        for label, box in corrected(row["objects"], of_image):
-            record = {"image_id": number, "category_id": label + 1, "bbox": list(box), "segmentation": []}
-            annotations.append({"id": len(annotations) + 1, "area": box[2] * box[3], "iscrowd": 0} | record)
-    categories = [{"id": label + 1, "name": name} for label, name in id2label(dataset).items()]
+        objects = [{"label": label, "bbox": box} for label, box in corrected(row["objects"], of_image)]
+        images.append((row["file_name"], (row["width"], row["height"]), objects))
     with atomic_write(file) as out:
-        json.dump({"categories": categories, "images": images, "annotations": annotations}, out)
+        json.dump(coco_pre_annotations(id2label(dataset), images), out)
     return file
 
 
