@@ -45,6 +45,7 @@ The toolbox: everything else, a package per task
     evaluation                           COCO metrics and error analysis
     prediction                           pipeline, image folders, tiles, videos
     visualization                        draw boxes, masks and attention; training curves; the parts of a model
+    app                                  a page in the browser, and corrections to train on
     export                               ONNX and other runtimes
     interop                              read and write checkpoints of transformers' DETR and of the paper's code
     hub                                  push checkpoints with a model card

@@ -159,7 +159,8 @@ def read_image(image: Any, processor: DetrImageProcessor) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def predict_image(model: Any, pixel_values: Tensor, **options: Any) -> Any:
-    """A model's outputs for images of one size, in evaluation mode, which is undone. No masks are computed.
+    """A model's outputs for images of one size, in evaluation mode, which is undone. No masks are computed unless
+    `masks_above` is among the options.
 
     Raises:
         ValueError: it is no model of this package, but for example an export.
@@ -168,7 +169,7 @@ def predict_image(model: Any, pixel_values: Tensor, **options: Any) -> Any:
     if not isinstance(plain, DetrForDetection):
         raise ValueError(f"This needs a DetrForDetection, not {type(plain).__name__}. Exports do not return attention.")
     if isinstance(plain, DetrForSegmentation):
-        options |= {"masks_above": 1.0}
+        options = {"masks_above": 1.0} | options
     with evaluation_mode(plain):
         return plain(pixel_values.to(plain.device, plain.dtype), **options)
 
