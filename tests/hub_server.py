@@ -6,9 +6,10 @@
 
 `HubClients` is in `hub_client.py`.
 
-Model repositories only, and no Xet: large files travel over git LFS ("basic"). As on the real Hub they live at another
-origin than the API, which knows signed links only; by the origin the client decides whether it follows a redirect and
-whether the token goes along. What a reply must hold is written in the client's `hf_api.py`, `_commit_api.py`, `lfs.py`,
+Models and Spaces (their ids begin with "spaces/" here), and no Xet: large files travel over git LFS ("basic"). As on
+the real Hub they live at another origin than the API, which knows signed links only; by the origin the client decides
+whether it follows a redirect and whether the token goes along. What a reply must hold is written in the client's
+`hf_api.py`, `_commit_api.py`, `lfs.py`,
 `file_download.py` and `utils/_http.py`. One more route is one more method with `@route`.
 """
 
@@ -100,7 +101,7 @@ class Repo:
 
     @property
     def owner(self) -> str:
-        return self.id.split("/")[0]
+        return self.id.removeprefix("spaces/").split("/")[0]
 
     def ref(self, revision: str) -> str:
         """Full name of a branch, tag or pull request, or nothing."""
@@ -231,7 +232,11 @@ def route(method: str, path: str, write: bool = False) -> Callable[[Callable[...
 
     Who may not read the repository, or write it if `write`, is refused first. What the method returns is sent as JSON.
     """
-    for name, pattern in {"{repo}": "(?P<repo>[^/]+(?:/[^/]+)?)", "{rev}": "([^/]+)", "{path}": "(.+)"}.items():
+    for name, pattern in {
+        "{repo}": "(?P<repo>spaces/[^/]+/[^/]+|[^/]+(?:/[^/]+)?)",
+        "{rev}": "([^/]+)",
+        "{path}": "(.+)",
+    }.items():
         path = path.replace(name, pattern)
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -364,10 +369,12 @@ class HubServer:
     @route("POST|DELETE", "/api/repos/(create|delete)")
     def _create_or_delete(self, call: Call, action: str) -> Any:
         wanted = call.json()
-        if wanted.get("type") not in (None, "model"):
-            raise HubError(404, f"Only model repositories exist here, not a {wanted['type']}")
+        if wanted.get("type") not in (None, "model", "space"):
+            raise HubError(404, f"Only models and Spaces exist here, not a {wanted['type']}")
+        if wanted.get("type") == "space" and action == "create" and not wanted.get("sdk"):
+            raise HubError(400, "A Space needs an sdk")
         owner = wanted.get("organization") or (call.user.name if call.user else "")
-        repo_id = f"{owner}/{wanted['name']}"
+        repo_id = f"{'spaces/' if wanted.get('type') == 'space' else ''}{owner}/{wanted['name']}"
         if action == "delete":
             return {"deleted": self.repos.pop(self.repo_for(call.user, repo_id, write=True).id).id}
         self.check_write(call.user, owner)
@@ -487,7 +494,7 @@ class HubServer:
         if file is None or len(file.data) != call.json()["size"]:
             raise HubError(404, f"LFS object {call.json()['oid']} was not uploaded")
 
-    @route("GET|PUT", "/lfs/([^/]+/[^/]+)/([^/]+)/([0-9]+)/[^/]+")
+    @route("GET|PUT", "/lfs/((?:spaces/)?[^/]+/[^/]+)/([^/]+)/([0-9]+)/[^/]+")
     def _lfs_storage(self, call: Call, repo_id: str, oid: str, size: str) -> Any:
         repo = self.repos[repo_id]
         method = "PUT" if call.method == "PUT" else "GET"
@@ -563,8 +570,9 @@ class HubServer:
 
     def _dispatch(self, call: Call, at_storage: bool) -> Any:
         method = "GET" if call.method == "HEAD" else call.method
+        path = re.sub("^/api/spaces/", "/api/models/spaces/", call.path)
         for methods, pattern, write, function in ROUTES:
-            match = pattern.fullmatch(call.path)
+            match = pattern.fullmatch(path)
             if match and method in methods.split("|") and at_storage == call.path.startswith("/lfs/"):
                 groups = [unquote(group or "") for group in match.groups()]
                 if "repo" not in pattern.groupindex:

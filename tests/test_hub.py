@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from checkpoints import save_v4, their_model
 from conftest import tiny_model
 from hub_client import ClientError, HubClients
 from hub_server import INITIAL_FILES, HubServer
 from huggingface_hub import ModelCard, ModelCardData
+from PIL import Image
 
+import hf_detr
 from hf_detr import DetrForDetection, DetrImageProcessor
 from hf_detr.evaluation import METRICS
 from hf_detr.hub import build_model_card, hash_of_weights, model_card_of
@@ -510,3 +513,53 @@ def test_every_class_and_query_count_reads_well():
     assert "detects 1 class of objects" in text
     assert "\n\n\n" not in text
     assert io.StringIO(text).readline() == "---\n"
+
+
+# -- Spaces ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_space_shows_the_pushed_model(checkpoint, server, clients, tmp_path):
+    picture = tmp_path / "cat.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    script = f"""
+    import runpy, sys
+    sys.stderr = sys.stdout
+    sys.argv = ["push_to_hub.py", {str(checkpoint)!r}, "ann/pets", "--space", "pets-page"]
+    sys.argv += ["--space_examples", {str(picture)!r}, "--private"]
+    runpy.run_path({str(ROOT / "examples" / "push_to_hub.py")!r}, run_name="__main__")
+    """
+    printed = clients.run(script, tmp_path / "home", token="hf_ann")
+    assert "/spaces/ann/pets-page" in printed
+    assert "HF_TOKEN" in printed, "the model is private"
+    assert "model.safetensors" in server.blobs_of("ann/pets")
+    files = server.blobs_of("spaces/ann/pets-page")
+    assert server.repos["spaces/ann/pets-page"].private
+    assert files["examples/cat.png"] == picture.read_bytes()
+    front = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
+    assert (front["sdk"], front["app_file"], front["models"]) == ("gradio", "app.py", ["ann/pets"])
+    [requirement] = files["requirements.txt"].decode().split()
+    assert requirement == f"hf_detr[app,video]=={hf_detr.__version__}"
+    called = f"""
+    import sys, types
+    import hf_detr.cli
+    hf_detr.cli.main = lambda arguments: print(*arguments)
+    exec({files["app.py"].decode()!r})
+    """
+    assert clients.run(called, tmp_path / "home").split() == [
+        "app", "--model", "ann/pets", "--examples", "examples",
+    ]  # fmt: skip
+
+
+def test_a_space_needs_a_model_that_is_on_the_hub(clients, server, tmp_path):
+    code = """
+    from hf_detr.hub import push_space
+    for model in ("runs/shapes/1", "ann/nothing"):
+        try:
+            push_space(model, "ann/page")
+        except Exception as error:
+            print(type(error).__name__, "|", str(error).splitlines()[0])
+    """
+    first, second = clients.run(code, tmp_path / "home", token="hf_ann").splitlines()
+    assert first.startswith("ValueError | A Space loads its model from the Hub by USER/NAME")
+    assert second.startswith("RepositoryNotFoundError")
+    assert "spaces/ann/page" not in server.repos

@@ -463,7 +463,7 @@ print(json.dumps([
         assert "Invalid rev id: no-such-branch" in revision[1]
         assert file[0] == "RemoteEntryNotFoundError"
         assert "Entry not found: no-such.json" in file[1]
-        assert "Only model repositories exist here" in dataset[1]
+        assert "Only models and Spaces exist here" in dataset[1]
 
 
 class TestTheServerItself:
