@@ -23,6 +23,9 @@ from accelerate.utils import set_seed
 from hf_detr.runtime import exit_on_error
 from hf_detr.speed import prepare_for_training
 from hf_detr.training import (
+    FinetuneArguments,
+    LearningCurve,
+    RunEndedError,
     TrainingRun,
     TrainStep,
     build_accelerator,
@@ -45,6 +48,19 @@ from hf_detr.training import (
 def main(augmentation: Callable[[Any], Any] | None = None) -> None:
     """Train. `augmentation` replaces that of the recipe, see examples/by_feature/own_augmentation.py."""
     args = parse_finetune_args(__doc__)  # dataclasses, see hf_detr/training/arguments.py
+    if not args.run.learning_curve:
+        train(args, augmentation)
+        return
+    curve = LearningCurve(args)
+    for part in curve.parts:  # on more and more of the images
+        try:
+            train(part, augmentation)
+        except RunEndedError:  # in an earlier start of this command
+            print(f"{part.run.output_dir} is complete and is used as it is.", flush=True)
+    curve.finish()
+
+
+def train(args: FinetuneArguments, augmentation: Callable[[Any], Any] | None) -> None:
     accelerator = build_accelerator(args)
     set_seed(args.run.seed)
 

@@ -2,12 +2,13 @@
 
 from ..model.timm_network import feature_strides
 from ..runtime.cores import use_all_cores
-from .arguments import parse_finetune_args
+from .arguments import FinetuneArguments, parse_finetune_args
 from .launch import build_accelerator
+from .learning_curve import LearningCurve
 from .optimization import build_ema, build_schedule, parameter_groups, preferred_precision
 from .recipes import choose_recipe, summarize
 from .run_data import identify
-from .run_folder import next_free_run
+from .run_folder import RunEndedError, next_free_run
 from .run_recipe import resolve_recipe
 from .setup import (
     build_loaders,
@@ -24,6 +25,9 @@ from .training_run import TrainingRun
 
 __all__ = [
     "DetrTrainer",
+    "FinetuneArguments",
+    "LearningCurve",
+    "RunEndedError",
     "TrainStep",
     "TrainingRun",
     "build_accelerator",

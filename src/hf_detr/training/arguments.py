@@ -26,7 +26,7 @@ FIELDS_OF_MASKS = ("mask_attention_gain", "mask_loss_coefficient", "dice_loss_co
 SHAPES_OF_WEIGHTS = (
     "backbone", "backbone_kwargs", "dilation", "feature_stride", "d_model", "encoder_layers", "encoder_attention_heads",
     "encoder_ffn_dim", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim", "activation_function",
-    "pre_norm", "position_embedding_type", "query_type", "modulate_attention",
+    "pre_norm", "position_embedding_type", "query_type", "modulate_attention", "relative_boxes",
 )  # fmt: skip
 
 
@@ -65,11 +65,14 @@ class DataArguments:
         metavar="FRACTION",
     )
     overfit: int | None = option("train on N images only, until the model has memorized them", metavar="N")
+    train_images: int | None = option("train on N random images; a larger N keeps those of a smaller one", metavar="N")
     quick: bool = option("2 epochs on 64 images, as a smoke test", False)
     num_workers: int | None = option("processes that load images, default 2 (shapes: 0)")
 
     def __post_init__(self) -> None:
-        _check_at_least_one(self, "image_size", "overfit")
+        _check_at_least_one(self, "image_size", "overfit", "train_images")
+        if self.overfit and self.train_images:
+            raise ValueError("--overfit N already sets the number of images; omit --train_images")
         if self.repeat_threshold is not None and not 0 < self.repeat_threshold <= 1:
             raise ValueError("--repeat_threshold is a fraction of the images, above 0 and at most 1")
         if self.masks and self.stuff:
@@ -146,7 +149,12 @@ class ModelArguments:
         for name in ("backbone", "backbone_weights"):
             if self.model and getattr(self, name):
                 raise ValueError(f"--{name} starts a new model, and --model names a trained one: give one of them")
-        apart = ("query_type", "class_weights", *PARTS_OF_MODEL)  # these depend on what the recipe chooses
+        apart = (
+            "query_type",
+            "relative_boxes",
+            "class_weights",
+            *PARTS_OF_MODEL,
+        )  # these depend on what the recipe chooses
         try:
             DetrConfig(**{name: value for name, value in self.config_fields().items() if name not in apart})
         except (ValueError, TypeError, StrictDataclassError) as error:
@@ -223,6 +231,10 @@ class RunArguments:
     save_minutes: float = option("between checkpoints within an epoch, default 15", 15)
     save_total_limit: int = option("checkpoints to keep, default 1", 1, metavar="N")
     on_nan: str = option("what to do with a step that is not finite", "stop", choices=("stop", "skip"))
+    learning_curve: bool = option(
+        "train on 1/8, 1/4, 1/2 and all images, and forecast what twice as many would give",
+        False,
+    )
     seed: int = option("of weights, batches and augmentation, default 0", 0)
     report_to: list[str] | None = field(
         default=None, metadata={"help": "tensorboard, wandb, trackio, ... (see Accelerate)", "metavar": "TRACKER"}
@@ -262,6 +274,8 @@ class FinetuneArguments:
             raise ValueError("--overfit memorizes a few images; there is nothing to push")
         if self.model.freeze_detector and not self.data.masks:
             raise ValueError("--freeze_detector trains the mask head only: add --masks")
+        if self.run.learning_curve:
+            self._check_learning_curve()
         if self.run.metric in METRICS_OF_MASKS and not self.data.masks:
             raise ValueError(f"--metric {self.run.metric} measures masks: add --masks")
         unused = sorted(set(self.model.config_fields()) & set(FIELDS_OF_MASKS)) if not self.data.masks else []
@@ -275,6 +289,17 @@ class FinetuneArguments:
             raise ValueError("--minutes chooses the number of epochs; omit --epochs and --quick")
         if self.embedded and self.model.freeze_backbone:
             raise ValueError("--freeze_backbone needs trained weights: name --model, or --dataset or --backbone")
+
+    def _check_learning_curve(self) -> None:
+        run, data = self.run, self.data
+        if not run.output_dir:
+            raise ValueError("--learning_curve trains several models: name a folder for them with --output_dir")
+        for name, given in (
+            ("--overfit", data.overfit), ("--quick", data.quick), ("--resume", run.resume),
+            ("--train_images", data.train_images), ("--push_to_hub", run.push_to_hub),
+        ):  # fmt: skip
+            if given:
+                raise ValueError(f"--learning_curve trains several models; omit {name}")
 
     @property
     def embedded(self) -> bool:

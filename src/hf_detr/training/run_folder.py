@@ -31,6 +31,10 @@ CHANGEABLE = (
 )
 
 
+class RunEndedError(FileExistsError):
+    """The folder holds this run, and it has ended."""
+
+
 class RunFolder(NamedTuple):
     """The folder of this run.
 
@@ -74,7 +78,7 @@ def acquire_run_dir(
                 arguments = {**arguments, **{name: saved[name] for name in FOUND_IN_TIME}}
             _check_same_run(folder, saved, arguments)
             if (folder / FINISHED).exists():
-                raise FileExistsError(f"{folder} holds this run, and it has ended. For more: --resume --epochs N")
+                raise RunEndedError(f"{folder} holds this run, and it has ended. For more: --resume --epochs N")
         elif checkpoint is None:
             raise FileNotFoundError(
                 f"{folder} holds no checkpoint to resume from. Start without --resume, in another folder."

@@ -79,12 +79,27 @@ def load_data(args: FinetuneArguments, accelerator: Accelerator) -> tuple[Any, A
             train_set = train_set.select(with_objects[: data.overfit])
             ModelEvaluation(train_set, with_masks=data.masks)
             return train_set, train_set
+        if data.train_images is not None:
+            train_set = nested_subset(train_set, data.train_images, args.run.seed, data.location)
         val_set = load_detection_dataset(split="val", id2label=id2label(train_set), progress=progress, **data.source)
         require_objects(train_set, f"{data.location}, training", "learned")
         require_objects(val_set, f"{data.location}, validation", "measured")
         _share_stuff(train_set, val_set, data.location)
         ModelEvaluation(val_set, with_masks=data.masks)  # masks that cannot be measured are refused now
         return train_set, val_set
+
+
+def nested_subset(dataset: Any, number: int, seed: int, location: str) -> Any:
+    """`number` randomly chosen images, in the order of the data set. With the same seed, a larger subset contains the
+    smaller ones.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if number > len(dataset):
+        raise ValueError(f"{location} has {len(dataset)} training images, fewer than --train_images {number}.")
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:number]
+    return dataset.select(sorted(chosen.tolist()))
 
 
 def _share_stuff(train_set: Any, val_set: Any, source: str) -> None:
