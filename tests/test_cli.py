@@ -1,13 +1,14 @@
 """`hf-detr`: the scripts of `examples/` after `pip install hf_detr` alone."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 import hf_detr
-from hf_detr.cli import COMMANDS, main
+from hf_detr.cli import COMMANDS, main, symptoms
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -56,3 +57,32 @@ def test_versions_and_devices_are_printed_for_a_bug_report(capsys):
     assert f"hf_detr {hf_detr.__version__}" in lines
     assert any(line.startswith("torch 2.") for line in lines)
     assert lines[-1].startswith("GPUs: ")
+
+
+def test_every_message_points_to_a_symptom_and_every_symptom_has_a_message(capsys):
+    sources = (Path(hf_detr.__file__).parent).rglob("*.py")
+    text = "".join(file.read_text() for file in sources)
+    named = set(re.findall(r"more_about\(['\"]([\w-]+)['\"]\)", text))
+    named |= {name for name in symptoms() if f'"{name}",\n' in text}  # of training_advice
+    assert named == set(symptoms())
+    main(["troubleshoot"])
+    listed = capsys.readouterr().out
+    for name, section in symptoms().items():
+        assert f"  {name} " in listed
+        main(["troubleshoot", name])
+        said = capsys.readouterr().out
+        assert said.startswith(section.partition("\n")[0])
+        assert "](" not in said, "links of the page are no use in a terminal"
+    main(["troubleshoot", "ap-is-0"])
+    said = capsys.readouterr().out
+    assert "See boxes are shifted (hf-detr troubleshoot boxes-are-shifted)." in said
+    assert "what to expect (docs/recipes.md#what-to-expect)" in said
+    with pytest.raises(SystemExit, match="Unknown symptom 'slow'"):
+        main(["troubleshoot", "slow"])
+
+
+def test_symptoms_have_the_anchors_of_the_page():
+    page = (EXAMPLES.parent / "docs" / "troubleshooting.md").read_text()
+    linked = set(re.findall(r"\]\(#([\w-]+)\)", page))
+    assert linked
+    assert linked <= set(symptoms())

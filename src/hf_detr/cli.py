@@ -1,9 +1,11 @@
 """`hf-detr COMMAND ...`: the scripts of `examples/`, wherever this package is installed."""
 
 import platform
+import re
 import runpy
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 # command: its script, and what it does
 COMMANDS = {
@@ -15,11 +17,12 @@ COMMANDS = {
     "export": ("export", "export to ONNX, OpenVINO or torch.export, and compare"),
     "convert": ("convert", "convert checkpoints of transformers and of the paper's code"),
     "push": ("push_to_hub", "push a checkpoint to the Hub with its code and a model card"),
+    "app": ("app", "look at a model in the browser, and correct its boxes"),
     "describe": ("describe", "list the parts of a model: shapes, parameters, FLOPs, times"),
 }
 PACKAGES = (
     "hf_detr", "torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "huggingface_hub", "numpy",
-    "pillow", "hotcoco", "onnxruntime", "openvino", "peft", "av",
+    "pillow", "hotcoco", "onnxruntime", "openvino", "peft", "av", "matplotlib", "supervision", "gradio",
 )  # fmt: skip
 
 
@@ -32,6 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(version("hf_detr"))
     elif command == "env" and not rest:
         print(environment())
+    elif command == "troubleshoot" and len(rest) < 2:
+        print(troubleshoot(*rest))
     elif command in COMMANDS:
         script = COMMANDS[command][0]
         sys.argv = [f"hf-detr {command}", *rest]
@@ -48,12 +53,33 @@ def usage() -> str:
             "usage: hf-detr COMMAND ...",
             "",
             *listed,
+            f"  {'troubleshoot':14}list symptoms, or print what to do about one",
             f"  {'env':14}print versions and devices, for a bug report",
             "",
             "hf-detr COMMAND --help lists the options of a command. On several GPUs:",
             "accelerate launch -m hf_detr.commands.finetune ...",
         ]
     )
+
+
+def symptoms() -> dict[str, str]:
+    """The sections of docs/troubleshooting.md, which a wheel has a copy of, by their anchors."""
+    copy = Path(__file__).with_name("troubleshooting.md")
+    page = copy if copy.exists() else Path(__file__).parents[2] / "docs" / copy.name
+    sections = re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    return {re.sub(r"[^\w-]", "", s.partition("\n")[0].lower().replace(" ", "-")): s.strip() for s in sections}
+
+
+def troubleshoot(symptom: str | None = None) -> str:
+    """The symptoms, or what to do about one. Links are to the folder docs/ of the repository."""
+    known = symptoms()
+    if symptom is None:
+        listed = [f"  {name:44}{text.partition(chr(10))[0]}" for name, text in known.items()]
+        return "\n".join(["usage: hf-detr troubleshoot SYMPTOM", "", *listed])
+    if symptom not in known:
+        sys.exit(f"Unknown symptom {symptom!r}. Known: {', '.join(known)}.")
+    text = re.sub(r"\[([^]]*)\]\(#([\w-]+)\)", r"\1 (hf-detr troubleshoot \2)", known[symptom])
+    return re.sub(r"\[([^]]*)\]\(([\w-]+\.md[^)]*)\)", r"\1 (docs/\2)", text)
 
 
 def environment() -> str:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from transformers.utils import logging
 
+from ..runtime.wording import more_about
 from .records import AnnotatedSplit, BoxRecord, ImageRecord
 
 logger = logging.get_logger(__name__)
@@ -54,7 +55,8 @@ KINDS: dict[str, Kind] = {
         "image-size-mismatch": (
             "error",
             "the recorded size differs from the size of the file",
-            "The boxes would be misplaced. Correct the record or the file.",
+            "The boxes would be misplaced. Correct the record or the file, or write a corrected copy with --fix. "
+            + more_about("boxes-are-shifted"),
         ),
         "image-size-before-exif": (
             "error",
@@ -138,7 +140,8 @@ KINDS: dict[str, Kind] = {
         "image-leaked": (
             "error",
             "an image is in two splits",
-            "Remove it from one; otherwise the metrics are too optimistic.",
+            "Remove it from one; otherwise the metrics are too optimistic. "
+            + more_about("good-in-validation-bad-on-new-images"),
         ),
         "objects-exceed-queries": (
             "warning",

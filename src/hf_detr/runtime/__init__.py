@@ -5,7 +5,7 @@ from .extras import import_extra
 from .files import PARTIAL, acquire_lock, atomic_write, sync
 from .modes import evaluation_mode
 from .stop import LongBarrier, StopRequest, end_with_launcher
-from .wording import listed, shortened
+from .wording import listed, more_about, shortened
 
 __all__ = [
     "PARTIAL",
@@ -18,6 +18,7 @@ __all__ = [
     "exit_on_error",
     "import_extra",
     "listed",
+    "more_about",
     "prepare_output",
     "require_source",
     "shortened",

@@ -1,4 +1,4 @@
-"""Sentences that stay short."""
+"""Sentences that stay short, and where to read on."""
 
 from collections.abc import Iterable
 
@@ -8,6 +8,11 @@ def listed(items: Iterable[object], limit: int = 10) -> str:
     texts = [str(item) for item in items]
     left = len(texts) - limit
     return ", ".join(texts[:limit]) + (f" and {left} more" if left > 0 else "")
+
+
+def more_about(symptom: str) -> str:
+    """Where a message points to: a section of docs/troubleshooting.md, by its anchor, which the command prints."""
+    return f"More: hf-detr troubleshoot {symptom}"
 
 
 def shortened(value: object, limit: int = 100) -> str:

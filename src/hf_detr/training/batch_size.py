@@ -14,6 +14,7 @@ from ..data import DetectionCollator, image_sizes, resized_sizes
 from ..data.schema import learned_objects
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
+from ..runtime import more_about
 from .normalizers import loss_normalizers
 from .optimization import parameter_groups
 from .run_recipe import RunRecipe
@@ -87,7 +88,8 @@ def find_batch_size(try_step: Callable[[int], object], wanted: int, accelerator:
             raise
         raise torch.OutOfMemoryError(
             "Not even one image fits into memory. Smaller images (--image_size), a coarser feature map (--set "
-            "feature_stride=32), --gradient_checkpointing, --mixed_precision bf16 or a smaller --backbone need less."
+            "feature_stride=32), --gradient_checkpointing, --mixed_precision bf16 or a smaller --backbone need less. "
+            + more_about("out-of-memory")
         ) from None
 
 

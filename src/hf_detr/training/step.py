@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
 from ..model.loss import LossNormalizers
+from ..runtime import more_about
 from .checkpoints import any_process
 from .non_finite import NonFiniteError, first_non_finite, image_ids, save_batch
 from .normalizers import loss_normalizers
@@ -125,7 +126,8 @@ class TrainStep:
             self.in_a_row += 1
             if self.in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise NonFiniteError(
-                    f"Step {step}: gradients were not finite in fp16 in {MAX_SKIPPED_IN_A_ROW} steps in a row."
+                    f"Step {step}: gradients were not finite in fp16 in {MAX_SKIPPED_IN_A_ROW} steps in a row. "
+                    f"{more_about('the-loss-is-nan')}"
                 )
             return sums
         if self.ema is not None:
@@ -182,9 +184,12 @@ class TrainStep:
         self.accelerator.wait_for_everyone()  # the launcher ends the others soon after one has raised
         self.reports.append(report)
         if self.on_nan == "stop":
-            raise NonFiniteError(f"{report} Lower the learning rate, check the images, or use --on_nan skip.")
+            advice = "Lower the learning rate, check the images, or use --on_nan skip."
+            raise NonFiniteError(f"{report} {advice} {more_about('the-loss-is-nan')}")
         if self.in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise NonFiniteError(f"{report} {MAX_SKIPPED_IN_A_ROW} steps in a row were skipped.")
+            raise NonFiniteError(
+                f"{report} {MAX_SKIPPED_IN_A_ROW} steps in a row were skipped. {more_about('the-loss-is-nan')}"
+            )
 
     def _where(self, batch: Batch) -> str:
         if self.accelerator.distributed_type == DistributedType.FSDP:

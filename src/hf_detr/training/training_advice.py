@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..evaluation.coco_metrics import NOTHING
-from ..runtime import listed
+from ..runtime import listed, more_about
 
 PATIENCE = 4  # evaluations without progress from which training counts as stuck
 MIN_PROGRESS = 0.01  # of AP50
@@ -26,10 +26,12 @@ def training_advice(history: Sequence[Mapping[str, float]], *, query_type: str, 
     now = history[-1]
     if max(line["AP50"] for line in history[-PATIENCE:]) > before + MIN_PROGRESS or before >= STUCK_AP50:
         return None
-    return f"AP50 has stayed at {now['AP50']:.2f} for {PATIENCE} evaluations. {_reason(now, query_type, stride)}"
+    reason, symptom = _reason(now, query_type, stride)
+    return f"AP50 has stayed at {now['AP50']:.2f} for {PATIENCE} evaluations. {reason} {more_about(symptom)}"
 
 
-def _reason(now: Mapping[str, float], query_type: str, stride: int) -> str:
+def _reason(now: Mapping[str, float], query_type: str, stride: int) -> tuple[str, str]:
+    """The reason, and the symptom that it belongs to."""
     overlap, wrong, changed = now["matched_iou"], now["class_error"], now.get("changed_matches", 0.0)
     stabilize = "Lower --learning_rate"
     if query_type == "learned":
@@ -40,36 +42,42 @@ def _reason(now: Mapping[str, float], query_type: str, stride: int) -> str:
             changed > 0.5,
             f"{changed:.0%} of the objects are matched to another query than in the last epoch: the matching is "
             f"unstable. {stabilize}.",
+            "ap-is-0",
         ),
         (
             now["duplicates"] > 0.3,
             f"{now['duplicates']:.0%} of the predictions repeat another one: the queries do not suppress duplicates "
             "yet. Train longer, or lower --learning_rate.",
+            "the-same-object-is-found-several-times",
         ),
         (
             overlap >= 0.7 and wrong <= 0.1,
             f"On training images boxes (IoU {overlap:.2f}) and classes ({wrong:.0%} wrong) are right: the model "
             "overfits and needs more images or stronger augmentation, or the validation images are labelled "
             "differently (examples/check_dataset.py compares them).",
+            "good-on-training-images-bad-in-validation",
         ),
         (
             overlap >= 0.6 and wrong > 0.3,
             f"Boxes fit (IoU {overlap:.2f}), but {wrong:.0%} of the classes are wrong: check the labels "
             "(examples/check_dataset.py), and classes that look alike or are rare.",
+            "a-class-is-never-found",
         ),
         (
             now["never_matched"] > 0.7,
             f"{now['never_matched']:.0%} of the queries were never matched to an object. Fewer queries are learned "
             "faster: --set num_queries=...",
+            "ap-is-0",
         ),
         (
             overlap < 0.6,
             f"Boxes do not fit (IoU {overlap:.2f}): objects may be too small for the feature map (a larger "
             f"--image_size{finer}), or the learning rate too low or too high. Try --overfit 8.",
+            "small-objects-are-missed",
         ),
     )
     unknown = "No figure stands out: train longer, or try --overfit 8 to see whether the model can learn at all."
-    return next((reason for applies, reason in reasons if applies), unknown)
+    return next(((reason, symptom) for applies, reason, symptom in reasons if applies), (unknown, "ap-is-0"))
 
 
 def has_memorized(history: Sequence[Mapping[str, float]]) -> bool:
@@ -89,7 +97,7 @@ def describe_overfit(history: Sequence[Mapping[str, float]], *, num_images: int,
     result = f"{listed(numbers)} on {num_images} images after {steps} steps"
     if has_memorized(history):
         return f"Overfit: yes, {result}: labels, model and learning rate work together."
-    return f"Overfit: NO, {result}. {explain_overfit(history, **figures)}"
+    return f"Overfit: NO, {result}. {explain_overfit(history, **figures)} {more_about('ap-is-0')}"
 
 
 def _memorized_numbers(line: Mapping[str, float]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from ..interop import load_model
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
 from ..model.processor_size import size_range
-from ..runtime import StopRequest, atomic_write
+from ..runtime import StopRequest, atomic_write, more_about
 from ..visualization import compare_masks_with_ground_truth, compare_with_ground_truth
 from .arguments import FinetuneArguments
 from .batch_size import fit_batch_size
@@ -121,7 +121,8 @@ class TrainingRun:
         )
         self.evaluation_seconds = of_epoch[1]
         if minutes is not None and seconds > 60 * minutes:
-            text += f" That is more than --minutes {minutes:g}: fewer images or a smaller model take less."
+            text += f" That is more than --minutes {minutes:g}: fewer images or a smaller model take less. "
+            text += more_about("training-or-prediction-is-slow")
         accelerator.print(text)
         return recipe
 
