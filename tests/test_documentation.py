@@ -46,6 +46,7 @@ PAGES = ["README.md", *DOCS, "examples/README.md", *SCRIPTS]
 LAUNCH = "accelerate launch --config_file examples/accelerate/"
 NEEDS_INDEX = "needs a package index; the test of extras looks for what it names"
 NEEDS_GPUS = "needs GPUs; test_accelerate_configs.py reads the configuration"
+SERVES = "serves until it is interrupted; test_app_browser.py visits the page"
 NOT_RUN = {
     "python3 -m venv .venv": "makes an environment for the commands after it",
     ". .venv/bin/activate": "changes the shell",
@@ -58,6 +59,15 @@ NOT_RUN = {
     'pip install ".[video]"': NEEDS_INDEX,
     'pip install ".[lora]"': NEEDS_INDEX,
     'pip install ".[visualization]"': NEEDS_INDEX,
+    'pip install ".[app,video]"': NEEDS_INDEX,
+    "accelerate launch examples/finetune.py --dataset FOLDER --learning_curve --output_dir DIR "
+    "--minutes 20": "trains for 80 minutes; test_learning_curve.py trains on fewer images",
+    "hf-detr env": "test_cli.py runs it",
+    "hf-detr troubleshoot": "test_cli.py runs it",
+    "hf-detr troubleshoot ap-is-0": "test_cli.py runs it",
+    "python examples/app.py --model CHECKPOINT": SERVES,
+    "python examples/app.py --model runs/shapes-1": SERVES,
+    "python examples/app.py --model CHECKPOINT --examples FOLDER --corrections my-corrections": SERVES,
     "python -m pytest -n 2 --dist loadgroup": "runs these tests",
     "hf auth login": "asks for a token; it is in the environment here",
     f"{LAUNCH}single_gpu.yaml examples/finetune.py --dataset FOLDER": NEEDS_GPUS,
