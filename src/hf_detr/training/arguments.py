@@ -65,7 +65,7 @@ class DataArguments:
         metavar="FRACTION",
     )
     overfit: int | None = option("train on N images only, until the model has memorized them", metavar="N")
-    train_images: int | None = option("train on N random images; a larger N keeps those of a smaller one", metavar="N")
+    train_images: int | None = option("train on N of the images, drawn by --seed", metavar="N")
     quick: bool = option("2 epochs on 64 images, as a smoke test", False)
     num_workers: int | None = option("processes that load images, default 2 (shapes: 0)")
 
@@ -232,7 +232,7 @@ class RunArguments:
     save_total_limit: int = option("checkpoints to keep, default 1", 1, metavar="N")
     on_nan: str = option("what to do with a step that is not finite", "stop", choices=("stop", "skip"))
     learning_curve: bool = option(
-        "train on 1/8, 1/4, 1/2 and all images, and forecast what twice as many would give",
+        "forecast what twice as many images would give",
         False,
     )
     seed: int = option("of weights, batches and augmentation, default 0", 0)
