@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,7 +45,12 @@ def test_a_forecast_stays_a_score_and_refuses_too_little():
         forecast([10, 20], [0.1, 0.2], 40)
     with pytest.raises(ValueError, match="at least 3 different"):
         forecast([10, 20, 20], [0.1, 0.2, 0.3], 40)
-    for scores, reason in (([-1, 0.2, 0.3], "not -1"), ([0.5, 0.9, 1.0], "not 1"), ([0, 0, 0], "a score above 0")):
+    for scores, reason in (
+        ([-1, 0.2, 0.3], "not -1"),
+        ([0.9, -0.5, 0.3], "not -0.5"),
+        ([0.5, 0.9, 1.0], "not 1"),
+        ([0, 0, 0], "a score above 0"),
+    ):
         with pytest.raises(ValueError, match=reason):
             forecast([10, 20, 40], scores, 80)
 
@@ -116,7 +122,7 @@ def test_models_are_trained_on_more_and_more_images_and_a_start_again_continues(
 @pytest.mark.parametrize("scores", [[0.2, 0.5, 1.0], [0.0, 0.0, 0.0]])
 def test_scores_are_kept_where_no_forecast_can_be_made(scores, tmp_path, capsys):
     curve = LearningCurve.__new__(LearningCurve)
-    curve.args, curve.folder, curve.images = parse_finetune_args("", []), tmp_path, [8, 16, 32]
+    curve._recipe, curve.folder, curve.images = SimpleNamespace(metric="AP"), tmp_path, [8, 16, 32]
     for number, score in zip(curve.images, scores, strict=True):
         (tmp_path / f"images-{number}").mkdir()
         (tmp_path / f"images-{number}" / "metrics.json").write_text(json.dumps({"AP": score}))

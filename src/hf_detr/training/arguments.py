@@ -149,12 +149,8 @@ class ModelArguments:
         for name in ("backbone", "backbone_weights"):
             if self.model and getattr(self, name):
                 raise ValueError(f"--{name} starts a new model, and --model names a trained one: give one of them")
-        apart = (
-            "query_type",
-            "relative_boxes",
-            "class_weights",
-            *PARTS_OF_MODEL,
-        )  # these depend on what the recipe chooses
+        # these depend on what the recipe chooses
+        apart = ("query_type", "relative_boxes", "class_weights", *PARTS_OF_MODEL)
         try:
             DetrConfig(**{name: value for name, value in self.config_fields().items() if name not in apart})
         except (ValueError, TypeError, StrictDataclassError) as error:
@@ -231,10 +227,7 @@ class RunArguments:
     save_minutes: float = option("between checkpoints within an epoch, default 15", 15)
     save_total_limit: int = option("checkpoints to keep, default 1", 1, metavar="N")
     on_nan: str = option("what to do with a step that is not finite", "stop", choices=("stop", "skip"))
-    learning_curve: bool = option(
-        "forecast what twice as many images would give",
-        False,
-    )
+    learning_curve: bool = option("forecast what twice as many images would give", False)
     seed: int = option("of weights, batches and augmentation, default 0", 0)
     report_to: list[str] | None = field(
         default=None, metadata={"help": "tensorboard, wandb, trackio, ... (see Accelerate)", "metavar": "TRACKER"}

@@ -53,8 +53,8 @@ def forecast(images: Sequence[int], scores: Sequence[float], target: int) -> For
     """
     if len(images) < MIN_POINTS or len(set(images)) < len(images):
         raise ValueError(f"A forecast needs scores for at least {MIN_POINTS} different numbers of images.")
-    if not all(0 <= score < 1 for score in scores):
-        raise ValueError(f"A forecast needs scores of at least 0 and below 1, not {max(scores, key=abs):g}.")
+    if outside := [score for score in scores if not 0 <= score < 1]:
+        raise ValueError(f"A forecast needs scores of at least 0 and below 1, not {outside[0]:g}.")
     if not any(scores):
         raise ValueError("A forecast needs a score above 0: train longer (--epochs, --minutes).")
     x, y = np.log(np.asarray(images, dtype=np.float64)), np.log(1 - np.asarray(scores, dtype=np.float64))
@@ -91,7 +91,7 @@ class LearningCurve:
             needed = MIN_IMAGES * DIVISORS[-MIN_POINTS]
             raise ValueError(f"--learning_curve needs at least {needed} training images; there are {count}.")
         self._remember_data(identify(train_set, val_set))
-        self._recipe = resolve_recipe(args, train_set, build_processor(args))
+        self._recipe = resolve_recipe(args, train_set, build_processor(args))  # of all images
         print(f"Learning curve: models are trained on {', '.join(map(str, self.images))} images.", flush=True)
 
     @cached_property
@@ -129,7 +129,7 @@ class LearningCurve:
         """Print the scores and the forecast, and write them as `learning_curve.json` and, where matplotlib is
         installed, `learning_curve.png`."""
         metrics = [json.loads((self._folder_of(number) / "metrics.json").read_text()) for number in self.images]
-        name = self.args.run.metric or next(n for n in ("PQ", "mask_AP", "AP") if n in metrics[-1])
+        name = self._recipe.metric
         scores = [float(of_run[name]) for of_run in metrics]
         lines = [f"{number:>8} images   {name} {score:.3f}" for number, score in zip(self.images, scores, strict=True)]
         result: dict[str, Any] = {"metric": name, "images": self.images, "scores": scores, "confidence": CONFIDENCE}
