@@ -192,7 +192,7 @@ def test_a_video_that_is_too_long_or_none_is_refused(viewer, tmp_path, monkeypat
 
 def test_corrections_are_a_data_set_to_train_on(image, tmp_path):
     corrections = Corrections(tmp_path / "mine", NAMES)
-    assert len(corrections) == 0
+    assert corrections.num_images == 0
     boxes = [CorrectedBox("dog", (10, 20, 50, 60)), CorrectedBox("cat", (-5, 70, 130, 90))]
     assert corrections.save(image, "C:\\photos\\a picture?.png", boxes) is False
     rows = load_detection_dataset(tmp_path / "mine", "train", cache_dir=tmp_path / "cache", validation_fraction=0)
@@ -215,7 +215,7 @@ def test_an_image_that_is_saved_again_replaces_its_boxes(image, tmp_path):
     corrections.save(other, "other.png", [])
     assert corrections.save(image, "renamed.png", [CorrectedBox("cat", (0, 0, 9, 9))]) is True
     coco = json.loads(corrections.file.read_text())
-    assert len(coco["images"]) == len(corrections) == 2
+    assert len(coco["images"]) == corrections.num_images == 2
     [annotation] = coco["annotations"]
     assert (annotation["bbox"], annotation["category_id"], annotation["image_id"]) == ([0, 0, 9, 9], 1, 1)
 
@@ -277,6 +277,24 @@ def _save_some(folder, start):
         file = Path(folder).parent / f"{number}.png"
         Image.new("RGB", (10 + number, 10)).save(file)
         corrections.save(file, file.name, [CorrectedBox("cat", (0, 0, 5, 5))])
+
+
+def test_a_visitor_without_a_shared_folder_downloads_what_was_saved(viewer, image, tmp_path):
+    pytest.importorskip("gradio")
+    from hf_detr.app.actions import Actions
+
+    actions, viewed = Actions(viewer, [], None, 0.5), viewer.view(image)
+    folder = actions.arrive()
+    edited, drawn, _ = actions.edit(viewed, 0.05, folder)
+    message, button = actions.save(edited, drawn, folder)
+    assert "`corrections`" in message
+    assert folder not in message, "a visitor has nothing of the server's folders"
+    with zipfile.ZipFile(button.value["path"] if isinstance(button.value, dict) else button.value) as archive:
+        coco = json.loads(archive.read("annotations/instances_train.json"))
+        assert archive.read(f"train/{coco['images'][0]['file_name']}") == image.read_bytes()
+    assert len(coco["annotations"]) == len(viewed.detections)
+    boxes = [annotation["bbox"][0] for annotation in coco["annotations"]]
+    assert boxes == pytest.approx([d["box"]["xmin"] for d in viewed.detections], abs=0.5 / viewed.scale + 0.01)
 
 
 def test_two_processes_save_into_one_folder(tmp_path):

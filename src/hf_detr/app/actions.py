@@ -205,7 +205,7 @@ class Actions:
             again = corrections.save(edited.file, edited.name, boxes)
         except (ValueError, OSError) as error:
             return f"⚠ {error}", gr.skip()
-        number, shared = len(corrections), self.corrections is not None
+        number, shared = corrections.num_images, self.corrections is not None
         replaced = " (its earlier boxes were replaced)" if again else ""
         place = f"`{corrections.folder}`" if shared else f"the data set below; unpack it as `{ARCHIVE}`"
         masks = (
@@ -217,6 +217,8 @@ class Actions:
             f"least 2; 15 % are used for validation):{masks}\n\n```bash\n"
             f"{corrections.command(self.viewer.source, None if shared else ARCHIVE)}\n```"
         )
+        if shared:
+            return message, gr.skip()
         archive = corrections.zip(Path(folder, f"{ARCHIVE}.zip"))
         return message, gr.DownloadButton(value=str(archive), visible=True)
 

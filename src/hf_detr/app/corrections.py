@@ -46,7 +46,8 @@ class Corrections:
     def file(self) -> Path:
         return self.folder / "annotations" / "instances_train.json"
 
-    def __len__(self) -> int:
+    @property
+    def num_images(self) -> int:
         """The number of saved images."""
         return len(self._read()["images"])
 
@@ -141,9 +142,11 @@ class Corrections:
 
     def zip(self, target: Path) -> Path:
         """Write the data set as a zip file, for download."""
-        with _saving, zipfile.ZipFile(target, "w") as archive:
-            for file in (self.file, *sorted((self.folder / "train").iterdir())):
-                archive.write(file, file.relative_to(self.folder))
+        coco = self._read()  # image files are complete before it names them
+        with zipfile.ZipFile(target, "w") as archive:
+            archive.writestr(self.file.relative_to(self.folder).as_posix(), json.dumps(coco))
+            for name in (f"train/{entry['file_name']}" for entry in coco["images"]):
+                archive.write(self.folder / name, name)
         return target
 
     def command(self, model: str, folder: str | None = None) -> str:

@@ -187,7 +187,7 @@ class Viewer:
         such the same query. With proposals, two queries of nearly equal scores may have changed places."""
         wanted, found = viewed.detections[index], self.attention(viewed).detections
         boxes = torch.tensor([[d["box"][key] for key in CORNERS] for d in (wanted, *found)])
-        overlaps = box_iou(boxes[:1], boxes[1:])[0].tolist()
+        overlaps = box_iou(boxes[:1], boxes[1:])[0].nan_to_num(0.0).tolist()  # NaN: two boxes without area
 
         def likeness(number: int) -> tuple[bool, float, bool]:
             other = found[number]
