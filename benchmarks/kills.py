@@ -73,15 +73,19 @@ def kill(process: subprocess.Popen[str], number: int) -> str:
 
 
 def phase(folder: Path, output: str, started: float) -> str:
-    """What a killed run was doing, according to its folder and its progress bars."""
+    """What a killed run was doing, according to its folder and its progress bars. The last evaluation, of the best
+    model as it is saved, is part of the conclusion: there is nothing more to stop."""
     if any(path.stat().st_mtime > started for path in folder.glob("checkpoint-*.partial")):
         return "saving a checkpoint"
     if (folder / ".weights.partial").exists():
         return "saving the best weights"
-    bars = re.findall(r"(Epoch \d+|Evaluating|Best checkpoint)", output)
+    bars = re.findall(r"Epoch \d+|Evaluating", output)
     if not bars:
         return "starting"
-    return {"E": f"in {bars[-1].lower()}", "B": "concluding"}[bars[-1][0]] if bars[-1] != "Evaluating" else "evaluating"
+    log = folder / "log.jsonl"
+    if log.exists() and len(log.read_text().splitlines()) == json.loads((folder / "args.json").read_text())["epochs"]:
+        return "concluding"
+    return "evaluating" if bars[-1] == "Evaluating" else f"in {bars[-1].lower()}"
 
 
 def state_of(folder: Path, processes: int) -> dict[str, str]:
