@@ -17,6 +17,9 @@ from hf_detr import DetrConfig, DetrImageProcessor
 
 PAPER = {
     "query_type": "learned",
+    "class_activation": "softmax",
+    "norm_between_layers": False,
+    "position_temperature": None,
     "position_embedding_type": "sine",
     "pre_norm": False,
     "dilation": False,

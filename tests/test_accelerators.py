@@ -10,11 +10,11 @@ from torchvision.ops import box_convert
 
 from hf_detr import DetrForDetection
 from hf_detr.interop import to_transformers
-from hf_detr.model.anchor_decoder import ConditionalAttention, anchor_waves
-from hf_detr.model.class_loss import CLASS_LOSSES, ClassTargets, sum_class_loss
+from hf_detr.model.attention import ConditionalAttention
+from hf_detr.model.class_loss import ClassTargets, class_loss_of, sum_class_loss
 from hf_detr.model.dense_supervision import DenseHead, assign_locations, location_centers
 from hf_detr.model.loss import DetrLoss
-from hf_detr.model.position_embedding import build_position_embedding
+from hf_detr.model.position_embedding import LOW_TEMPERATURE, box_waves, build_position_embedding
 from hf_detr.model.pretrained import TRAINING_ONLY as PARTS_OF_TRAINING
 from hf_detr.model.queries import BOX_NOISE, LABEL_NOISE, Denoising, group_mask
 
@@ -145,7 +145,7 @@ def test_one_decoder_layer_has_no_idle_weights():
     [
         ({"query_type": "box"}, "learned, anchor"),
         ({"class_loss": "hinge"}, "cross_entropy, focal, iou_aware"),
-        ({"denoising_groups": 2}, 'needs `query_type="anchor"`'),
+        ({"denoising_groups": 2}, 'needs `query_type` "anchor" or "dab"'),
         ({"dense_loss_coefficient": -1}, "at least 0"),
         ({"prior_probability": 1.0}, "between 0 and 1"),
         ({"query_type": "anchor", "position_embedding_type": "learned"}, "sine"),
@@ -162,9 +162,11 @@ def test_impossible_options_are_refused(change, message):
 
 def test_an_anchor_s_sines_are_those_of_the_cell_it_lies_on():
     height, width, d = 3, 5, 32
-    grid = build_position_embedding("sine", d, for_anchors=True)(height, width, None, torch.device("cpu"))[0]  # (hw, d)
+    grid = build_position_embedding("sine", d, temperature=LOW_TEMPERATURE, centered=True)(
+        height, width, None, torch.device("cpu")
+    )[0]  # (hw, d)
     x, y = (2 + 0.5) / width, (1 + 0.5) / height
-    waves = anchor_waves(torch.tensor([x, y, 0.3, 0.4]), d)
+    waves = box_waves(torch.tensor([x, y, 0.3, 0.4]), d // 2, LOW_TEMPERATURE)
     assert waves.shape == (2 * d,)
     torch.testing.assert_close(waves[:d], grid[1 * width + 2], atol=1e-5, rtol=0)
     by_hand = [f(2 * math.pi * 0.3 / 20 ** (2 * i / (d // 2))) for i in range(d // 4) for f in (math.sin, math.cos)]
@@ -209,9 +211,9 @@ def test_attention_narrows_with_the_box():
     model = away_from_zero(tiny_model(query_type="anchor"))
     decoder = model.model.decoder
     content, anchors = torch.randn(1, 2, 32), torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.3, 0.7, 0.5, 0.1]]])
-    waves = anchor_waves(anchors, 32)
+    waves = box_waves(anchors, 16, LOW_TEMPERATURE)
     wanted = decoder.reference_size(content).sigmoid()
-    place = decoder._center_positions(waves, anchors, content, True)
+    place = decoder.center_positions(waves, anchors, content, True)
     torch.testing.assert_close(place[..., :16], waves[..., :16] * (wanted[..., 1:] / anchors[..., 3:]))
     torch.testing.assert_close(place[..., 16:], waves[..., 16:32] * (wanted[..., :1] / anchors[..., 2:3]))
 
@@ -220,9 +222,9 @@ def test_attention_without_modulation_is_the_place_itself():
     model = tiny_model(query_type="anchor", modulate_attention=False)
     assert model.model.decoder.reference_size is None
     anchors = torch.rand(1, 2, 4)
-    waves = anchor_waves(anchors, 32)
+    waves = box_waves(anchors, 16, LOW_TEMPERATURE)
     assert torch.equal(
-        model.model.decoder._center_positions(waves, anchors, torch.randn(1, 2, 32), True), waves[..., :32]
+        model.model.decoder.center_positions(waves, anchors, torch.randn(1, 2, 32), True), waves[..., :32]
     )
     away_from_zero(model).train()(images(), labels=random_labels([1, 2])).loss.backward()
 
@@ -333,7 +335,9 @@ def test_class_losses_by_hand(kind):
     targets = torch.tensor([[0, 3, 2, 3], [3, 1, 3, 3]]).expand(2, -1, -1)
     quality = torch.rand(2, 2, 4, dtype=torch.float64)
     normalizer = torch.tensor(3 + 5 * 0.1 if kind == "cross_entropy" else 3.0, dtype=torch.float64)
-    result = sum_class_loss(kind, ClassTargets(logits, targets, quality), normalizer, 0.1)
+    result = sum_class_loss(
+        class_loss_of(kind), ClassTargets(logits, logits.shape[-1] - 1, targets, quality), normalizer, 0.1
+    )
     for layer in range(2):
         total, weights = 0.0, 0.0
         for image in range(2):
@@ -357,8 +361,8 @@ def test_class_losses_by_hand(kind):
 def test_the_focal_matching_cost_by_hand():
     p = 0.3
     expected = 0.25 * 0.7**2 * -math.log(0.3) - 0.75 * 0.3**2 * -math.log(0.7)
-    assert CLASS_LOSSES["focal"].cost(torch.tensor([p])).item() == pytest.approx(expected, rel=1e-5)
-    assert CLASS_LOSSES["iou_aware"].cost(torch.tensor([p])).item() == pytest.approx(-p)
+    assert class_loss_of("focal").cost(torch.tensor([p])).item() == pytest.approx(expected, rel=1e-5)
+    assert class_loss_of("iou_aware").cost(torch.tensor([p])).item() == pytest.approx(-p)
 
 
 def test_iou_aware_scores_are_best_at_the_quality_of_the_box():
@@ -367,7 +371,9 @@ def test_iou_aware_scores_are_best_at_the_quality_of_the_box():
     logits = torch.stack((p.log(), (1 - p).log()), dim=-1)[None, :, None]
     matched = torch.zeros(1, 1, 1, dtype=torch.long)
     losses = [
-        CLASS_LOSSES["iou_aware"].loss(ClassTargets(logits[:, i : i + 1], matched, matched + 0.7), 0.1).item()
+        class_loss_of("iou_aware")
+        .loss(ClassTargets(logits[:, i : i + 1], logits.shape[-1] - 1, matched, matched + 0.7), 0.1)
+        .item()
         for i in range(99)
     ]
     assert p[losses.index(min(losses))].item() == pytest.approx(0.7**1.5, abs=0.006)

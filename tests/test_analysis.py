@@ -310,8 +310,8 @@ def test_thresholds_of_each_class_are_saved_with_the_processor_and_used_when_ask
 
 def test_a_score_that_reaches_its_threshold_is_kept():
     outputs = outputs_with([0.4, 0.7])
-    scores = post_process_detection(outputs.logits, outputs.pred_boxes, 0.0)[0]["scores"].tolist()
-    assert len(post_process_detection(outputs.logits, outputs.pred_boxes, scores)[0]["scores"]) == 2
+    scores = post_process_detection(outputs, 0.0)[0]["scores"].tolist()
+    assert len(post_process_detection(outputs, scores)[0]["scores"]) == 2
 
 
 def test_thresholds_that_are_not_there_or_do_not_fit_are_errors():

@@ -227,7 +227,7 @@ def test_no_checkpoint_says_so(tmp_path):
 
 @pytest.mark.parametrize("table", [False, True])
 def test_what_came_with_other_names_is_saved_under_ours_and_stays_byte_for_byte(table, tmp_path):
-    save_v4(their_model(table=table), tmp_path / "theirs")
+    save_v4(their_model(kind="table" if table else "detr"), tmp_path / "theirs")
     model = DetrForDetection.from_pretrained(tmp_path / "theirs")
     model.save_pretrained(tmp_path / "first")
     saved = load_file(tmp_path / "first" / "model.safetensors")

@@ -70,7 +70,7 @@ def test_a_padded_batch_gives_each_image_the_masks_it_gets_alone(changes):
 
 @torch.no_grad()
 def test_transformers_masks_depend_on_the_batch_and_cost_its_adapters_a_pass_per_query():
-    theirs = their_model(masks=True)
+    theirs = their_model(kind="masks")
     model = spread_model(encoder_attention_heads=8, decoder_attention_heads=8)
     images, mask = padded_batch(SIZES)
     adapted = {"theirs": [], "ours": []}
@@ -85,7 +85,7 @@ def test_transformers_masks_depend_on_the_batch_and_cost_its_adapters_a_pass_per
 
 
 def test_transformers_mask_loss_depends_on_the_padding():
-    theirs = their_model(masks=True, auxiliary_loss=False)
+    theirs = their_model(kind="masks", auxiliary_loss=False)
     images, mask = padded_batch([SIZES[1]])
     labels = labels_with_masks([2], [SIZES[1]])
     padded = [label | {"masks": torch.nn.functional.pad(label["masks"], (0, 40, 0, 20))} for label in labels]
@@ -587,7 +587,7 @@ def test_a_model_with_masks_detects_in_the_other_pipeline_without_computing_them
 
 
 def test_transformers_own_models_get_the_pipeline_they_had():
-    theirs = their_model(masks=True)
+    theirs = their_model(kind="masks")
     processor = transformers.DetrImageProcessor(size={"height": 64, "width": 64})
     other = pipeline("image-segmentation", model=theirs, image_processor=processor)
     assert type(other) is transformers.ImageSegmentationPipeline

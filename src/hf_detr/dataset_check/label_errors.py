@@ -16,6 +16,7 @@ from torchvision.ops import box_convert, box_iou, nms
 
 from ..data.schema import id2label, unique_names
 from ..evaluation.evaluation_loop import predict_batches
+from ..model.post_processing import class_probabilities
 
 KINDS = {
     "missing": "an object without an annotation",
@@ -83,7 +84,7 @@ def find_label_errors(
     errors: list[LabelError] = []
     number = 0
     for batch, outputs in predict_batches(model, loader, progress=progress, description="Predicting", masks=False):
-        probabilities = outputs.logits.float().softmax(-1)[..., :-1].cpu()
+        probabilities = class_probabilities(outputs).cpu()
         boxes = box_convert(outputs.pred_boxes.float().cpu(), "cxcywh", "xyxy").clamp(0, 1)
         for label, of_image, predicted in zip(batch["labels"], probabilities, boxes, strict=True):
             image_id, objects = rows[number]

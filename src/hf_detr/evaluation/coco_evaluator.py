@@ -33,9 +33,10 @@ class CocoEvaluator:
 
     place = "bbox"  # the field of detections that says where they are
 
-    def __init__(self, dataset: "DetectionDataset") -> None:
+    def __init__(self, dataset: "DetectionDataset", *, top_k: int | None = None) -> None:
         from ..data.schema import category_ids, id2label, source_id, stuff_labels
 
+        self.top_k = top_k
         self.id2label = id2label(dataset)
         self.stuff_labels = stuff_labels(dataset)
         self.stuff_ids = {index for index, name in self.id2label.items() if name in self.stuff_labels}
@@ -60,7 +61,7 @@ class CocoEvaluator:
 
     def post_process(self, processor: "DetrImageProcessor", outputs: Any, sizes: Tensor) -> list[dict[str, Any]]:
         """A model's outputs to what `update` takes; `sizes` (B, 2) are the images' height and width in pixels."""
-        return processor.post_process_object_detection(to_host(outputs), threshold=0.0, target_sizes=sizes)
+        return processor.post_process_object_detection(to_host(outputs), 0.0, sizes, self.top_k)
 
     def update(self, image_ids: Iterable[Any], results: Iterable[Mapping[str, Any]]) -> None:
         """Add the results of `post_process_object_detection` (boxes xyxy in pixels of the original image, threshold 0)

@@ -27,6 +27,8 @@ class ModelEvaluation:
     Args:
         dataset: with masks, if these are measured; and if it has stuff, they must not overlap.
         with_masks: of a model with masks, measure them.
+        max_detections: that will count per image and class; more than 100 are also kept of models whose scores are
+            independent.
 
     Attributes:
         boxes, masks, segments: the evaluators; the latter two are None where nothing is measured.
@@ -36,9 +38,11 @@ class ModelEvaluation:
         ValueError: the data set has no masks, or has stuff and some masks overlap.
     """
 
-    def __init__(self, dataset: "DetectionDataset", *, with_masks: bool = False) -> None:
+    def __init__(
+        self, dataset: "DetectionDataset", *, with_masks: bool = False, max_detections: int = MAX_DETECTIONS
+    ) -> None:
         import_extra("hotcoco", "evaluation")
-        self.boxes = CocoEvaluator(dataset)
+        self.boxes = CocoEvaluator(dataset, top_k=max_detections if max_detections > MAX_DETECTIONS else None)
         self.masks = MaskEvaluator(dataset) if with_masks else None
         self.segments = PanopticEvaluator(dataset) if with_masks and self.boxes.stuff_labels else None
 

@@ -120,9 +120,13 @@ class TrainerMetrics:
             labels: the Trainer's list, which is emptied so that the Trainer does not gather it.
         """
         logits, pred_boxes = [value for value in outputs if getattr(value, "ndim", 0) == 3][:2]
+        has_no_object = logits.shape[-1] == len(self.id2label) + 1
+        independent = None if has_no_object else logits.float().sigmoid()
         sizes = torch.stack([label["orig_size"] for label in labels])
         results = self.processor.post_process_object_detection(
-            DetrDetectionOutput(logits=logits, pred_boxes=pred_boxes), threshold=0.0, target_sizes=sizes
+            DetrDetectionOutput(logits=logits, pred_boxes=pred_boxes, class_probabilities=independent),
+            threshold=0.0,
+            target_sizes=sizes,
         )
         for label, result in zip(labels, results, strict=True):
             prediction = {key: value.cpu().numpy() for key, value in result.items()}

@@ -36,8 +36,9 @@ class ExportedOutput(DetrSegmentationOutput):
     includes post-processing.
 
     Args:
-        scores, labels: (B, Q), of the best class of each query.
-        boxes: (B, Q, 4), xyxy clipped to the image, in pixels of `target_sizes`, or in [0, 1] without target sizes.
+        scores, labels: (B, N), the detections of [`~hf_detr.model.post_processing.best_detections`]: the best class of
+            each query, or, of independent scores, the best 100.
+        boxes: (B, N, 4), xyxy clipped to the image, in pixels of `target_sizes`, or in [0, 1] without target sizes.
     """
 
     scores: Tensor | None = None
@@ -133,6 +134,8 @@ class ExportedDetr:
         found: dict[str, Any] = dict(zip(names, (value.to(pixel_values.device) for value in outputs), strict=True))
         if self.has_masks:
             found["image_sizes"] = torch.stack((pixel_mask.any(2).sum(1), pixel_mask.any(1).sum(1)), dim=1)
+        if not self.config.has_no_object:
+            found["class_probabilities"] = found["logits"].sigmoid()
         return ExportedOutput(**found)
 
     def _check(self, pixel_values: Tensor, pixel_mask: Tensor | None, target_sizes: Tensor | None) -> None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import box_convert
 
+from ..model.post_processing import best_detections
 from ..speed import prepare_for_inference
 from .exported_model import input_names
 from .masked_backbone import MaskedBackbone, plan_masks
@@ -58,10 +58,10 @@ class ExportGraph(nn.Module):
         plain = (logits, pred_boxes, *((outputs.pred_masks, outputs.mask_sizes) if self.model.has_masks else ()))
         if not self.post_process or target_sizes is None:
             return plain
-        scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+        found = best_detections(outputs)
         height, width = target_sizes.to(pred_boxes.dtype).unbind(1)
         scale = torch.stack((width, height, width, height), dim=1)[:, None]
-        return *plain, scores, labels, box_convert(pred_boxes, "cxcywh", "xyxy").clamp(0, 1) * scale
+        return *plain, found.scores, found.labels, found.boxes * scale
 
 
 def trace(

@@ -6,25 +6,18 @@ layer predicts how the box changes (DAB-DETR, arXiv 2201.12329). In the cross-at
 contents and positions with positions (Conditional DETR, arXiv 2108.06152).
 """
 
-import math
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from .attention import ConditionalAttention
+from .configuration_hf_detr import DetrConfig
 from .decoder import DecoderOutput, DetrDecoder
 from .encoder import LayerOptions, Memory, TransformerLayer
 from .heads import MLP, BoxHead
-from .position_embedding import ANCHOR_TEMPERATURE, sine_waves
+from .position_embedding import LOW_TEMPERATURE, box_waves
 from .queries import Queries
-
-
-def anchor_waves(anchors: Tensor, d_model: int) -> Tensor:
-    """Boxes (..., 4), cxcywh in [0, 1], to the sines of y, x, w and h, (..., 2 * d_model); the first half is the
-    position embedding that the image has at (x, y)."""
-    angles = anchors[..., [1, 0, 2, 3]] * (2 * math.pi)
-    return sine_waves(angles, d_model // 2, ANCHOR_TEMPERATURE).flatten(-2)
 
 
 class AnchorDecoderLayer(TransformerLayer):
@@ -87,25 +80,50 @@ class AnchorDecoder(DetrDecoder):
 
     Args:
         modulate_attention, relative_boxes: see `DetrConfig`.
+        temperature: of the sines of the boxes, as of those of the image that they are compared with.
     """
 
     queries_are_boxes = True
+    predicts_offsets = True
     attn_implementations = ("eager", "sdpa")
+    temperature = LOW_TEMPERATURE
+    centered_positions = True
+    min_side: ClassVar[float] = 1e-3  # of a box that attention is scaled by
 
     def __init__(
-        self, num_layers: int, options: LayerOptions, *, modulate_attention: bool, relative_boxes: bool
+        self,
+        num_layers: int,
+        options: LayerOptions,
+        *,
+        modulate_attention: bool,
+        relative_boxes: bool,
+        temperature: float = LOW_TEMPERATURE,
     ) -> None:
         super().__init__()
+        self.box_temperature = temperature
         d_model = options.d_model
         self.d_model = d_model
-        self.layers = nn.ModuleList(AnchorDecoderLayer(options) for _ in range(num_layers))
+        self.layers = nn.ModuleList(self.build_layer(options, is_first=n == 0) for n in range(num_layers))
         self.layernorm = nn.LayerNorm(d_model)
         self.anchor_embedding = MLP([2 * d_model, d_model, d_model])
         self.position_scale = MLP([d_model, d_model, d_model]) if num_layers > 1 else None
         self.reference_size = MLP([d_model, d_model, 2]) if modulate_attention else None
         self.bbox_predictor = BoxHead(d_model, relative=relative_boxes)
 
-    def _center_positions(self, waves: Tensor, anchors: Tensor, hidden_states: Tensor, is_first: bool) -> Tensor:
+    @classmethod
+    def of(cls, config: DetrConfig, options: LayerOptions) -> Self:
+        return cls(
+            config.decoder_layers,
+            options,
+            modulate_attention=config.modulate_attention,
+            relative_boxes=config.relative_boxes,
+            temperature=config.position_temperature or cls.temperature,
+        )
+
+    def build_layer(self, options: LayerOptions, *, is_first: bool) -> nn.Module:
+        return AnchorDecoderLayer(options)
+
+    def center_positions(self, waves: Tensor, anchors: Tensor, hidden_states: Tensor, is_first: bool) -> Tensor:
         """Position embedding of the anchors' centres, (B, T, d), scaled by the content (arXiv 2108.06152, section 3.3)
         and by the width and height of the box (arXiv 2201.12329, equation 6)."""
         positions = waves[..., : self.d_model]
@@ -113,7 +131,7 @@ class AnchorDecoder(DetrDecoder):
             positions = positions * self.position_scale(hidden_states)
         if self.reference_size is not None:
             reference = self.reference_size(hidden_states).sigmoid().float()  # (B, T, 2): width, height
-            ratio = reference / anchors[..., 2:].clamp(min=1e-3)
+            ratio = reference / anchors[..., 2:].clamp(min=self.min_side)
             positions = positions * ratio.flip(-1).repeat_interleave(self.d_model // 2, dim=-1)  # sines of y come first
         return positions
 
@@ -124,12 +142,12 @@ class AnchorDecoder(DetrDecoder):
         self_attn_implementation = self.self_attn_implementation(queries, attn_implementation)
         states, normed, boxes, self_weights, cross_weights = [queries.content], [], [], [], []
         for number, layer in enumerate(self.layers):
-            waves = anchor_waves(anchors, self.d_model)
+            waves = box_waves(anchors, self.d_model // 2, self.box_temperature)
             query_positions = self.anchor_embedding(waves.to(states[-1].dtype)).to(states[-1].dtype)
             hidden_states, layer_self, layer_cross = layer(
                 states[-1],
                 query_positions,
-                self._center_positions(waves, anchors, states[-1], number == 0),
+                self.center_positions(waves, anchors, states[-1], number == 0),
                 number == 0,
                 memory.features,
                 memory.positions,

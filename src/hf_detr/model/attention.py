@@ -95,13 +95,39 @@ class MultiHeadAttention(Attention):
         return self.attend(queries, keys, values, attention_mask, attn_implementation, **kwargs)
 
 
-class ConditionalAttention(Attention):
-    """Cross-attention with scores content · content + position · position (arXiv 2108.06152, equation 2)."""
+class PositionedSelfAttention(Attention):
+    """Self-attention in which contents and positions have projections of their own, whose sums are compared (the
+    decoders of Conditional DETR's and DAB-DETR's code)."""
 
     def __init__(self, d_model: int, num_heads: int, attention_dropout: float) -> None:
+        super().__init__(d_model, num_heads, attention_dropout, score_width=d_model // num_heads)
+        self.q_position_proj = nn.Linear(d_model, d_model)
+        self.k_position_proj = nn.Linear(d_model, d_model)
+
+    def forward(
+        self, content: Tensor, positions: Tensor, attention_mask: Any, attn_implementation: str, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, Q, d) twice to (B, Q, d) and, from "eager" only, the weights (B, heads, Q, Q)."""
+        queries = self.split_heads(self.q_proj(content) + self.q_position_proj(positions))
+        keys = self.split_heads(self.k_proj(content) + self.k_position_proj(positions))
+        values = self.split_heads(self.v_proj(content))
+        return self.attend(queries, keys, values, attention_mask, attn_implementation, **kwargs)
+
+
+class ConditionalAttention(Attention):
+    """Cross-attention with scores content · content + position · position (arXiv 2108.06152, equation 2).
+
+    Args:
+        adds_positions: also add a projected position of the query to its content, and the projected position of the key
+            to its content, as the code of Conditional DETR does in the first layer, where the content carries no
+            information yet.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, attention_dropout: float, *, adds_positions: bool = False) -> None:
         super().__init__(d_model, num_heads, attention_dropout, score_width=2 * d_model // num_heads)
         self.q_position_proj = nn.Linear(d_model, d_model)
         self.k_position_proj = nn.Linear(d_model, d_model)
+        self.q_added_proj = nn.Linear(d_model, d_model) if adds_positions else None
 
     def forward(
         self,
@@ -111,12 +137,19 @@ class ConditionalAttention(Attention):
         key_position: Tensor,
         attention_mask: Any,
         attn_implementation: str,
+        *,
+        added_position: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, Q, d) twice, (B, hw, d), (B or 1, hw, d) to (B, Q, d) and, from "eager" only, the weights."""
+        """(B, Q, d) twice, (B, hw, d), (B or 1, hw, d) to (B, Q, d) and, from "eager" only, the weights.
+        `added_position` (B, Q, d) is what `adds_positions` adds."""
+        positions, query_content, key_content = self.k_position_proj(key_position), self.q_proj(query), self.k_proj(key)
+        if self.q_added_proj is not None:
+            query_content = query_content + self.q_added_proj(added_position)
+            key_content = key_content + positions
         query_position = self.split_heads(self.q_position_proj(query_position.to(query.dtype)))
-        key_position = self.split_heads(self.k_position_proj(key_position)).expand(key.shape[0], -1, -1, -1)
-        queries = torch.cat((self.split_heads(self.q_proj(query)), query_position), dim=-1)
-        keys = torch.cat((self.split_heads(self.k_proj(key)), key_position), dim=-1)
+        key_position = self.split_heads(positions).expand(key.shape[0], -1, -1, -1)
+        queries = torch.cat((self.split_heads(query_content), query_position), dim=-1)
+        keys = torch.cat((self.split_heads(key_content), key_position), dim=-1)
         values = self.split_heads(self.v_proj(key))
         return self.attend(queries, keys, values, attention_mask, attn_implementation, **kwargs)

@@ -26,6 +26,7 @@ FIELDS_OF_TRANSFORMERS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "train_backbone": ((True,), "call model.freeze_backbone()"),
     "init_std": ((0.02,), "initial weights are the paper's; `init_xavier_std` scales them"),
 }
+QUERIES_ARE_BOXES = ("anchor", "dab")  # values of `query_type`
 RETIRED = ("query_groups",)  # fields of version 0.1 that changed training only
 # What transformers itself passes to a config or writes into `config.json`, beside the fields that all configs have.
 NAMES_OF_TRANSFORMERS = (
@@ -62,7 +63,11 @@ class DetrConfig(PreTrainedConfig):
             to train a backbone from random weights.
         frozen_stages: number of backbone stages whose weights are frozen: `-1` none, `0` the stem, `n` the stem and
             the first `n` stages. The paper freezes the stem and the first stage (`1`).
-        num_queries: number of object queries, the maximum number of detections per image.
+        num_queries: number of object queries, each of which gives at most one detection (with
+            `class_activation="sigmoid"`, one per class).
+        num_patterns: `"anchor"` and `"dab"` only: number of learned content vectors. Every anchor is combined with each
+            of them, so that objects at the same place have several queries (DAB-DETR's code; arXiv 2109.07107). 0: one
+            query per anchor, whose content is zero. There are `num_predictions` queries in all.
         d_model: width of the transformer.
         encoder_layers, decoder_layers: number of layers.
         encoder_attention_heads, decoder_attention_heads: attention heads per layer; each must divide `d_model`.
@@ -72,30 +77,37 @@ class DetrConfig(PreTrainedConfig):
         attention_dropout: dropout on the attention weights.
         activation_dropout: dropout after the activation of the feed-forward blocks.
         pre_norm: apply layer norm before each block instead of after it; an additional norm then closes the encoder.
+        norm_between_layers: `"learned"` and `"conditional"` only: each decoder layer reads the normed output of the
+            layer before it, and the last output is normed twice. This is what transformers' models do with
+            `auxiliary_loss=True`, so checkpoints that they have trained that way need it; leave it `False` otherwise.
         position_embedding_type: `"sine"` or `"learned"`, the spatial position embeddings of the feature map.
+        position_temperature: of these sines; at a lower one, neighbouring locations differ more. `None`: as published
+            for the `query_type`, 10000, or 20 for `"anchor"` and `"dab"`.
         init_xavier_std: gain of the Xavier-uniform initialization of the transformer's matrices.
         query_type: `"learned"`: the paper's learned object queries. `"anchor"`: each query is a box (cx, cy, w, h) from
             which its attention starts and which every decoder layer refines (DAB-DETR, arXiv 2201.12329; formula:
             `relative_boxes`), with cross-attention scores
             `content · content + position · position` (Conditional DETR, arXiv 2108.06152). Anchors converge many times
-            faster; prefer them unless training starts from a checkpoint with learned queries.
-        modulate_attention: anchors only: scale the sine embeddings of x by `predicted width / w` and those of y by
-            `predicted height / h`, which fits the extent of attention to the box (DAB-DETR, equation 6). Use it for
-            objects of very different sizes.
+            faster; prefer them unless training starts from a checkpoint with other queries. `"conditional"` and `"dab"`
+            are the decoders of Conditional DETR and DAB-DETR as published, for their checkpoints; `"dab"` also scales
+            the positions in the encoder.
+        modulate_attention: `"anchor"` and `"dab"` only: scale the sine embeddings of x by `predicted width / w` and
+            those of y by `predicted height / h`, which fits the extent of attention to the box (DAB-DETR, equation 6).
+            Use it for objects of very different sizes.
         relative_boxes: with anchors or the dense loss: boxes are refined by offsets in units of their own sides (Faster
             R-CNN, arXiv 1506.01497, equation 2), and every location starts from a box of the same size in pixels. The
             offsets for an object then do not depend on its position or on the image size, which is far easier to learn
             from few images. `False`: offsets of the logits of the coordinates, as in DAB-DETR (formulas:
             [`~hf_detr.model.heads.BoxHead`]).
-        query_proposals: anchors only: the queries of an image start at its most confident locations. Each location of
-            the encoder's output predicts a class and a box; the boxes of the best `num_queries` are the anchors, their
-            feature vectors the content (two stages, arXiv 2010.04159, section 4.2; see
+        query_proposals: `"anchor"` only: the queries of an image start at its most confident locations. Each location
+            of the encoder's output predicts a class and a box; the boxes of the best `num_queries` are the anchors,
+            their feature vectors the content (two stages, arXiv 2010.04159, section 4.2; see
             [`~hf_detr.model.proposals.Proposals`]). Needs `dense_loss_coefficient`, which trains the locations. Use it
             with a `class_cost` of 6: what distinguishes queries at the same object is their score.
-        denoising_groups: training only, needs anchors: number of noised copies of the ground-truth boxes (shifted
-            centers, scaled sides, a fifth of the labels flipped). They enter the decoder as extra queries that are
-            trained to restore their object, with the same loss and without matching (DN-DETR, arXiv 2203.01305). Each
-            group adds as many queries as the image has objects. Use it for short schedules. 0 (the paper) is off.
+        denoising_groups: training only, needs `"anchor"` or `"dab"`: number of noised copies of the ground-truth boxes
+            (shifted centers, scaled sides, a fifth of the labels flipped). They enter the decoder as extra queries that
+            are trained to restore their object, with the same loss and without matching (DN-DETR, arXiv 2203.01305).
+            Each group adds as many queries as the image has objects. Use it for short schedules. 0 (the paper) is off.
         dense_loss_coefficient: training only: weight of an auxiliary loss on every location of the feature map, before
             and after the encoder. A location predicts the object in whose central region it lies (after Co-DETR, arXiv
             2211.12860; formula: [`~hf_detr.model.dense_supervision.DenseHead`]). Use it above all with a backbone from
@@ -106,9 +118,12 @@ class DetrConfig(PreTrainedConfig):
         mask_loss_coefficient, dice_loss_coefficient: weights of the focal and the dice loss of masks, which only
             [`~hf_detr.model.segmentation.DetrForSegmentation`] has.
         eos_coefficient: weight of the no-object class in the class loss `"cross_entropy"`.
+        class_activation: how logits become scores. `"softmax"` (the paper): the classes and "no object" exclude each
+            other. `"sigmoid"` (Conditional DETR and what follows it): one independent score per class, without "no
+            object"; a query may give several detections. Needs `class_loss` `"focal"` or `"iou_aware"`.
         class_loss: `"cross_entropy"` (the paper), `"focal"`, or `"iou_aware"`, which trains the score to reflect the
-            IoU of the box (formulas: [`~hf_detr.model.class_loss.class_loss`]). Set `prior_probability` with the latter
-            two. `"iou_aware"` is meant for anchors or the dense loss; with neither, and from random weights, it
+            IoU of the box (formulas: [`~hf_detr.model.class_loss.CLASS_LOSSES`]). Set `prior_probability` with the
+            latter two. `"iou_aware"` is meant for anchors or the dense loss; with neither, and from random weights, it
             converges more slowly than `"cross_entropy"`.
         class_loss_coefficient: weight of the class loss.
         class_weights: weight of the objects of a class in the class loss, by name of the class, such as
@@ -116,8 +131,9 @@ class DetrConfig(PreTrainedConfig):
         stuff_labels: names of the classes that are stuff in panoptic segmentation, such as `"sky"`: all that an image
             has of such a class is one segment. `None`: all classes are things.
         prior_probability: probability p that an untrained model assigns to all C classes together (arXiv 1708.02002,
-            section 4.1): the bias of no-object starts at `log(C (1 - p) / p)`, all others at 0. Use it with the class
-            losses `"focal"` and `"iou_aware"`. `None` (the paper): PyTorch's random biases.
+            section 4.1): the bias of no-object starts at `log(C (1 - p) / p)`, all others at 0; with
+            `class_activation="sigmoid"`, p is the probability of each class: all biases start at `log(p / (1 - p))`.
+            Use it with the class losses `"focal"` and `"iou_aware"`. `None` (the paper): PyTorch's random biases.
         mask_attention_gain: factor on the initial weights of the mask head's first convolution that are applied to
             attention maps. The maps of a query sum to 1 over heads and locations, so their values are small compared
             with the features. 1 is the paper; 256 is a good value.
@@ -147,6 +163,7 @@ class DetrConfig(PreTrainedConfig):
     frozen_stages: int = 1
 
     num_queries: int = 100
+    num_patterns: int = 0
     d_model: int = 256
     encoder_layers: int = 6
     encoder_attention_heads: int = 8
@@ -159,7 +176,9 @@ class DetrConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     activation_dropout: float | int = 0.0
     pre_norm: bool = False
+    norm_between_layers: bool = False
     position_embedding_type: str = "sine"
+    position_temperature: float | int | None = None
     init_xavier_std: float | int = 1.0
     is_encoder_decoder: bool = True
 
@@ -179,6 +198,7 @@ class DetrConfig(PreTrainedConfig):
     mask_loss_coefficient: float | int = 1
     dice_loss_coefficient: float | int = 1
     eos_coefficient: float | int = 0.1
+    class_activation: str = "softmax"
     class_loss: str = "cross_entropy"
     class_loss_coefficient: float | int = 1
     class_weights: dict[str, float | int] | None = None
@@ -286,11 +306,22 @@ class DetrConfig(PreTrainedConfig):
         except ValueError as error:
             raise ValueError(f"{args[0] if args else 'The config'}: {error}") from error
 
+    @property
+    def num_predictions(self) -> int:
+        """Number of queries in all, each of which predicts a box: `num_queries`, or so many for each pattern."""
+        return self.num_queries * max(1, self.num_patterns)
+
+    @property
+    def has_no_object(self) -> bool:
+        """Whether the last class logit is "no object"."""
+        return self.class_activation == "softmax"
+
     # transformers runs every method that is called validate_...
 
     def validate_sizes(self) -> None:
         self._check_minimum("frozen_stages", -1)
         self._check_minimum("encoder_layers", 0)
+        self._check_minimum("num_patterns", 0)
         for name in ("num_channels", "num_queries", "d_model", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim"):
             self._check_minimum(name, 1)
 
@@ -306,8 +337,14 @@ class DetrConfig(PreTrainedConfig):
 
     def validate_choices(self) -> None:
         self._check_choice("position_embedding_type", "sine", "learned")
-        self._check_choice("query_type", "learned", "anchor")
+        self._check_choice("query_type", "learned", "anchor", "conditional", "dab")
+        self._check_choice("class_activation", "softmax", "sigmoid")
         self._check_choice("class_loss", "cross_entropy", "focal", "iou_aware")
+        if self.class_activation == "sigmoid" and self.class_loss == "cross_entropy":
+            raise ValueError(
+                '`class_activation="sigmoid"` has no "no object", which `class_loss="cross_entropy"` needs: use '
+                '"focal", as published, or "iou_aware".'
+            )
 
     def validate_weights(self) -> None:
         for name in (
@@ -350,27 +387,39 @@ class DetrConfig(PreTrainedConfig):
         return {int(index) for index, name in self.id2label.items() if name in (self.stuff_labels or ())}
 
     def validate_anchors(self) -> None:
-        if self.query_type != "anchor":
-            return
-        if self.d_model % 8:
-            raise ValueError(f"`d_model` ({self.d_model}) must be a multiple of 8 for anchors.")
-        if self.position_embedding_type != "sine":
+        if self.query_type != "learned" and self.d_model % 8:
+            raise ValueError(
+                f"`d_model` ({self.d_model}) must be a multiple of 8 for `query_type={self.query_type!r}`."
+            )
+        if self.query_type in QUERIES_ARE_BOXES and self.position_embedding_type != "sine":
             raise ValueError(
                 'Anchors need `position_embedding_type="sine"`: their sine embeddings are compared with those of the '
                 "feature map."
             )
+        if self.norm_between_layers and self.query_type in QUERIES_ARE_BOXES:
+            raise ValueError('`norm_between_layers` is for `query_type` "learned" and "conditional".')
+        if self.num_patterns and self.query_type not in QUERIES_ARE_BOXES:
+            raise ValueError('`num_patterns` needs `query_type` "anchor" or "dab", whose queries are boxes.')
+        if self.num_patterns and self.query_proposals:
+            raise ValueError(
+                "`num_patterns` and `query_proposals` both define the content of queries: use one of them."
+            )
+        if self.position_temperature is not None and not 1 < self.position_temperature < math.inf:
+            raise ValueError(f"`position_temperature` must be above 1, got {self.position_temperature}.")
+        if self.position_temperature is not None and self.position_embedding_type != "sine":
+            raise ValueError('`position_temperature` needs `position_embedding_type="sine"`.')
 
     def validate_training_options(self) -> None:
         self._check_minimum("denoising_groups", 0)
-        if self.denoising_groups and self.query_type != "anchor":
+        if self.denoising_groups and self.query_type not in QUERIES_ARE_BOXES:
             raise ValueError(
-                '`denoising_groups` needs `query_type="anchor"`: a noised box is the anchor of its query, and learned '
-                "queries have no anchor."
+                '`denoising_groups` needs `query_type` "anchor" or "dab": a noised box is the anchor of its query, and '
+                "other queries have no anchor."
             )
-        if self.relative_boxes and self.query_type != "anchor" and not self.dense_loss_coefficient:
+        if self.relative_boxes and self.query_type not in QUERIES_ARE_BOXES and not self.dense_loss_coefficient:
             raise ValueError(
-                '`relative_boxes` needs `query_type="anchor"` or `dense_loss_coefficient` above 0: no other '
-                "part of the model refines boxes."
+                '`relative_boxes` needs `query_type` "anchor" or "dab", or `dense_loss_coefficient` above 0: nothing '
+                "else refines boxes."
             )
         if self.query_proposals and self.query_type != "anchor":
             raise ValueError('`query_proposals` needs `query_type="anchor"`: a proposal is the box of its query.')

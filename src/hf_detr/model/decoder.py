@@ -1,13 +1,15 @@
 """Step 4: the decoder turns object queries into objects, all in parallel (paper, section 3.2)."""
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from .attention import MultiHeadAttention
+from .configuration_hf_detr import DetrConfig
 from .encoder import LayerOptions, Memory, TransformerLayer
 from .heads import BoxHead
+from .position_embedding import TEMPERATURE
 from .queries import Queries
 
 
@@ -37,13 +39,25 @@ class DetrDecoder(nn.Module):
     Attributes:
         bbox_predictor: the box head, shared by all layers (paper, section 3.1).
         queries_are_boxes: whether it reads `queries.boxes`, or else `queries.positions`.
+        predicts_offsets: whether its box head predicts offsets from a box or point, or else boxes.
         attn_implementations: those that it can run; None: all.
+        temperature, centered_positions: of the sine embedding of the image, which its queries are compared with.
+        scales_encoder_positions: whether the encoder in front of it scales its positions.
     """
 
     queries_are_boxes: ClassVar[bool] = False
+    predicts_offsets: ClassVar[bool] = False
     attn_implementations: ClassVar[tuple[str, ...] | None] = None
+    temperature: ClassVar[float] = TEMPERATURE
+    centered_positions: ClassVar[bool] = False
+    scales_encoder_positions: ClassVar[bool] = False
 
     bbox_predictor: BoxHead
+
+    @classmethod
+    def of(cls, config: DetrConfig, options: LayerOptions) -> Self:
+        """The decoder that a config describes, with layers of these options."""
+        raise NotImplementedError
 
     def forward(self, queries: Queries, memory: Memory, attn_implementation: str, **kwargs: Any) -> DecoderOutput:
         raise NotImplementedError
@@ -96,13 +110,22 @@ class DecoderLayer(TransformerLayer):
 
 class Decoder(DetrDecoder):
     """The paper's decoder. The final norm is applied to a *copy* of each layer's output: the next layer reads the
-    output that is not normed, with auxiliary losses or without."""
+    output that is not normed, with auxiliary losses or without.
 
-    def __init__(self, num_layers: int, options: LayerOptions) -> None:
+    Args:
+        norm_between_layers: see `DetrConfig`.
+    """
+
+    def __init__(self, num_layers: int, options: LayerOptions, *, norm_between_layers: bool = False) -> None:
         super().__init__()
+        self.norm_between_layers = norm_between_layers
         self.layers = nn.ModuleList(DecoderLayer(options) for _ in range(num_layers))
         self.layernorm = nn.LayerNorm(options.d_model)
         self.bbox_predictor = BoxHead(options.d_model)
+
+    @classmethod
+    def of(cls, config: DetrConfig, options: LayerOptions) -> Self:
+        return cls(config.decoder_layers, options, norm_between_layers=config.norm_between_layers)
 
     def forward(self, queries: Queries, memory: Memory, attn_implementation: str, **kwargs: Any) -> DecoderOutput:
         positioned_features = memory.features + memory.positions
@@ -120,10 +143,12 @@ class Decoder(DetrDecoder):
                 self_attn_implementation,
                 **kwargs,
             )
-            states.append(hidden_states)
             normed.append(self.layernorm(hidden_states))
+            states.append(normed[-1] if self.norm_between_layers else hidden_states)
             self_weights.append(layer_self)
             cross_weights.append(layer_cross)
+        if self.norm_between_layers:
+            normed[-1] = self.layernorm(normed[-1])
         hidden_states = torch.stack(normed)  # (L, B, T, d)
         boxes = self.bbox_predictor(hidden_states)
         layer_states = (*states[:-1], normed[-1])

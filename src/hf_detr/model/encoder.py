@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import MultiHeadAttention
+from .heads import MLP
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class TransformerLayer(GradientCheckpointingLayer):
         super().__init__()
         self.dropout = options.dropout
         self.pre_norm = options.pre_norm
-        self.self_attn = MultiHeadAttention(options.d_model, options.num_heads, options.attention_dropout)
+        self.self_attn: nn.Module = MultiHeadAttention(options.d_model, options.num_heads, options.attention_dropout)
         self.self_attn_layer_norm = nn.LayerNorm(options.d_model)
         self.mlp = FeedForward(options)
         self.final_layer_norm = nn.LayerNorm(options.d_model)
@@ -107,12 +108,18 @@ class EncoderLayer(TransformerLayer):
 
 
 class Encoder(nn.Module):
-    """A stack of encoder layers; pre-norm needs one more norm at its end."""
+    """A stack of encoder layers; pre-norm needs one more norm at its end.
 
-    def __init__(self, num_layers: int, options: LayerOptions) -> None:
+    Args:
+        scale_positions: multiply the positions, for each layer, by a function of its input, which all layers share
+            (the code of DAB-DETR).
+    """
+
+    def __init__(self, num_layers: int, options: LayerOptions, *, scale_positions: bool = False) -> None:
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(options) for _ in range(num_layers))
         self.layernorm = nn.LayerNorm(options.d_model) if options.pre_norm else nn.Identity()
+        self.position_scale = MLP([options.d_model] * 3) if scale_positions and num_layers else None
 
     def forward(
         self, features: Tensor, positions: Tensor, attention_mask: Any, attn_implementation: str, **kwargs: Any
@@ -121,7 +128,8 @@ class Encoder(nn.Module):
         (B, hw, d)) and the attention weights of each layer."""
         states, weights = [features], []
         for layer in self.layers:
-            hidden_states, layer_weights = layer(states[-1], positions, attention_mask, attn_implementation, **kwargs)
+            scaled = positions if self.position_scale is None else positions * self.position_scale(states[-1])
+            hidden_states, layer_weights = layer(states[-1], scaled, attention_mask, attn_implementation, **kwargs)
             states.append(hidden_states)
             weights.append(layer_weights)
         states[-1] = self.layernorm(states[-1])

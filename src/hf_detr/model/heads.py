@@ -72,6 +72,6 @@ class BoxHead(MLP):
         return hidden_states.dtype
 
 
-def build_class_head(d_model: int, num_labels: int) -> nn.Linear:
-    """(..., d_model) to class logits (..., num_labels + 1); the last one is "no object"."""
-    return nn.Linear(d_model, num_labels + 1)
+def build_class_head(d_model: int, num_labels: int, *, has_no_object: bool = True) -> nn.Linear:
+    """(..., d_model) to class logits (..., num_labels + 1), the last one is "no object", or (..., num_labels)."""
+    return nn.Linear(d_model, num_labels + has_no_object)

@@ -1,6 +1,7 @@
 """Any image to a tensor of the model's channels: what step 1 does before it resizes."""
 
 import base64
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -174,7 +175,8 @@ def _open_any(image: Any, timeout: float | None) -> PIL.Image.Image:
             opened.load()
             return opened
         except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-            raise ValueError(f"{len(image)} bytes cannot be read as an image: {error}") from error
+            reason = re.sub(r"^cannot identify image file .*", "not an image file", str(error))
+            raise ValueError(f"{len(image)} bytes cannot be read as an image: {reason}") from error
     return open_image(image, timeout)
 
 

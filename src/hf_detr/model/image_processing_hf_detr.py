@@ -347,6 +347,7 @@ class HfDetrImageProcessor(TorchvisionBackend):
         outputs: Any,
         threshold: float | str = 0.5,
         target_sizes: Tensor | list[tuple[int, int]] | None = None,
+        top_k: int | None = None,
     ) -> list[dict[str, Tensor]]:
         """Model outputs to `scores`, `labels` and `boxes` (xyxy, in pixels of `target_sizes` and clipped to it) of each
         image. See `hf_detr.model.post_processing.post_process_detection`.
@@ -354,6 +355,8 @@ class HfDetrImageProcessor(TorchvisionBackend):
         Args:
             threshold: detections with a score above it stay. "per_class": those whose score reaches the threshold of
                 their class, from `class_thresholds`.
+            top_k: the most detections per image; None: one per query, or 100 of a model whose classes have independent
+                scores (`class_activation="sigmoid"`).
 
         Raises:
             ValueError: "per_class" without `class_thresholds`; the message says how to get them.
@@ -370,7 +373,7 @@ class HfDetrImageProcessor(TorchvisionBackend):
             )
         else:
             limit = list(self.class_thresholds)
-        return post_process_detection(outputs.logits, outputs.pred_boxes, limit, target_sizes)
+        return post_process_detection(outputs, limit, target_sizes, top_k)
 
     def post_process_panoptic_segmentation(
         self,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .attention import Attention, ConditionalAttention
+from .attention import Attention, ConditionalAttention, PositionedSelfAttention
 from .backbone import Backbone
 from .configuration_hf_detr import DetrConfig
 from .decoder import DetrDecoder
@@ -59,10 +59,9 @@ def init_transformer(stack: Encoder | DetrDecoder, gain: float) -> None:
                 fused = projection is not module.o_proj
                 init.xavier_uniform_(projection.weight, gain=gain * (0.5**0.5 if fused else 1.0))
                 init.zeros_(projection.bias)
-            if isinstance(module, ConditionalAttention):
-                for projection in (module.q_position_proj, module.k_position_proj):
-                    init.xavier_uniform_(projection.weight, gain=gain)
-                    init.zeros_(projection.bias)
+            for projection in _position_projections(module):
+                init.xavier_uniform_(projection.weight, gain=gain)
+                init.zeros_(projection.bias)
         elif isinstance(module, MLP):
             init_mlp(module)
         elif isinstance(module, FeedForward):
@@ -70,12 +69,22 @@ def init_transformer(stack: Encoder | DetrDecoder, gain: float) -> None:
                 init.xavier_uniform_(layer.weight, gain=gain)
                 bound = layer.in_features**-0.5
                 init.uniform_(layer.bias, -bound, bound)
+            if isinstance(module.activation_fn, nn.PReLU):
+                init.constant_(module.activation_fn.weight, 0.25)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-    if isinstance(stack, DetrDecoder) and stack.queries_are_boxes:  # the first boxes are the anchors
+    if isinstance(stack, DetrDecoder) and stack.predicts_offsets:  # which start at 0
         init.zeros_(stack.bbox_predictor.layers[-1].weight)
         init.zeros_(stack.bbox_predictor.layers[-1].bias)
+
+
+def _position_projections(attention: Attention) -> list[nn.Linear]:
+    """Of positions, which have matrices of their own."""
+    if not isinstance(attention, (ConditionalAttention, PositionedSelfAttention)):
+        return []
+    added = [attention.q_added_proj] if isinstance(attention, ConditionalAttention) and attention.q_added_proj else []
+    return [attention.q_position_proj, attention.k_position_proj, *added]
 
 
 def init_queries(queries: nn.Embedding, are_boxes: bool) -> None:
@@ -91,11 +100,15 @@ def init_queries(queries: nn.Embedding, are_boxes: bool) -> None:
     init.copy_(queries.weight, inverse_sigmoid(boxes))
 
 
-def init_class_head(head: nn.Linear, prior_probability: float | None) -> None:
-    """PyTorch's default, or a bias that gives all classes together the prior probability (arXiv 1708.02002, 4.1)."""
+def init_class_head(head: nn.Linear, prior_probability: float | None, *, has_no_object: bool = True) -> None:
+    """PyTorch's default, or a bias that gives the prior probability (arXiv 1708.02002, 4.1): to all classes together
+    beside "no object", or to each class of a head without it."""
     init_as_torch(head)
     if prior_probability is not None:
-        classes = head.out_features - 1
+        log_odds = math.log(prior_probability / (1 - prior_probability))
         bias = torch.zeros(head.out_features, device="cpu")
-        bias[-1] = math.log(classes * (1 - prior_probability) / prior_probability)
+        if has_no_object:
+            bias[-1] = math.log(head.out_features - 1) - log_odds
+        else:
+            bias += log_odds
         init.copy_(head.bias, bias)

@@ -3,7 +3,7 @@ object"."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -114,9 +114,10 @@ class DetrLoss:
     # -- the terms, each (L,) ------------------------------------------------------------------------------------------
 
     def class_term(self, matched: MatchedPredictions) -> Tensor:
-        kind, normalizers = self.config.class_loss, matched.normalizers
-        normalizer = normalizers.class_weight if class_loss_of(kind).is_mean else normalizers.boxes
-        return sum_class_loss(kind, matched.classes, normalizer, self.config.eos_coefficient)
+        loss_of = class_loss_of(self.config.class_loss, self.config.class_activation)
+        normalizers = matched.normalizers
+        normalizer = normalizers.class_weight if loss_of.is_mean else normalizers.boxes
+        return sum_class_loss(loss_of, matched.classes, normalizer, self.config.eos_coefficient)
 
     def l1_term(self, matched: MatchedPredictions) -> Tensor:
         return l1_distance(matched.boxes, matched.targets).sum(1) / matched.normalizers.boxes
@@ -126,8 +127,8 @@ class DetrLoss:
 
     @torch.no_grad()
     def cardinality_error(self, matched: MatchedPredictions) -> Tensor:
-        """Mean over images of |queries that do not predict "no object" - objects|."""
-        detected = (matched.classes.logits.argmax(-1) != matched.classes.no_object).sum(2)  # (L, B)
+        """Mean over images of |queries that predict an object - objects|."""
+        detected = matched.classes.detected().sum(2)  # (L, B)
         return (detected - matched.counts).abs().sum(1) / matched.normalizers.images
 
     # -- the terms of masks, scalars -----------------------------------------------------------------------------------
@@ -153,15 +154,16 @@ class DetrLoss:
         class and any other `eos_coefficient`, whichever is matched, so that no prediction is needed to know the sum.
         (Of an image with more objects than queries, the mean of its classes counts.)"""
         objects = [len(label["class_labels"]) for label in labels]
-        matched = sum(min(count, self.config.num_queries) for count in objects)
-        others = len(objects) * self.config.num_queries - matched
+        queries = self.config.num_predictions
+        matched = sum(min(count, queries) for count in objects)
+        others = len(objects) * queries - matched
         numbers = (sum(objects), matched + self.config.eos_coefficient * others, len(objects))
         counts = torch.tensor(numbers, dtype=torch.float32, device=device)
         weights = self.class_weights(device)
         if weights is not None:
             for label, count in zip(labels, objects, strict=True):
                 above_one = weights[label["class_labels"].to(device)].sum() - count
-                counts[1] += above_one * min(1.0, self.config.num_queries / max(count, 1))
+                counts[1] += above_one * min(1.0, queries / max(count, 1))
         return counts
 
     def __call__(
@@ -175,7 +177,8 @@ class DetrLoss:
         masks: Callable[[Matching], MaskPairs] | None = None,
     ) -> LossOutput:
         """Args:
-            logits: (L, B, T, num_labels+1) of L decoder layers, the last one last; the first `num_queries` of T
+            logits: (L, B, T, C) of L decoder layers, the last one last; C = num_labels + 1 where the last one is "no
+                object", else num_labels. The first `num_predictions` of T
                 predict, then come denoising queries. Computed in float32 or wider.
             pred_boxes: (L, B, T, 4) cxcywh in [0, 1] of the image without its padding.
             labels: one dict per image with `class_labels` (N,) and `boxes` (N, 4), on any device; see
@@ -204,14 +207,15 @@ class DetrLoss:
         own_logits, own_boxes = logits[:, :, :split], pred_boxes[:, :, :split]
         matching = self.match(own_logits, own_boxes, classes, boxes, counts)
         weights = self.class_weights(device)
-        matched = _apply(matching, own_logits, own_boxes, classes, boxes, counts, normalizers, None, weights)
+        objects = _Objects(classes, boxes, counts, self.config.num_labels)
+        matched = _apply(matching, own_logits, own_boxes, objects, normalizers, None, weights)
         terms = {name: term(matched) for name, (term, _) in self.terms.items()}
         loss, loss_dict = self._weighted_sum(terms), _by_layer(terms)
         if denoising is not None:
             num_boxes = normalizers.boxes * denoising.num_groups
             known = Matching(denoising.image, *(t.expand(layers, -1) for t in (denoising.query, denoising.target)))
             matched = _apply(
-                known, logits[:, :, split:], pred_boxes[:, :, split:], classes, boxes, counts,
+                known, logits[:, :, split:], pred_boxes[:, :, split:], objects,
                 LossNormalizers(num_boxes, num_boxes, normalizers.images), denoising.valid, weights,
             )  # fmt: skip
             terms = {name: term(matched) for name, (term, weight) in self.terms.items() if weight is not None}
@@ -236,7 +240,7 @@ class DetrLoss:
         return hungarian_matching(
             logits, pred_boxes, class_labels, boxes, counts,
             class_cost=config.class_cost, bbox_cost=config.bbox_cost, giou_cost=config.giou_cost,
-            class_loss=config.class_loss,
+            class_loss=config.class_loss, class_activation=config.class_activation,
         )  # fmt: skip
 
     def _weighted_sum(self, terms: dict[str, Tensor]) -> Tensor:
@@ -245,28 +249,38 @@ class DetrLoss:
         return torch.stack(weighted).sum()
 
 
+class _Objects(NamedTuple):
+    """The objects of a batch, one image after the other: classes (N,), boxes (N, 4) and their number in each image."""
+
+    classes: Tensor
+    boxes: Tensor
+    counts: list[int]
+    num_labels: int
+
+
 def _apply(
     matching: Matching,
     logits: Tensor,
     pred_boxes: Tensor,
-    class_labels: Tensor,
-    boxes: Tensor,
-    counts: list[int],
+    objects: _Objects,
     normalizers: LossNormalizers,
     valid: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> MatchedPredictions:
-    """Predictions (L, B, T, ...) beside the objects (N, ...) that they are matched to."""
+    """Predictions (L, B, T, ...) beside the objects that they are matched to."""
     layer = torch.arange(len(logits), device=logits.device)[:, None]  # (L, 1) beside image (M,) and query (L, M)
     at = layer, matching.image, matching.query
-    target_classes = torch.full(logits.shape[:3], logits.shape[-1] - 1, dtype=torch.int64, device=logits.device)
-    target_classes[at] = class_labels[matching.target]
-    predicted, targets = pred_boxes[at], boxes[matching.target]  # (L, M, 4)
-    quality = torch.zeros_like(target_classes, dtype=logits.dtype)
+    classes = torch.full(logits.shape[:3], objects.num_labels, dtype=torch.int64, device=logits.device)
+    classes[at] = objects.classes[matching.target]
+    predicted, targets = pred_boxes[at], objects.boxes[matching.target]  # (L, M, 4)
+    quality = torch.zeros_like(classes, dtype=logits.dtype)
     quality[at] = iou_of(predicted.detach(), targets)
-    num_objects = torch.tensor(counts, device=logits.device)
     return MatchedPredictions(
-        ClassTargets(logits, target_classes, quality, valid, weights), predicted, targets, num_objects, normalizers
+        ClassTargets(logits, objects.num_labels, classes, quality, valid, weights),
+        predicted,
+        targets,
+        torch.tensor(objects.counts, device=logits.device),
+        normalizers,
     )
 
 

@@ -40,6 +40,7 @@ def matching_costs(
     bbox_cost: float,
     giou_cost: float,
     class_loss: str = "cross_entropy",
+    class_activation: str = "softmax",
 ) -> Tensor:
     """Cost of matching every query of an image to every object *of that image* (paper, sections 3.1 and A.2).
 
@@ -48,17 +49,19 @@ def matching_costs(
     ([`~hf_detr.model.class_loss.CLASS_LOSSES`]).
 
     Args:
-        logits: (L, B, Q, num_labels+1) of L decoder layers; `pred_boxes` (L, B, Q, 4) cxcywh in [0, 1].
+        logits: (L, B, Q, C) of L decoder layers, whose scores `class_activation` defines; `pred_boxes` (L, B, Q, 4)
+            cxcywh in [0, 1].
         class_labels: (T,) of all T objects of the batch; `boxes` (T, 4) cxcywh in [0, 1]; `image_index` (T,), the
             image of the batch each belongs to.
 
     Returns:
         (L, T, Q)
     """
-    probabilities = logits.softmax(-1)[:, image_index, :, class_labels].transpose(0, 1)  # (L, T, Q)
+    every = logits.sigmoid() if class_activation == "sigmoid" else logits.softmax(-1)
+    probabilities = every[:, image_index, :, class_labels].transpose(0, 1)  # (L, T, Q)
     predicted = pred_boxes[:, image_index]  # (L, T, Q, 4)
     objects = boxes[:, None]  # (T, 1, 4)
-    cost = class_cost * class_loss_of(class_loss).cost(probabilities)
+    cost = class_cost * class_loss_of(class_loss, class_activation).cost(probabilities)
     return cost + bbox_cost * l1_distance(predicted, objects) - giou_cost * giou_of(predicted, objects)
 
 
@@ -74,6 +77,7 @@ def hungarian_matching(
     bbox_cost: float = 5.0,
     giou_cost: float = 2.0,
     class_loss: str = "cross_entropy",
+    class_activation: str = "softmax",
 ) -> Matching:
     """Optimal one-to-one matching of queries to objects for all decoder layers and images of a batch.
 
@@ -81,7 +85,7 @@ def hungarian_matching(
     transfer, together with the check that every prediction is finite.
 
     Args:
-        logits: (L, B, Q, num_labels+1), float32 or wider; `pred_boxes` (L, B, Q, 4) cxcywh in [0, 1].
+        logits: (L, B, Q, C), float32 or wider; `pred_boxes` (L, B, Q, 4) cxcywh in [0, 1].
         class_labels: (T,) objects of all images, one image after the other; `boxes` (T, 4) cxcywh in [0, 1].
         counts: number of objects of each image, B numbers that sum to T.
 
@@ -107,6 +111,7 @@ def hungarian_matching(
         bbox_cost=bbox_cost,
         giou_cost=giou_cost,
         class_loss=class_loss,
+        class_activation=class_activation,
     )
     finite = logits.isfinite().all() & pred_boxes.isfinite().all()
     on_host = torch.cat((costs.flatten(), finite.to(costs.dtype)[None])).cpu().numpy()

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
@@ -16,7 +17,7 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from .annotations import check_labels, sizes_without_padding, tensor_labels
 from .backbone import Backbone, FeatureLevel
 from .configuration_hf_detr import DetrConfig
-from .decoders import build_decoder
+from .decoders import decoder_class
 from .dense_supervision import DenseHead
 from .encoder import Encoder, LayerOptions, Memory
 from .foreign import import_visualization
@@ -64,14 +65,19 @@ class DetrModel(DetrPreTrainedModel):
                 (config.decoder_attention_heads, config.decoder_ffn_dim),
             )
         )
-        self.encoder = Encoder(config.encoder_layers, encoder_layer)
-        self.decoder = build_decoder(config, decoder_layer)
-        are_boxes = self.decoder.queries_are_boxes
+        decoder = decoder_class(config)
+        self.encoder = Encoder(config.encoder_layers, encoder_layer, scale_positions=decoder.scales_encoder_positions)
+        self.decoder = decoder.of(config, decoder_layer)
+        are_boxes = decoder.queries_are_boxes
         self.position_embedding = build_position_embedding(
-            config.position_embedding_type, config.d_model, for_anchors=are_boxes
+            config.position_embedding_type,
+            config.d_model,
+            temperature=config.position_temperature or decoder.temperature,
+            centered=decoder.centered_positions,
         )
         # learned queries are position embeddings; anchors are inverse_sigmoid(cxcywh)
         self.query_position_embeddings = nn.Embedding(config.num_queries, 4 if are_boxes else config.d_model)
+        self.patterns = nn.Embedding(config.num_patterns, config.d_model) if config.num_patterns else None
         self.proposals = (
             Proposals(config.d_model, config.num_labels, relative_boxes=config.relative_boxes)
             if config.query_proposals
@@ -84,6 +90,8 @@ class DetrModel(DetrPreTrainedModel):
         if module is self:
             init_as_torch(self.input_projection)
             init_queries(self.query_position_embeddings, self.decoder.queries_are_boxes)
+            if self.patterns is not None:
+                init.normal_(self.patterns.weight)
 
     def freeze_backbone(self) -> None:
         """Stop the training of the whole backbone, statistics of batch norm included."""
@@ -122,7 +130,8 @@ class DetrModel(DetrPreTrainedModel):
         """The object queries of a batch.
 
         Args:
-            content: (B, num_queries, d), what the decoder starts from; None: zeros.
+            content: (B, Q, d), what the decoder starts from, Q = `config.num_predictions`; None: the patterns, or zeros
+                where the model has none.
 
         Raises:
             ValueError: the config has another number of queries than the model, or `content` another shape.
@@ -135,7 +144,7 @@ class DetrModel(DetrPreTrainedModel):
             )
         if content is not None and self.proposals is not None:
             raise ValueError("`query_proposals` take their content from the image, not from `decoder_inputs_embeds`.")
-        expected = (batch_size, config.num_queries, config.d_model)
+        expected = (batch_size, config.num_predictions, config.d_model)
         if content is not None and tuple(content.shape) != expected:
             raise ValueError(f"`decoder_inputs_embeds` must be {expected}, got {tuple(content.shape)}.")
         return build_queries(
@@ -145,6 +154,7 @@ class DetrModel(DetrPreTrainedModel):
             are_boxes=self.decoder.queries_are_boxes,
             denoising=denoising,
             content=content,
+            patterns=None if self.patterns is None else self.patterns.weight,
         )
 
     def project(
@@ -198,7 +208,7 @@ class DetrModel(DetrPreTrainedModel):
                 does not run, the backbone does.
             inputs_embeds: (B, hw, d), projected features of a square map, in place of `pixel_values`; `pixel_mask` may
                 then have any height and width.
-            decoder_inputs_embeds: (B, num_queries, d), the content that the queries start from, in place of zeros.
+            decoder_inputs_embeds: (B, Q, d), the content that the queries start from, in place of zeros or patterns.
             output_attentions: also return attention weights; this call then runs "eager" attention, the only
                 implementation that has them.
             output_hidden_states: also return every layer's hidden states.
@@ -227,7 +237,7 @@ class DetrModel(DetrPreTrainedModel):
         queries = queries.to(encoder_states[-1].dtype)
         memory = Memory(encoder_states[-1], positions, feature_mask, (height, width))
         if self.proposals is not None:
-            queries = self.proposals(queries, memory, self.config.num_queries)
+            queries = self.proposals(queries, memory, self.config.num_predictions)
         if attention not in (self.decoder.attn_implementations or (attention,)):
             attention = "sdpa"
         mask = self._attention_mask(feature_mask, queries.content, memory.features, attention)
@@ -294,7 +304,9 @@ class DetrForDetection(DetrPreTrainedModel):
     def __init__(self, config: DetrConfig) -> None:
         super().__init__(config)
         self.model = DetrModel(config, self.further_strides)
-        self.class_labels_classifier = build_class_head(config.d_model, config.num_labels)
+        self.class_labels_classifier = build_class_head(
+            config.d_model, config.num_labels, has_no_object=config.has_no_object
+        )
         # training only
         denoise, dense = config.denoising_groups > 0, config.dense_loss_coefficient > 0
         self.denoising = Denoising(config.num_labels, config.d_model, config.denoising_groups) if denoise else None
@@ -307,7 +319,8 @@ class DetrForDetection(DetrPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is self:
-            init_class_head(self.class_labels_classifier, self.config.prior_probability)
+            config = self.config
+            init_class_head(self.class_labels_classifier, config.prior_probability, has_no_object=config.has_no_object)
 
     @classmethod
     def from_pretrained_backbone(cls, config: DetrConfig, checkpoint: str | Path | None = None) -> Self:
@@ -414,14 +427,14 @@ class DetrForDetection(DetrPreTrainedModel):
         )
         auxiliary = labels is not None and self.config.auxiliary_loss
         first_layer = 0 if auxiliary else -1
-        logits = self.class_labels_classifier(outputs.intermediate_hidden_states[first_layer:])  # (L, B, T, C+1), 5
+        logits = self.class_labels_classifier(outputs.intermediate_hidden_states[first_layer:])  # (L, B, T, C), 5
         pred_boxes = outputs.intermediate_boxes[first_layer:]  # (L, B, T, 4)
         if labels is not None:  # steps 6 and 7
             criterion = self.criterion
             dense = None if dense_head is None else dense_head.of(outputs, criterion.class_weights(logits.device))
             masks = self.mask_supervision(outputs, labels)
             result = criterion(logits, pred_boxes, labels, denoising, dense, normalizers, masks)
-        output = detection_output(outputs, logits, pred_boxes, self.config.num_queries, result, auxiliary)
+        output = detection_output(outputs, logits, pred_boxes, self.config, result, auxiliary)
         if not states:
             output.encoder_hidden_states = output.decoder_hidden_states = None
         return output
@@ -440,9 +453,10 @@ class DetrForDetection(DetrPreTrainedModel):
     def _check_class_head(self) -> None:
         """Raises ValueError if the config names another number of classes than the head predicts."""
         outputs = getattr(self.class_labels_classifier, "out_features", None)
-        if outputs is not None and outputs - 1 != self.config.num_labels:
+        predicted = None if outputs is None else outputs - self.config.has_no_object
+        if predicted not in (None, self.config.num_labels):
             raise ValueError(
-                f"The config names {self.config.num_labels} classes, but the class head predicts {outputs - 1}. Change "
+                f"The config names {self.config.num_labels} classes, but the class head predicts {predicted}. Change "
                 "both with model.resize_class_head."
             )
 

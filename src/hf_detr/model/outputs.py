@@ -6,13 +6,14 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .backbone import FeatureLevel
+from .configuration_hf_detr import DetrConfig
 from .loss import LossOutput
 
 
 @dataclass
 class DetrModelOutput(ModelOutput):
     """Hidden states of [`DetrModel`]. B images, T queries, L decoder layers, d = `d_model`, hw locations of the feature
-    map. T is `num_queries`, Q; in training with denoising queries, those come after the first Q.
+    map. T is Q = `config.num_predictions`; in training with denoising queries, those come after the first Q.
 
     Args:
         last_hidden_state: (B, T, d), the last decoder layer's output, normed.
@@ -53,8 +54,11 @@ class DetrDetectionOutput(ModelOutput):
         loss: scalar, the weighted sum over decoder layers.
         loss_dict: the unweighted terms: `loss_ce`, `loss_bbox`, `loss_giou`, and others; see
             [`~hf_detr.model.loss.DetrLoss`].
-        logits: (B, Q, num_labels + 1), the last one is no-object.
+        logits: (B, Q, num_labels + 1), the last one is no-object; (B, Q, num_labels) with
+            `class_activation="sigmoid"`.
         pred_boxes: (B, Q, 4), cxcywh in [0, 1] of the image without its padding.
+        class_probabilities: (B, Q, num_labels), with `class_activation="sigmoid"` only: an independent probability of
+            each class. None: the softmax over `logits`. Post-processing distinguishes the two by it.
         auxiliary_outputs: `logits` and `pred_boxes` of each earlier decoder layer; with labels and `auxiliary_loss`.
         feature_levels: None; a head that reads several levels finds them here, and drops them.
         last_hidden_state and all that follow: see [`DetrModelOutput`].
@@ -64,6 +68,7 @@ class DetrDetectionOutput(ModelOutput):
     loss_dict: dict[str, Tensor] | None = None
     logits: Tensor | None = None
     pred_boxes: Tensor | None = None
+    class_probabilities: Tensor | None = None
     auxiliary_outputs: list[dict[str, Tensor]] | None = None
     last_hidden_state: Tensor | None = None
     decoder_hidden_states: tuple[Tensor, ...] | None = None
@@ -98,17 +103,19 @@ def detection_output(
     outputs: DetrModelOutput,
     logits: Tensor,
     pred_boxes: Tensor,
-    num_queries: int,
+    config: DetrConfig,
     result: LossOutput | None,
     auxiliary: bool,
 ) -> DetrDetectionOutput:
     """The output of the first Q of all queries.
 
     Args:
-        logits: (L, B, T, num_labels + 1); `pred_boxes` (L, B, T, 4), the last layer last.
+        logits: (L, B, T, C); `pred_boxes` (L, B, T, 4), the last layer last.
         result: the loss; None without labels.
         auxiliary: whether the layers before the last one are `auxiliary_outputs`.
     """
+
+    num_queries = config.num_predictions
 
     def first(states: tuple[Tensor, ...] | None, axes: int = 1) -> tuple[Tensor, ...] | None:
         if states is None:
@@ -127,6 +134,7 @@ def detection_output(
         loss_dict=None if result is None else result.loss_dict,
         logits=logits[-1],
         pred_boxes=pred_boxes[-1],
+        class_probabilities=None if config.has_no_object else logits[-1].float().sigmoid(),
         auxiliary_outputs=auxiliary_outputs,
         last_hidden_state=None if last_hidden_state is None else last_hidden_state[:, :num_queries],
         decoder_hidden_states=None if states is None else tuple(state[:, :num_queries] for state in states),

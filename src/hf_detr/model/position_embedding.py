@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-ANCHOR_TEMPERATURE = 20.0  # DAB-DETR, section 4.4: lower than for text, since a feature map has few locations
+TEMPERATURE = 10000.0  # of DETR and Conditional DETR, as for text
+LOW_TEMPERATURE = 20.0  # DAB-DETR, section 4.4: lower than for text, since a feature map has few locations
 
 MAX_CACHED = 2**24  # float32 values that are cached, 64 MiB; an image of 800 x 1066 at stride 32 has 0.2 million
 
@@ -27,7 +28,7 @@ class SinePositionEmbedding(nn.Module):
     """
 
     def __init__(
-        self, d_model: int, temperature: float = 10000.0, scale: float = 2 * math.pi, centered: bool = False
+        self, d_model: int, temperature: float = TEMPERATURE, scale: float = 2 * math.pi, centered: bool = False
     ) -> None:
         super().__init__()
         self.features = d_model // 2
@@ -76,6 +77,13 @@ def sine_waves(position: Tensor, features: int, temperature: float) -> Tensor:
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 
+def box_waves(boxes: Tensor, features: int, temperature: float) -> Tensor:
+    """Centres (..., 2) or boxes (..., 4), cxcywh in [0, 1], to the sines of y, x (, w and h), `features` each; those of
+    y and x are the position embedding that an image has at that centre."""
+    order = [1, 0, *range(2, boxes.shape[-1])]
+    return sine_waves(boxes[..., order] * (2 * math.pi), features, temperature).flatten(-2)
+
+
 class LearnedPositionEmbedding(nn.Module):
     """A learned vector per row and per column, as in the paper's code, for a grid of any size.
 
@@ -118,16 +126,14 @@ class LearnedPositionEmbedding(nn.Module):
         return torch.cat((x, y), dim=-1).flatten(1, 2)
 
 
-def build_position_embedding(kind: str, d_model: int, *, for_anchors: bool) -> nn.Module:
-    """The module of a kind, `"sine"` or `"learned"`; `for_anchors`: the sines that anchor boxes are compared with.
+def build_position_embedding(kind: str, d_model: int, *, temperature: float, centered: bool) -> nn.Module:
+    """The module of a kind, `"sine"` or `"learned"`; the others are arguments of the sines.
 
     Raises:
-        ValueError: there is no such kind, or it cannot be compared with anchors.
+        ValueError: there is no such kind.
     """
-    if kind == "sine" and for_anchors:
-        return SinePositionEmbedding(d_model, temperature=ANCHOR_TEMPERATURE, centered=True)
     if kind == "sine":
-        return SinePositionEmbedding(d_model)
-    if kind == "learned" and not for_anchors:
+        return SinePositionEmbedding(d_model, temperature=temperature, centered=centered)
+    if kind == "learned":
         return LearnedPositionEmbedding(d_model)
-    raise ValueError(f'`position_embedding_type` must be "sine"{"" if for_anchors else " or learned"}, got {kind!r}.')
+    raise ValueError(f'`position_embedding_type` must be "sine" or "learned", got {kind!r}.')

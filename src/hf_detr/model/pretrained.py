@@ -20,6 +20,13 @@ from .resizing import NAMED_BY_CLASS, keep_named_classes
 
 logger = logging.get_logger(__name__)
 Source = str | os.PathLike[str] | None
+# Fields of DetrConfig on which the shape or the meaning of trained weights depends.
+SHAPES_OF_WEIGHTS = (
+    "backbone", "backbone_kwargs", "dilation", "feature_stride", "d_model", "encoder_layers", "encoder_attention_heads",
+    "encoder_ffn_dim", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim", "activation_function",
+    "pre_norm", "norm_between_layers", "position_embedding_type", "position_temperature", "query_type", "num_patterns",
+    "modulate_attention", "relative_boxes", "class_activation",
+)  # fmt: skip
 # Modules that only training with their option uses; a model without the option ignores their weights.
 TRAINING_ONLY = ("denoising", "dense_head")
 # Names of weights in checkpoints saved by version 0.1, as {pattern: new name}: those checkpoints must keep loading.
@@ -43,7 +50,7 @@ class DetrPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Backbone", "EncoderLayer", "DecoderLayer", "AnchorDecoderLayer"]
+    _no_split_modules = ["Backbone", "EncoderLayer", "DecoderLayer", "AnchorDecoderLayer", "ConditionalDecoderLayer"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -109,7 +116,8 @@ class DetrPreTrainedModel(PreTrainedModel):
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Load a checkpoint from a folder or the Hub: our own, or a DETR or Table Transformer of transformers.
+        """Load a checkpoint from a folder or the Hub: our own, or a DETR, Conditional DETR, DAB-DETR or
+        Table Transformer of transformers.
 
         Missing, unexpected and mismatched weights are logged as a table.
 
@@ -151,6 +159,8 @@ class DetrPreTrainedModel(PreTrainedModel):
             for name in [name for name in kwargs if name in DetrConfig.__dataclass_fields__ and name not in RESIZABLE]:
                 setattr(config, name, kwargs.pop(name))
             kwargs.pop("id2label")
+        wanted = kwargs if config is None else _as_detr_config(config, location).to_dict()
+        _warn_of_changes(pretrained_model_name_or_path, saved.to_dict(), wanted)
         if config is None:
             requested = {name: kwargs.pop(name) for name in RESIZABLE if name in kwargs}
             requested = {name: value for name, value in requested.items() if value is not None}
@@ -227,7 +237,7 @@ def _weight_names(model_type: str) -> dict[str, str]:
     """{pattern: name} of the weights in a checkpoint of this `model_type` that have other names here."""
     if model_type == DetrConfig.model_type:
         return RENAMED
-    names: dict[str, str] = import_interop(f'a "{model_type}" checkpoint').WEIGHT_NAMES
+    names: dict[str, str] = import_interop(f'a "{model_type}" checkpoint').weight_names(model_type)
     return names
 
 
@@ -270,6 +280,16 @@ def _saved_config(stored: dict[str, Any], source: Source, id2label: Any) -> tupl
     names = id2label.items() if isinstance(id2label, dict) else enumerate(id2label)
     given = {int(index): name for index, name in names}
     return DetrConfig.from_dict(stored | {"id2label": given, "label2id": {n: i for i, n in given.items()}}), True
+
+
+def _warn_of_changes(source: Source, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Say which fields have other values than those that the weights were trained for."""
+    for name in SHAPES_OF_WEIGHTS:
+        if name in wanted and wanted[name] != saved[name]:
+            logger.warning(
+                f"{source}: its weights were trained with {name}={saved[name]!r}, and are used with {wanted[name]!r}. "
+                "Train the model before you use its predictions."
+            )
 
 
 def _as_detr_config(config: Any, location: dict[str, Any]) -> DetrConfig:

@@ -67,13 +67,20 @@ def build_queries(
     are_boxes: bool,
     denoising: DenoisingQueries | None = None,
     content: Tensor | None = None,
+    patterns: Tensor | None = None,
 ) -> Queries:
     """The queries of a batch.
 
     Args:
-        embeddings: the query parameters, (Q, d) learned vectors, or (Q, 4) `inverse_sigmoid(cxcywh)` if `are_boxes`.
-        content: (B, Q, d), what the decoder starts from; None: zeros.
+        embeddings: the query parameters, (N, d) learned vectors, or (N, 4) `inverse_sigmoid(cxcywh)` if `are_boxes`.
+        content: (B, Q, d), what the decoder starts from; None: the patterns, or zeros without them.
+        patterns: (P, d), content vectors; every embedding is repeated for each of them: Q = P · N queries, all of one
+            pattern, then all of the next (arXiv 2109.07107, section 3.2; DAB-DETR's code). None: Q = N.
     """
+    if patterns is not None:
+        if content is None:
+            content = patterns.repeat_interleave(len(embeddings), dim=0).expand(batch_size, -1, -1)
+        embeddings = embeddings.repeat(len(patterns), 1)
     positions = boxes = None
     if are_boxes:
         boxes = embeddings.float().sigmoid().expand(batch_size, -1, -1)

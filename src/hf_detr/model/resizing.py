@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .heads import build_class_head
-from .initialization import init_queries
+from .initialization import init_class_head, init_queries
 
 RowLayer = TypeVar("RowLayer", nn.Linear, nn.Embedding)
 NAMED_BY_CLASS = ("class_weights", "stuff_labels")  # fields of the config that name classes
@@ -44,17 +44,20 @@ def resize_class_head(model: Any, id2label: dict[int, str]) -> str:
     """Implement `DetrForDetection.resize_class_head` for `model`, a [`DetrForDetection`]. Returns a sentence that
     reports the change. Names that occur twice, and the placeholders `LABEL_0` ..., identify no class."""
     config = model.config
-    width = model.class_labels_classifier.out_features - 1  # the config may have been changed since
+    width = model.class_labels_classifier.out_features - config.has_no_object  # the config may have been changed since
     old_names = {row: name for row, name in config.id2label.items() if row < width}
     new_names, count = list(id2label.values()), Counter(old_names.values())
     row_of = {n: row for row, n in old_names.items() if count[n] == 1 and not re.fullmatch(r"LABEL_\d+", n)}
     kept = {row: row_of[name] for row, name in id2label.items() if name in row_of}
-    no_object = {len(new_names): width}
     proposals = model.model.proposals
     for owner in (model, model.dense_head, None if proposals is None else proposals.head):
         if owner is not None:
-            head = build_class_head(config.d_model, len(new_names))
-            owner.class_labels_classifier = _copy_rows(head, owner.class_labels_classifier, kept | no_object)
+            has_no_object = config.has_no_object or owner is not model
+            head = build_class_head(config.d_model, len(new_names), has_no_object=has_no_object)
+            if not has_no_object:  # where a new class of probability 1/2 would be detected everywhere
+                init_class_head(head, config.prior_probability, has_no_object=False)
+            rows = kept | ({len(new_names): width} if has_no_object else {})
+            owner.class_labels_classifier = _copy_rows(head, owner.class_labels_classifier, rows)
     if model.denoising is not None:
         embedding = nn.Embedding(len(new_names), config.d_model)
         model.denoising.class_embedding = _copy_rows(embedding, model.denoising.class_embedding, kept)

@@ -39,7 +39,8 @@ class DetrForSegmentation(DetrForDetection):
     [`freeze_detector`] on a detector that was trained for boxes.
 
     Raises:
-        ValueError: the backbone has no levels of stride 4, 8 and 16, or `d_model` is not a multiple of 16.
+        ValueError: the backbone has no levels of stride 4, 8 and 16, `d_model` is not a multiple of 16, or the scores
+            of the config are not those of a softmax.
     """
 
     further_strides: ClassVar[tuple[int, ...]] = STRIDES
@@ -50,6 +51,10 @@ class DetrForSegmentation(DetrForDetection):
             raise ValueError(
                 f"`d_model` ({config.d_model}) must be a multiple of 16 for masks: the last layer of the mask head has "
                 "d_model / 16 channels."
+            )
+        if not config.has_no_object:
+            raise ValueError(
+                'Masks need `class_activation="softmax"`: post-processing of masks decides by "no object".'
             )
         super().__init__(config)
         heads, channels = config.encoder_attention_heads, self.model.backbone.channels[: len(STRIDES)]
@@ -187,7 +192,7 @@ class DetrForSegmentation(DetrForDetection):
             levels, attention = self._levels(outputs), self._attention_maps(outputs)
             sizes = _sizes_of_levels(levels)
             objects = [label["masks"].to(attention.device) for label in labels]
-            counts = [min(len(of_image), self.config.num_queries) for of_image in objects]
+            counts = [min(len(of_image), self.config.num_predictions) for of_image in objects]
             first = torch.tensor([0, *map(len, objects)]).cumsum(0)
             queries, targets = matching.query.split(counts), matching.target.split(counts)
             alike: dict[tuple[Any, ...], list[int]] = {}

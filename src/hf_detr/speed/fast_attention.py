@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.attention import Attention, ConditionalAttention, MultiHeadAttention
+from ..model.attention import Attention, ConditionalAttention, MultiHeadAttention, PositionedSelfAttention
 
 MAX_SCORES = 2**24  # the table of scores has to fit into caches to be fast
 
@@ -33,11 +33,16 @@ class WrittenOutConditionalAttention(_WrittenOut, ConditionalAttention):
     pass
 
 
+class WrittenOutPositionedAttention(_WrittenOut, PositionedSelfAttention):
+    pass
+
+
 def use_fast_attention(model: nn.Module) -> None:
     """Replace the attention of all layers, in place; parameters keep their names."""
     kinds: dict[type[nn.Module], type[nn.Module]] = {
         MultiHeadAttention: WrittenOutAttention,
         ConditionalAttention: WrittenOutConditionalAttention,
+        PositionedSelfAttention: WrittenOutPositionedAttention,
     }
     for module in model.modules():
         module.__class__ = kinds.get(type(module), type(module))

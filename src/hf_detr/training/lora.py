@@ -16,6 +16,7 @@ FULLY_TRAINED = (
     "class_labels_classifier",
     "bbox_predictor",
     "query_position_embeddings",
+    "patterns",
     "dense_head",
     "mask_head",
     "bbox_attention",

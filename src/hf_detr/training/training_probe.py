@@ -10,6 +10,7 @@ from torchvision.ops import box_convert
 from ..model.boxes import iou
 from ..model.matcher import hungarian_matching
 from ..model.modeling_hf_detr import DetrForDetection
+from ..model.post_processing import class_probabilities
 from ..model.segmentation import DetrForSegmentation
 
 MIN_SCORE = 0.3  # of predictions that are checked for duplicates
@@ -59,6 +60,7 @@ class TrainingProbe:
             images = {name: batch[name].to(device) for name in ("pixel_values", "pixel_mask") if name in batch}
             outputs = model(**images, **no_masks)
             logits, boxes = outputs.logits.float(), outputs.pred_boxes.float()
+            probabilities = class_probabilities(outputs)
             labels = batch["labels"]
             classes = torch.cat([label["class_labels"] for label in labels]).to(device)
             objects = torch.cat([label["boxes"] for label in labels]).to(boxes)
@@ -72,18 +74,19 @@ class TrainingProbe:
                 bbox_cost=config.bbox_cost,
                 giou_cost=config.giou_cost,
                 class_loss=config.class_loss,
+                class_activation=config.class_activation,
             )
             query_of_object = torch.full((len(classes),), -1, device=device)
             query_of_object[target[0]] = query[0]
             queries.append(query_of_object.cpu())
             predicted = box_convert(boxes[image, query[0]], "cxcywh", "xyxy")
             overlaps.append(iou(predicted, box_convert(objects[target[0]], "cxcywh", "xyxy")).cpu())
-            wrong.append((logits[image, query[0], :-1].argmax(-1) != classes[target[0]]).cpu())
-            counts = count_duplicates(logits, boxes)
+            wrong.append((probabilities[image, query[0]].argmax(-1) != classes[target[0]]).cpu())
+            counts = count_duplicates(probabilities, boxes)
             confident, repeated = confident + counts[0], repeated + counts[1]
         model.train(mode)
         now = torch.cat(queries)
-        ever = torch.zeros(config.num_queries, dtype=torch.bool) if self.ever is None else self.ever
+        ever = torch.zeros(config.num_predictions, dtype=torch.bool) if self.ever is None else self.ever
         ever[now[now >= 0]] = True
         figures = {
             "matched_iou": _mean(torch.cat(overlaps)),
@@ -107,15 +110,15 @@ def _mean(values: Tensor) -> float:
     return values.mean().item() if len(values) else 0.0
 
 
-def count_duplicates(logits: Tensor, boxes: Tensor) -> tuple[int, int]:
+def count_duplicates(probabilities: Tensor, boxes: Tensor) -> tuple[int, int]:
     """The number of predictions with a score of at least 0.3, and of those among them that overlap (IoU at least 0.6)
     one of the same image and class with a higher score.
 
     Args:
-        logits: (B, Q, num_labels+1).
+        probabilities: (B, Q, num_labels).
         boxes: (B, Q, 4) cxcywh.
     """
-    scores, classes = logits.softmax(-1)[..., :-1].max(-1)  # (B, Q)
+    scores, classes = probabilities.max(-1)  # (B, Q)
     confident = scores >= MIN_SCORE
     corners = box_convert(boxes, "cxcywh", "xyxy")
     same = (classes[:, :, None] == classes[:, None]) & (iou(corners[:, :, None], corners[:, None]) >= DUPLICATE_IOU)

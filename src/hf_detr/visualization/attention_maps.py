@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
-from ..model.post_processing import post_process_detection
+from ..model.post_processing import best_detections
 from ..model.segmentation import DetrForSegmentation
 from ..runtime.modes import evaluation_mode
 from .draw import CORNERS, class_colour, contact_sheet, draw_boxes, tensor_to_pil
@@ -178,15 +178,17 @@ def ranked_detections(
     model: DetrForDetection, outputs: Any, size: tuple[int, int], threshold: float
 ) -> list[dict[str, Any]]:
     """The detections of one image of this (height, width), see [`AttentionMaps`]."""
-    found = post_process_detection(outputs.logits, outputs.pred_boxes, -1.0, [size])[0]  # every query, in order
-    scores = found["scores"].tolist()
-    kept = sorted((q for q, score in enumerate(scores) if score > threshold), key=lambda q: -scores[q])
+    height, width = size
+    found = best_detections(outputs)
+    boxes = (found.boxes[0] * found.boxes.new_tensor([width, height, width, height])).tolist()
+    labels, queries, scores = (values[0].tolist() for values in (found.labels, found.queries, found.scores))
+    kept = sorted((n for n, score in enumerate(scores) if score > threshold), key=lambda n: -scores[n])
     return [
         {
-            "score": scores[query],
-            "label": model.config.id2label[int(found["labels"][query])],
-            "box": dict(zip(CORNERS, found["boxes"][query].tolist(), strict=True)),
-            "query": query,
+            "score": scores[number],
+            "label": model.config.id2label[labels[number]],
+            "box": dict(zip(CORNERS, boxes[number], strict=True)),
+            "query": queries[number],
         }
-        for query in kept
+        for number in kept
     ]

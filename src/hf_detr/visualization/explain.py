@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
+from ..model.post_processing import class_probabilities
 from ..runtime.extras import import_extra
 from .attention_maps import AttentionMaps, attention_maps, predict_image, read_image
 from .draw import CORNERS
@@ -238,7 +239,7 @@ def _masks(orders: list[Tensor], counts: list[int], size: tuple[int, ...]) -> It
 
 def _similarity(outputs: Any, target: Mapping[str, Any], label2id: Mapping[str, int], size: tuple[int, int]) -> Tensor:
     """(B,), how much each image has of the detection; `size` is (width, height) of the image in pixels."""
-    probabilities = outputs.logits.float().softmax(-1)[..., label2id[target["label"]]].cpu()  # (B, Q)
+    probabilities = class_probabilities(outputs)[..., label2id[target["label"]]].cpu()  # (B, Q)
     width, height = size
     box = torch.tensor([[target["box"][key] for key in CORNERS]])
     box = box / torch.tensor([width, height, width, height])

@@ -12,6 +12,7 @@ from ..data.collate import DetectionCollator
 from ..evaluation.evaluation_loop import predict_batches
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
+from ..model.post_processing import class_probabilities
 from ..runtime.extras import import_extra
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def query_boxes(
     boxes, scores = [], []
     for _, outputs in predict_batches(model, batches, progress=progress, description="Images", masks=False):
         boxes.append(outputs.pred_boxes.float().cpu())
-        scores.append(outputs.logits.float().softmax(-1)[..., :-1].amax(-1).cpu())
+        scores.append(class_probabilities(outputs).amax(-1).cpu())
     return torch.cat(boxes), torch.cat(scores)
 
 
@@ -67,9 +68,9 @@ def query_slots(
     figure_class = import_extra("matplotlib.figure", "visualization").Figure
     if len(dataset) == 0:
         raise ValueError("The data set has no images.")
-    wrong = [query for query in queries or () if not 0 <= query < model.config.num_queries]
+    wrong = [query for query in queries or () if not 0 <= query < model.config.num_predictions]
     if wrong:
-        raise ValueError(f"There are {model.config.num_queries} queries, numbered from 0, no number {wrong[0]}.")
+        raise ValueError(f"There are {model.config.num_predictions} queries, numbered from 0, no number {wrong[0]}.")
     chosen = dataset.select(range(0, len(dataset), max(1, math.ceil(len(dataset) / num_images))))
     batches = DataLoader(chosen, batch_size=batch_size, collate_fn=DetectionCollator(processor))
     boxes, scores = query_boxes(model, batches, progress=progress)
