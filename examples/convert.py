@@ -1,14 +1,15 @@
-"""Convert DETR checkpoints: the paper's own files and transformers' to ours, and ours to transformers'.
+"""Convert checkpoints: the files of the papers' code and transformers' to ours, and ours to transformers'.
 
     python examples/convert.py detr-r50-e632da11.pth OUT
     python examples/convert.py facebook/detr-resnet-50 OUT
     python examples/convert.py CHECKPOINT OUT --to transformers
 
-`from_pretrained` reads transformers' checkpoints, too; a converted one only loads faster. For transformers, the model
-has to have learned queries, as those fine-tuned from a published checkpoint have. A mask head is converted, too. The
-paper's files do not contain the number of attention heads, the class names, and whether the backbone is DC5. Options
-set them; the defaults are 8 heads, COCO's names if there are 91 classes (COCO panoptic's if there are 250), and DC5 if
-the file name contains "dc5".
+`from_pretrained` reads transformers' checkpoints, too; a converted one only loads faster. `--to
+transformers` needs a model with the decoder of DETR, Conditional DETR or DAB-DETR, such as one fine-tuned from a
+published checkpoint. A mask head is converted, too. The papers' files, of DETR, Conditional DETR, DAB-DETR and DN-DETR,
+do not always contain the number of attention heads, the class names, and whether the backbone is DC5. Options set them;
+the defaults are 8 heads, COCO's names if there are 91 classes (COCO panoptic's if there are 250), and DC5 if the file
+name contains "dc5".
 """
 
 import argparse
@@ -22,7 +23,7 @@ from hf_detr.runtime import exit_on_error, prepare_output, require_source
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="a .pth file of facebookresearch/detr, a checkpoint folder or a Hub id")
+    parser.add_argument("source", help="a .pth file of the papers' code, a checkpoint folder or a Hub id")
     parser.add_argument("output_dir", type=Path, help="a new or empty folder")
     parser.add_argument(
         "--to", choices=("hf_detr", "transformers"), default="hf_detr", help="whose format is written; default hf_detr"
@@ -40,7 +41,7 @@ def parse_args() -> argparse.Namespace:
     is_original = Path(args.source).is_file() or args.source.endswith(".pth")
     for name in ("dilation", "attention_heads", "labels"):
         if not is_original and getattr(args, name) is not None:
-            parser.error(f"--{name} is only for the paper's .pth files; {args.source} has it in its config.")
+            parser.error(f"--{name} is only for the papers' .pth files; {args.source} has it in its config.")
     if args.labels and not args.labels.is_file():
         parser.error(f"There is no file {args.labels}.")
     args.is_original = is_original
@@ -73,7 +74,7 @@ def main() -> None:
     config = model.config
     print(
         *notes,
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.num_queries} queries, "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.num_predictions} queries, "
         f"{config.num_labels} classes, backbone {config.backbone}. Saved in {args.output_dir}",
         sep="\n",
     )

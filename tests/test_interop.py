@@ -26,7 +26,8 @@ SIZES = [(64, 96), (48, 70), (64, 40)]
 # same model follow each other, so that it is built once.
 DC5 = {"backbone": "resnet26", "dilation": True}
 LEARNED = {"position_embedding_type": "learned"}
-MASKS = {"masks": True, "num_labels": 250}
+MASKS = {"kind": "masks", "num_labels": 250}
+CONDITIONAL, DAB = {"kind": "conditional"}, {"kind": "dab"}
 LAYOUTS = {
     "v4": ({}, save_v4),
     "v4-bin": ({}, lambda model, folder: save_v4(model, folder, pickle=True)),
@@ -40,14 +41,31 @@ LAYOUTS = {
     "v5-learned": (LEARNED, save_v5),
     "v4-transformers-resnet": ({"resnet": RESNET}, save_v4),
     "v5-transformers-resnet": ({"resnet": SMALL_RESNET}, save_v5),
-    "v4-table": ({"table": True}, save_v4),
-    "v5-table": ({"table": True}, save_v5),
-    "v4-table-learned": ({"table": True} | LEARNED, save_v4),
+    "v4-table": ({"kind": "table"}, save_v4),
+    "v5-table": ({"kind": "table"}, save_v5),
+    "v4-table-learned": ({"kind": "table"} | LEARNED, save_v4),
     "v4-masks": (MASKS, save_v4),
     "v5-masks": (MASKS, save_v5),
     "v4-masks-dc5": (MASKS | DC5, save_v4),
     "v5-masks-dc5": (MASKS | DC5, save_v5),
     "v4-masks-transformers-resnet": (MASKS | {"resnet": RESNET}, save_v4),
+    "v4-conditional": (CONDITIONAL, save_v4),
+    "v5-conditional": (CONDITIONAL, save_v5),
+    "v4-conditional-sharded": (CONDITIONAL, lambda model, folder: save_v4(model, folder, max_shard_size="500KB")),
+    "v5-conditional-dc5": (CONDITIONAL | DC5, save_v5),
+    "v4-conditional-learned": (CONDITIONAL | LEARNED, save_v4),
+    "v4-conditional-transformers-resnet": (CONDITIONAL | {"resnet": RESNET}, save_v4),
+    "v5-conditional-transformers-resnet": (CONDITIONAL | {"resnet": SMALL_RESNET}, save_v5),
+    "v4-dab": (DAB, save_v4),
+    "v5-dab": (DAB, save_v5),
+    "v5-dab-sharded": (DAB, lambda model, folder: save_v5(model, folder, max_shard_size="500KB")),
+    "v4-dab-bin": (DAB, lambda model, folder: save_v4(model, folder, pickle=True)),
+    "v4-dab-dc5": (DAB | DC5, save_v4),
+    "v4-dab-patterns": (DAB | {"num_patterns": 3}, save_v4),
+    "v5-dab-patterns-dc5": (DAB | DC5 | {"num_patterns": 3}, save_v5),
+    "v5-dab-relu": (DAB | {"activation_function": "relu"}, save_v5),
+    "v5-dab-temperature": (DAB | {"temperature_height": 100, "temperature_width": 100}, save_v5),
+    "v4-dab-transformers-resnet": (DAB | {"resnet": RESNET}, save_v4),
 }
 ORIGINALS = {
     "detr-r26-dc5.pth": DC5,
@@ -56,6 +74,10 @@ ORIGINALS = {
     "detr-r50-panoptic.pth": {"backbone": "resnet50"} | MASKS,
     "detr-r26-dc5-panoptic.pth": DC5 | MASKS,
     "detr-r101-panoptic.pth": {"backbone": "resnet101"} | MASKS,
+    "conditional-r50.pth": CONDITIONAL | {"backbone": "resnet18"},
+    "conditional-r26-dc5.pth": CONDITIONAL | DC5,
+    "dab-r50.pth": DAB | {"backbone": "resnet18"},
+    "dab-r26-dc5-pat3.pth": DAB | DC5 | {"num_patterns": 3},
 }
 
 
@@ -109,7 +131,7 @@ def test_checkpoints_of_transformers_give_the_same_outputs_without_the_network(l
     fields, save = LAYOUTS[layout]
     theirs = their_model_of(json.dumps(fields))
     folder = save(theirs, tmp_path / "a")
-    kind = DetrForSegmentation if "masks" in fields else DetrForDetection
+    kind = DetrForSegmentation if fields.get("kind") == "masks" else DetrForDetection
     ours, info = kind.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     assert "sharded" not in layout or len([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) > 1
@@ -164,7 +186,7 @@ def test_ours_with_masks_written_for_transformers_gives_the_same_outputs_there_a
 
 
 def test_masks_with_pre_norm_have_no_counterpart_in_transformers():
-    with pytest.raises(ValueError, match="no pre-norm"):
+    with pytest.raises(ValueError, match="pre-norm in its Table Transformer only, without masks"):
         to_transformers(tiny_segmentation(pre_norm=True))
 
 
@@ -247,7 +269,7 @@ def test_the_classes_of_the_panoptic_files_are_those_of_coco_panoptic(tmp_path):
 
 
 def test_the_panoptic_checkpoint_of_transformers_loads_as_a_detector(tmp_path):
-    theirs = their_model(masks=True)
+    theirs = their_model(kind="masks")
     ours, info = DetrForDetection.from_pretrained(save_v4(theirs, tmp_path), output_loading_info=True)
     theirs.detr.eval()
     assert largest_difference(ours, theirs.detr) <= TOLERANCE

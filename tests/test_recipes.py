@@ -261,7 +261,10 @@ def test_duplicates_are_confident_repetitions():
     logits = torch.tensor([[[3.0, 0, 0], [4.0, 0, 0], [0, 4.0, 0], [4.0, 0, 0], [4.1, 0, 6]]])
     box = [0.5, 0.5, 0.2, 0.2]
     boxes = torch.tensor([[box, box, box, [0.2, 0.2, 0.2, 0.2], box]])
-    assert count_duplicates(logits, boxes) == (4, 1)  # the first repeats the second; the last says "no object"
+    assert count_duplicates(logits.softmax(-1)[..., :-1], boxes) == (
+        4,
+        1,
+    )  # the first repeats the second; the last says "no object"
 
 
 # -- hints ------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
-"""Read the checkpoints of the paper's own code, facebookresearch/detr: `detr-r50`, `detr-r101` and their `-dc5`, for
-boxes and `-panoptic`.
+"""Read the checkpoints of the papers' own code: of facebookresearch/detr (`detr-r50`, `detr-r101` and their `-dc5`, for
+boxes and `-panoptic`), of Conditional DETR (Atten4Vis/ConditionalDETR), DAB-DETR (IDEA-Research/DAB-DETR) and DN-DETR
+(IDEA-Research/DN-DETR, the single-scale one).
 
 A file holds `{"model": state_dict}`, and if a training run wrote it, also its `args`. A state dict shows neither
 whether the backbone is dilated nor the number of attention heads: these come from `args`, the caller or the file name.
@@ -18,8 +19,19 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from ..model.configuration_hf_detr import DetrConfig
 from ..model.modeling_hf_detr import DetrForDetection
 from ..model.segmentation import DetrForSegmentation
-from .transformers_checkpoints import MASK_HEAD, NUM_PANOPTIC, OUR_BOX_HEAD, RESNETS, STUFF, stuff_of_coco
+from .transformers_checkpoints import (
+    CONDITIONAL_ATTENTION,
+    MASK_HEAD,
+    NUM_PANOPTIC,
+    OUR_BOX_HEAD,
+    RESNETS,
+    SIGMOID_FIELDS,
+    STUFF,
+    stuff_of_coco,
+)
 
+PROJECTS = "DETR, Conditional DETR, DAB-DETR or DN-DETR"
+DENOISING_GROUPS = 5  # of the published DN-DETR
 # {pattern: replacement}, applied in turn.
 _NAMES = {
     r"^detr\.": "",  # the prefix of the detector in the panoptic model
@@ -29,13 +41,18 @@ _NAMES = {
     r"^(model\.encoder\.layers\.\d+)\.norm2\.": r"\1.final_layer_norm.",
     r"^(model\.decoder\.layers\.\d+)\.norm2\.": r"\1.encoder_attn_layer_norm.",
     r"^(model\.decoder\.layers\.\d+)\.norm3\.": r"\1.final_layer_norm.",
-    r"\.multihead_attn\.": ".encoder_attn.",
+    r"\.(multihead|cross)_attn\.": ".encoder_attn.",
     r"\.out_proj\.": ".o_proj.",
     r"\.linear([12])\.": r".mlp.fc\1.",
+    r"(layers\.\d+)\.activation\.": r"\1.mlp.activation_fn.",
+    r"coder\.query_scale\.": "coder.position_scale.",
+    r"\.decoder\.ref_anchor_head\.": ".decoder.reference_size.",
+    r"^refpoint_embed\.": "model.query_position_embeddings.",
+    **CONDITIONAL_ATTENTION,
     r"^query_embed\.": "model.query_position_embeddings.",
     r"^input_proj\.": "model.input_projection.",
     r"^class_embed\.": "class_labels_classifier.",
-    r"^bbox_embed\.": OUR_BOX_HEAD,
+    r"^(model\.decoder\.)?bbox_embed\.": OUR_BOX_HEAD,
     r"^backbone\.0\.body\.": "model.backbone.model.",
     r"^backbone\.1\.row_embed\.": "model.position_embedding.row_embeddings.",
     r"^backbone\.1\.col_embed\.": "model.position_embedding.column_embeddings.",
@@ -63,7 +80,8 @@ def load_original(
     attention_heads: int | None = None,
     id2label: dict[int, str] | None = None,
 ) -> tuple[DetrForDetection, list[str]]:
-    """Load a checkpoint of facebookresearch/detr into our model, one with a mask head into a [`DetrForSegmentation`].
+    """Load a checkpoint of the papers' code into our model, one with a mask head into a [`DetrForSegmentation`].
+    Those that are read: see the top of this module.
 
     Args:
         file: the `.pth` file; it is opened with `weights_only=True`.
@@ -78,19 +96,24 @@ def load_original(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a checkpoint of facebookresearch/detr, or holds more than tensors (no code in it has run).
+        ValueError: it is not a checkpoint of these projects, is a variant that none of them has published, or holds
+            more than tensors (no code in it has run).
     """
     file = Path(file)
     state, args = _read(file)
     notes: list[str] = []
-    renamed = _rename(state)
     try:
-        values = _read_sizes(renamed)
+        renamed, values = _rename(state)
+        values |= _read_sizes(renamed, has_no_object="class_activation" not in values) | _temperature(values, args)
     except KeyError as error:
-        raise ValueError(f"{file} is not a checkpoint of facebookresearch/detr: it has no {error}.") from None
+        raise ValueError(f"{file} is not a checkpoint of {PROJECTS}: it has no {error}.") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-
+    if "denoising_groups" in values:
+        notes.append(
+            'DN-DETR: its embedding of "no label" is the content of the anchors; training continues with '
+            f"{DENOISING_GROUPS} denoising groups."
+        )
     if dilation is None:
         dilation = getattr(args, "dilation", None)
         origin = "the args in the file"
@@ -123,6 +146,18 @@ def load_original(
     return model, notes
 
 
+def _temperature(values: dict[str, Any], args: Any) -> dict[str, float]:
+    """Of the sines of DAB-DETR, if a training run wrote it.
+
+    Raises:
+        ValueError: height and width have different ones.
+    """
+    height, width = (getattr(args, f"pe_temperature{side}", None) for side in "HW")
+    if height != width:
+        raise ValueError(f"Its sines have the temperatures {height} and {width} for height and width; ours have one.")
+    return {} if height is None or values.get("query_type") != "dab" else {"position_temperature": height}
+
+
 def _read(file: Path) -> tuple[dict[str, Tensor], Any]:
     if not file.is_file():
         raise FileNotFoundError(f"No checkpoint at {file}.")
@@ -133,27 +168,72 @@ def _read(file: Path) -> tuple[dict[str, Tensor], Any]:
         raise ValueError(f"{file} cannot be read as weights, and nothing in it was run: {error}") from error
     state = content.get("model", content.get("state_dict", content)) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(
-            f'{file} is not a checkpoint of facebookresearch/detr: those hold {{"model": {{name: tensor}}}}.'
-        )
+        raise ValueError(f'{file} is not a checkpoint of {PROJECTS}: those hold {{"model": {{name: tensor}}}}.')
     return state, content.get("args")
 
 
-def _rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _rename(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights under our names, and the fields of the config that the kind of decoder defines.
+
+    Raises:
+        ValueError: a variant of DAB-DETR that ours does not have.
+    """
+    kind = _decoder_of(state)
+    name_of_points = {"conditional": "reference_point", "dab": "anchor_embedding"}.get(kind)
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         for pattern, replacement in _NAMES.items():
             name = re.sub(pattern, replacement, name)  # noqa: PLW2901
-        attention, fused, kind = name.partition(".in_proj_")
+        name = name.replace("decoder.ref_point_head.", f"decoder.{name_of_points}.")  # noqa: PLW2901
+        attention, fused, of_layer = name.partition(".in_proj_")
         if fused:  # one (3d, d) matrix for query, key and value
             for projection, part in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[f"{attention}.{projection}_proj.{kind}"] = part
+                renamed[f"{attention}.{projection}_proj.{of_layer}"] = part
         else:
             renamed[name] = tensor
-    return renamed
+    if kind == "learned":
+        return renamed, {}
+    fields: dict[str, Any] = SIGMOID_FIELDS | {"query_type": kind, "class_cost": 2, "class_loss_coefficient": 2}
+    if kind == "dab":
+        has_prelu = any(name.endswith(".activation_fn.weight") for name in renamed)
+        fields |= {"activation_function": "prelu" if has_prelu else "relu"}
+        fields |= {"modulate_attention": "model.decoder.reference_size.layers.0.weight" in renamed}
+    labels = renamed.pop("label_enc.weight", None)
+    patterns = renamed.pop("model.patterns.weight", None)
+    if labels is not None:  # DN-DETR: a class, the last one of queries without one, and a channel that tells them apart
+        embeddings = torch.cat((labels, labels.new_ones(len(labels), 1)), dim=1)
+        renamed["denoising.class_embedding.weight"] = embeddings[:-1]
+        unknown = torch.cat((labels[-1], labels.new_zeros(1)))[None]
+        patterns = unknown if patterns is None else unknown + patterns
+        fields["denoising_groups"] = DENOISING_GROUPS
+    if patterns is not None:
+        renamed["model.patterns.weight"] = patterns
+        fields["num_patterns"] = len(patterns)
+    return renamed, fields
 
 
-def _read_sizes(state: dict[str, Tensor]) -> dict[str, Any]:
+def _decoder_of(state: dict[str, Tensor]) -> str:
+    """`query_type` of a checkpoint.
+
+    Raises:
+        ValueError: a variant of DAB-DETR that ours does not have.
+    """
+    if "transformer.decoder.layers.0.sa_qcontent_proj.weight" not in state:
+        return "learned"
+    if "refpoint_embed.weight" not in state:
+        return "conditional"
+    if state["refpoint_embed.weight"].shape[1] != 4:
+        raise ValueError("Its queries are points; those of DAB-DETR's published checkpoints are boxes.")
+    if "transformer.encoder.norm.weight" in state:
+        raise ValueError("A norm closes its encoder (pre_norm), which no published checkpoint of DAB-DETR has.")
+    if any(name.startswith("bbox_embed.0.") for name in state):
+        raise ValueError("Each of its decoder layers has a box head of its own; ours share one, as published.")
+    if "transformer.decoder.layers.1.ca_qpos_proj.weight" in state:
+        raise ValueError("All of its layers add positions to contents (keep_query_pos); ours do so in the first only.")
+    return "dab"
+
+
+def _read_sizes(state: dict[str, Tensor], *, has_no_object: bool) -> dict[str, Any]:
     """The fields of the config that follow from the names and shapes of the weights."""
     backbone = "model.backbone.model."
     names = [name.removeprefix(backbone) for name in state if name.startswith(f"{backbone}layer")]
@@ -168,9 +248,9 @@ def _read_sizes(state: dict[str, Tensor]) -> dict[str, Any]:
     layers = Counter(re.sub(r"^model\.(\w+)\.layers\.\d+\.self_attn\.q_proj\.weight$", r"\1", name) for name in state)
     return {
         "backbone": network,
-        "num_labels": len(state["class_labels_classifier.weight"]) - 1,
+        "num_labels": len(state["class_labels_classifier.weight"]) - has_no_object,
         "num_queries": len(state["model.query_position_embeddings.weight"]),
-        "d_model": state["model.query_position_embeddings.weight"].shape[1],
+        "d_model": len(state["model.input_projection.weight"]),
         "encoder_layers": layers["encoder"],
         "decoder_layers": layers["decoder"],
         "encoder_ffn_dim": len(state["model.encoder.layers.0.mlp.fc1.weight"]) if layers["encoder"] else 2048,

@@ -1,4 +1,5 @@
-"""Read transformers' DETR and Table Transformer checkpoints: configs, weight names and image processor settings.
+"""Read transformers' checkpoints of DETR, Table Transformer, Conditional DETR and DAB-DETR: configs, weight names and
+image processor settings.
 
 Two layouts of weight names exist. The v4 layout is the one on the Hub, and the one that transformers still writes by
 default (`model.backbone.conv_encoder.model`, `out_proj`, `fc1`). The v5 layout has transformers' names in memory, which
@@ -6,19 +7,22 @@ are ours, too. The backbone is a timm network, or transformers' own ResNet (`use
 same weights as timm's under other names.
 """
 
+import math
 import re
 from typing import Any
 
 import timm
 import torch
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 from transformers.utils import logging
 
 from ..model.configuration_hf_detr import DetrConfig
+from ..model.position_embedding import LOW_TEMPERATURE
 
 logger = logging.get_logger(__name__)
 
-MODEL_TYPES = ("detr", "table-transformer")
+MODEL_TYPES = ("detr", "table-transformer", "conditional_detr", "dab-detr")
 
 # Prefix of the weights of the box head, in transformers' models and in ours.
 THEIR_BOX_HEAD, OUR_BOX_HEAD = "bbox_predictor.", "model.decoder.bbox_predictor."
@@ -50,7 +54,61 @@ MASK_HEAD = {
     **{rf"^mask_head\.adapter{i + 1}\.": f"mask_head.fpn_stages.{i}.fpn_adapter." for i in range(3)},
     r"^mask_head\.out_lay\.": "mask_head.output_conv.",
 }
-WEIGHT_NAMES = _LAYERS | _RESNET | {rf"^{re.escape(THEIR_BOX_HEAD)}": OUR_BOX_HEAD} | MASK_HEAD
+# The attention of Conditional DETR's decoder, in the v4 layout and in the papers' files, then in the v5 layout.
+# (Each pattern has one group, as transformers' loader replaces no second one.)
+_LAYER = r"(decoder\.layers\.\d+)"
+CONDITIONAL_ATTENTION = {
+    **{rf"{_LAYER}\.sa_{x}content_proj\.": rf"\1.self_attn.{x}_proj." for x in "qk"},
+    **{rf"{_LAYER}\.sa_{x}pos_proj\.": rf"\1.self_attn.{x}_position_proj." for x in "qk"},
+    rf"{_LAYER}\.sa_v_proj\.": r"\1.self_attn.v_proj.",
+    **{rf"{_LAYER}\.ca_{x}content_proj\.": rf"\1.encoder_attn.{x}_proj." for x in "qk"},
+    rf"{_LAYER}\.ca_qpos_sine_proj\.": r"\1.encoder_attn.q_position_proj.",
+    rf"{_LAYER}\.ca_qpos_proj\.": r"\1.encoder_attn.q_added_proj.",
+    rf"{_LAYER}\.ca_kpos_proj\.": r"\1.encoder_attn.k_position_proj.",
+    rf"{_LAYER}\.ca_v_proj\.": r"\1.encoder_attn.v_proj.",
+}
+_CONDITIONAL = CONDITIONAL_ATTENTION | {
+    **{rf"\.(self_attn|encoder_attn)\.{x}_content_proj\.": rf".\1.{x}_proj." for x in "qk"},
+    **{rf"\.self_attn\.{x}_pos_proj\.": f".self_attn.{x}_position_proj." for x in "qk"},
+    r"\.encoder_attn\.q_pos_sine_proj\.": ".encoder_attn.q_position_proj.",
+    r"\.encoder_attn\.q_pos_proj\.": ".encoder_attn.q_added_proj.",
+    r"\.encoder_attn\.k_pos_proj\.": ".encoder_attn.k_position_proj.",
+    r"decoder\.query_scale\.": "decoder.position_scale.",
+    r"decoder\.ref_point_head\.": "decoder.reference_point.",
+}
+_DAB = {
+    r"backbone\.model\._backbone\.": "backbone.model.",
+    r"\.query_refpoint_embeddings\.": ".query_position_embeddings.",
+    r"coder\.query_scale\.": "coder.position_scale.",
+    r"decoder\.ref_point_head\.": "decoder.anchor_embedding.",
+    r"decoder\.ref_anchor_head\.": "decoder.reference_size.",
+    r"decoder\.bbox_embed\.": "decoder.bbox_predictor.",  # the same weights as `bbox_predictor`
+    r"^class_embed\.": "class_labels_classifier.",
+    r"\.self_attn\.self_attn_query_content_proj\.": ".self_attn.q_proj.",
+    r"\.self_attn\.self_attn_key_content_proj\.": ".self_attn.k_proj.",
+    r"\.self_attn\.self_attn_value_proj\.": ".self_attn.v_proj.",
+    r"\.self_attn\.self_attn_query_pos_proj\.": ".self_attn.q_position_proj.",
+    r"\.self_attn\.self_attn_key_pos_proj\.": ".self_attn.k_position_proj.",
+    r"\.self_attn\.self_attn\.output_proj\.": ".self_attn.o_proj.",
+    r"\.self_attn\.self_attn_layer_norm\.": ".self_attn_layer_norm.",
+    r"\.cross_attn\.cross_attn_query_content_proj\.": ".encoder_attn.q_proj.",
+    r"\.cross_attn\.cross_attn_key_content_proj\.": ".encoder_attn.k_proj.",
+    r"\.cross_attn\.cross_attn_value_proj\.": ".encoder_attn.v_proj.",
+    r"\.cross_attn\.cross_attn_query_pos_sine_proj\.": ".encoder_attn.q_position_proj.",
+    r"\.cross_attn\.cross_attn_query_pos_proj\.": ".encoder_attn.q_added_proj.",
+    r"\.cross_attn\.cross_attn_key_pos_proj\.": ".encoder_attn.k_position_proj.",
+    r"\.cross_attn\.cross_attn\.output_proj\.": ".encoder_attn.o_proj.",
+    r"\.cross_attn\.cross_attn_layer_norm\.": ".encoder_attn_layer_norm.",
+    r"\.mlp\.final_layer_norm\.": ".final_layer_norm.",
+    r"(encoder\.layers\.\d+)\.activation_fn\.": r"\1.mlp.activation_fn.",
+}
+_WEIGHT_NAMES = _LAYERS | _RESNET | {rf"^{re.escape(THEIR_BOX_HEAD)}": OUR_BOX_HEAD} | MASK_HEAD
+
+
+def weight_names(model_type: str) -> dict[str, str]:
+    """{pattern: our name}, applied in turn, of the weights in transformers' checkpoints of this `model_type`."""
+    return _WEIGHT_NAMES | {"conditional_detr": _CONDITIONAL, "dab-detr": _DAB}.get(model_type, {})
+
 
 SHARED_FIELDS = (
     "num_channels", "num_queries", "d_model", "encoder_layers", "encoder_ffn_dim", "encoder_attention_heads",
@@ -59,6 +117,8 @@ SHARED_FIELDS = (
     "bbox_cost", "giou_cost", "bbox_loss_coefficient", "giou_loss_coefficient", "mask_loss_coefficient",
     "dice_loss_coefficient", "eos_coefficient", "id2label", "label2id",
 )  # fmt: skip
+# Of Conditional DETR and DAB-DETR, which were trained with them; the prior probability is that of their code.
+SIGMOID_FIELDS = {"class_activation": "sigmoid", "class_loss": "focal", "prior_probability": 0.01}
 # COCO's stuff in the panoptic task, by category id
 STUFF = {
     92: "banner", 93: "blanket", 95: "bridge", 100: "cardboard", 107: "counter", 109: "curtain", 112: "door-stuff",
@@ -85,21 +145,80 @@ RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
 def read_config(theirs: dict[str, Any]) -> dict[str, Any]:
     """Convert the `config.json` of a checkpoint of transformers, of any version, to the fields of our config.
 
-    `auxiliary_loss` is ignored: it is off in the published files, although the models were trained with it. Fine-tuning
-    needs it, and in our model it does not change predictions.
+    `auxiliary_loss` is off in the published files, although the models were trained with it; fine-tuning here has it.
+    Where it is on, transformers' models norm the states between the layers of their decoder (but not DAB-DETR), and
+    their checkpoints have learned to predict so: `norm_between_layers`.
 
     Raises:
-        ValueError: the `model_type` is not in `MODEL_TYPES`, or timm has no equivalent of the backbone.
+        ValueError: the `model_type` is not in `MODEL_TYPES`, a field has a value that our model does not have, or timm
+            has no equivalent of the backbone.
     """
-    if theirs.get("model_type") not in MODEL_TYPES:
-        readable = ", ".join(f'"{name}"' for name in (DetrConfig.model_type, *MODEL_TYPES))
-        raise ValueError(f'This is a checkpoint of a "{theirs.get("model_type")}" model. hf_detr reads {readable}.')
+    model_type = theirs.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ValueError(_not_readable(str(model_type)))
     generic = ("num_labels", "dtype", "torch_dtype", "_commit_hash")
     ours = {name: theirs[name] for name in (*SHARED_FIELDS, *generic) if theirs.get(name) is not None}
     if theirs.get("encoder_layerdrop") or theirs.get("decoder_layerdrop"):
         logger.warning("LayerDrop is not supported: training this checkpoint further never skips a layer.")
     stuff = {"stuff_labels": stuff_of_coco(ours["id2label"])} if len(ours.get("id2label", ())) == NUM_PANOPTIC else {}
-    return ours | stuff | _read_backbone(theirs) | {"pre_norm": theirs["model_type"] == "table-transformer"}
+    ours |= stuff | _read_backbone(theirs) | {"pre_norm": model_type == "table-transformer"}
+    if theirs.get("auxiliary_loss") and model_type != "dab-detr":
+        ours["norm_between_layers"] = True
+    if model_type in ("conditional_detr", "dab-detr"):
+        ours |= _independent_scores(theirs) | {
+            "query_type": "conditional" if model_type == "conditional_detr" else "dab"
+        }
+    return ours | (_read_dab(theirs) if model_type == "dab-detr" else {})
+
+
+def _not_readable(model_type: str) -> str:
+    """The reason why a checkpoint of this type is not read, and what reads it."""
+    readable = ", ".join(f'"{name}"' for name in (DetrConfig.model_type, *MODEL_TYPES))
+    reader = MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES.get(model_type)
+    advice = f" transformers.{reader} reads it." if reader else ""
+    what = f'This is a checkpoint of a "{model_type}" model, which hf_detr does not have.'
+    return f"{what}{advice} hf_detr reads {readable}."
+
+
+def _independent_scores(theirs: dict[str, Any]) -> dict[str, Any]:
+    """The fields of models that were trained with the focal loss of a sigmoid."""
+    if theirs.get("focal_alpha", 0.25) != 0.25:
+        raise ValueError(f"focal_alpha={theirs['focal_alpha']}: our focal loss has the published 0.25.")
+    return SIGMOID_FIELDS | {
+        "num_queries": theirs.get("num_queries", 300),
+        "class_cost": theirs.get("class_cost", 2),
+        "class_loss_coefficient": theirs.get("cls_loss_coefficient", 2),
+    }
+
+
+def _read_dab(theirs: dict[str, Any]) -> dict[str, Any]:
+    """The fields that only DAB-DETR has.
+
+    Raises:
+        ValueError: a variant that no published checkpoint has.
+    """
+    heights, widths = (theirs.get(f"temperature_{side}", LOW_TEMPERATURE) for side in ("height", "width"))
+    if heights != widths:
+        raise ValueError(f"temperature_height={heights} and temperature_width={widths}: ours has one for both.")
+    scale = theirs.get("sine_position_embedding_scale")
+    if scale is not None and abs(scale - 2 * math.pi) > 1e-6:
+        raise ValueError(f"sine_position_embedding_scale={scale}: ours has 2 pi.")
+    for name, reason in (
+        ("keep_query_pos", "only the first decoder layer adds positions to contents here and in every published one"),
+        ("normalize_before", "a norm after an encoder without pre-norm is in no published one, and not supported"),
+    ):
+        if theirs.get(name):
+            raise ValueError(f"This checkpoint has {name}=True: {reason}.")
+    if theirs.get("random_refpoints_xy"):
+        logger.warning(
+            "The centres of the anchors of this checkpoint were fixed in training; training it here moves them."
+        )
+    ours = {"activation_function": theirs.get("activation_function", "prelu")}
+    ours |= {"d_model": theirs.get("hidden_size", theirs.get("d_model", 256))}
+    ours |= {"num_patterns": theirs.get("num_patterns") or 0}
+    if theirs.get("initializer_bias_prior_prob"):
+        ours["prior_probability"] = theirs["initializer_bias_prior_prob"]
+    return ours | ({"position_temperature": heights} if heights != LOW_TEMPERATURE else {})
 
 
 def stuff_of_coco(id2label: dict[Any, str]) -> list[str]:

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from ..model.configuration_hf_detr import DetrConfig
+from ..model.pretrained import SHAPES_OF_WEIGHTS
 from .optimization import SCHEDULES
 from .recipes import AUGMENTATIONS, RECIPES
 
@@ -22,14 +23,6 @@ METRICS = ("AP", "AP50", "AP75", "AR100")
 METRICS_OF_MASKS = ("mask_AP", "mask_AP50", "mask_AP75", "mask_AR100", "PQ", "PQ_things", "PQ_stuff")
 # Fields of DetrConfig that only models with masks read.
 FIELDS_OF_MASKS = ("mask_attention_gain", "mask_loss_coefficient", "dice_loss_coefficient")
-# Fields of DetrConfig on which the shape or the meaning of trained weights depends.
-SHAPES_OF_WEIGHTS = (
-    "backbone", "backbone_kwargs", "dilation", "feature_stride", "d_model", "encoder_layers", "encoder_attention_heads",
-    "encoder_ffn_dim", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim", "activation_function",
-    "pre_norm", "position_embedding_type", "query_type", "modulate_attention", "relative_boxes",
-)  # fmt: skip
-
-
 # Further such fields: they may change when a run starts from a checkpoint, not within a run.
 PARTS_OF_MODEL = (
     "num_queries",
@@ -150,7 +143,7 @@ class ModelArguments:
             if self.model and getattr(self, name):
                 raise ValueError(f"--{name} starts a new model, and --model names a trained one: give one of them")
         # these depend on what the recipe chooses
-        apart = ("query_type", "relative_boxes", "class_weights", *PARTS_OF_MODEL)
+        apart = ("query_type", "relative_boxes", "class_weights", "num_patterns", "class_activation", *PARTS_OF_MODEL)
         try:
             DetrConfig(**{name: value for name, value in self.config_fields().items() if name not in apart})
         except (ValueError, TypeError, StrictDataclassError) as error:

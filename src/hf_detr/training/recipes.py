@@ -14,6 +14,7 @@ RECIPES = ("auto", "paper", "paper-500", "small-data", "finetune")
 AUGMENTATIONS = ("paper", "paper-rounded", "flip", "turns", "none")
 
 IMAGES_SEEN = {"checkpoint": 30_000, "backbone": 60_000, "scratch": 100_000}
+FAST_DECODERS = {"conditional": "Conditional DETR", "dab": "DAB-DETR"}  # whose checkpoints learn in half of the epochs
 MAX_QUERIES = 1000  # of a checkpoint that gets more; the cost of the decoder grows with their square
 MAX_TOKENS = 1500  # locations of the feature map; the cost of self-attention grows with their square
 STRIDES = (8, 16, 32)  # of most backbones
@@ -114,6 +115,8 @@ def choose_recipe(
     strides: Sequence[int] = STRIDES,
     upright: bool = True,
     num_queries: int | None = None,
+    num_patterns: int = 1,
+    query_type: str = "learned",
     feature_stride: int | None = None,
     d_model: int | None = None,
     new_masks: bool = False,
@@ -132,6 +135,7 @@ def choose_recipe(
         strides: of the feature levels of the backbone, in pixels.
         upright: whether the images have an up and a down, as photographs do.
         num_queries: of the checkpoint; images with more objects get more queries.
+        num_patterns, query_type: of the checkpoint; see `DetrConfig`.
         feature_stride: of the checkpoint, or of a new model if it was given, in pixels.
         d_model: of a new model, if it was given; a wide transformer on a pretrained backbone gets the paper's rates.
         new_masks: whether a mask head is trained from random weights. The paper's recipes have no values for mask
@@ -161,7 +165,10 @@ def choose_recipe(
         "backbone": "from a pretrained backbone, everything else is random",
         "scratch": "all weights are random",
     }[start]
-    model = _more_queries(data, num_queries) if start == "checkpoint" else _model(data, start, image_size, strides)
+    if start == "checkpoint":
+        model = _more_queries(data, num_queries, num_patterns)
+    else:
+        model = _model(data, start, image_size, strides)
     if new_masks:
         model["mask_attention_gain"] = Choice(256, "masks depend on their query from the first step")
     if new_masks and not freeze_detector:
@@ -172,6 +179,10 @@ def choose_recipe(
     chosen_stride = model["feature_stride"].value if "feature_stride" in model else max(STRIDES)
     stride = feature_stride or chosen_stride
     training = _training(data, start, image_size, stride, upright, small)
+    if start == "checkpoint" and query_type in FAST_DECODERS:
+        epochs = _epochs(data, IMAGES_SEEN[start] // 2)
+        why = f"{epochs.reason}; half of a DETR's, as a {FAST_DECODERS[query_type]} learns sooner"
+        training |= {"epochs": Choice(epochs.value, why), "eval_every": _evaluations(epochs.value)}
     if new_masks and freeze_detector:
         training["learning_rate"] = Choice(1e-3, "the mask head is random, and nothing else trains")
     return Recipe(name, f"{chosen}; {size}, {begins}", model, training)
@@ -184,11 +195,11 @@ def _random_backbone() -> dict[str, Choice]:
     }
 
 
-def _more_queries(data: DataSummary, num_queries: int | None) -> dict[str, Choice]:
-    """More queries for a checkpoint that has fewer than an image has objects."""
-    if num_queries is None or data.max_objects <= num_queries:
+def _more_queries(data: DataSummary, num_queries: int | None, num_patterns: int) -> dict[str, Choice]:
+    """More queries for a checkpoint that has fewer, each with all patterns, than an image has objects."""
+    if num_queries is None or data.max_objects <= num_queries * num_patterns:
         return {}
-    wanted = min(MAX_QUERIES, math.ceil(1.25 * data.max_objects))
+    wanted = math.ceil(min(MAX_QUERIES, 1.25 * data.max_objects) / num_patterns)
     why = f"up to {data.max_objects} objects per image; the {num_queries} of the checkpoint keep their weights"
     return {"num_queries": Choice(wanted, why)} if wanted > num_queries else {}
 
@@ -258,8 +269,7 @@ def choose_stride(side: float, image_size: tuple[int, int], strides: Sequence[in
 def _training(
     data: DataSummary, start: Start, image_size: tuple[int, int], stride: int, upright: bool, small_transformer: bool
 ) -> dict[str, Choice]:
-    seen = IMAGES_SEEN[start]
-    epochs = min(500, max(30, round(seen / max(data.num_images, 1))))
+    epochs = _epochs(data, IMAGES_SEEN[start])
     small = image_size[1] <= SMALL_IMAGE
     rates = {
         "checkpoint": (1e-4, 1e-5, "the paper's"),
@@ -272,7 +282,7 @@ def _training(
     if start == "scratch" and not small and not small_transformer:
         rate, backbone_rate, why = 2e-4, 4e-4, "all weights are random, the transformer is wide, and batches are small"
     return {
-        "epochs": Choice(epochs, f"about {seen:,} images seen, between 30 and 500 epochs"),
+        "epochs": epochs,
         "batch_size": small_batch(image_size, stride) if small else Choice(4, "the paper's, per process"),
         "learning_rate": Choice(rate, why),
         "backbone_learning_rate": Choice(backbone_rate, why),
@@ -284,8 +294,17 @@ def _training(
         "augmentation": Choice("paper-rounded", "crops, flips and scales; few sizes, as each costs time on a CPU")
         if upright
         else Choice("turns", "the images have no up and no down: all flips and quarter turns"),
-        "eval_every": Choice(max(1, epochs // 20), "about twenty evaluations"),
+        "eval_every": _evaluations(epochs.value),
     }
+
+
+def _epochs(data: DataSummary, seen: int) -> Choice:
+    epochs = min(500, max(30, round(seen / max(data.num_images, 1))))
+    return Choice(epochs, f"about {seen:,} images seen, between 30 and 500 epochs")
+
+
+def _evaluations(epochs: int) -> Choice:
+    return Choice(max(1, epochs // 20), "about twenty evaluations")
 
 
 def small_batch(image_size: tuple[int, int], stride: int) -> Choice:

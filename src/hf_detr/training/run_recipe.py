@@ -100,7 +100,7 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
             freeze_detector=args.model.freeze_detector,
             d_model=config.get("d_model"),
             feature_stride=config.get("feature_stride") or _stride_of(args.model.model),
-            num_queries=_queries_of(args.model.model) if args.model.model and not args.model.freeze_detector else None,
+            **(_queries_of(args.model.model) if args.model.model and not args.model.freeze_detector else {}),
         )
         description = recipe.describe(config | given)
         if is_sharded() and not given.get("ema"):
@@ -157,8 +157,9 @@ def _stride_of(checkpoint: str | None) -> int | None:
     return stored.get("feature_stride") or (16 if stored.get("dilation") else None)
 
 
-def _queries_of(checkpoint: str) -> int:
-    """The number of object queries of a checkpoint, ours or transformers'."""
+def _queries_of(checkpoint: str) -> dict[str, Any]:
+    """The number and kind of object queries of a checkpoint, ours or transformers'."""
     stored, _ = DetrConfig.get_config_dict(checkpoint)
     queries: int = stored.get("num_queries", DetrConfig().num_queries)
-    return queries
+    kind = stored.get("query_type", DetrConfig().query_type)
+    return {"num_queries": queries, "num_patterns": max(1, stored.get("num_patterns", 0)), "query_type": kind}

@@ -310,10 +310,11 @@ def describe_run(
         start += " The detector is frozen, and the mask head is trained."
     if args.model.model and not args.data.masks and has_masks(args.model.model):
         start += " Its mask head is dropped; --masks keeps it."
-    if recipe.data.max_objects > (queries := model.config.num_queries):
+    if recipe.data.max_objects > (queries := model.config.num_predictions):
+        wanted = round(1.25 * recipe.data.max_objects * model.config.num_queries / queries)
         start += (
             f"\nUp to {recipe.data.max_objects} objects per image, but {queries} queries: some cannot be learned. For "
-            f"more queries: --set num_queries={round(1.25 * recipe.data.max_objects)}"
+            f"more queries: --set num_queries={wanted}"
         )
     if recipe.data.max_objects > args.run.max_detections:
         start += (

@@ -422,7 +422,9 @@ class TrainingRun:
         return list(dict.fromkeys([*names, self.recipe.metric]))
 
     def _evaluate(self, model: DetrForDetection, val_loader: Any, val_set: Any) -> ModelEvaluation:
-        evaluation = ModelEvaluation(val_set, with_masks=self.args.data.masks)
+        evaluation = ModelEvaluation(
+            val_set, with_masks=self.args.data.masks, max_detections=self.args.run.max_detections
+        )
         return evaluation.run(model, val_loader, self.processor, progress=self.accelerator.is_main_process)
 
     def _picture(self, val_set: Any, evaluation: ModelEvaluation) -> Image.Image:
@@ -484,7 +486,7 @@ class TrainingRun:
                 object_pixels=data.object_side * size_range(self.processor.size)[0],
                 stride=self.predictor.model.backbone.strides[-1],
                 max_objects=data.max_objects,
-                num_queries=config.num_queries,
+                num_queries=config.num_predictions,
             )
             print(result, flush=True)
         accelerator.wait_for_everyone()  # a launcher ends all processes soon after one has failed
