@@ -12,7 +12,6 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from hf_detr import DetrImageProcessor
 from hf_detr.data import DetectionCollator, load_detection_dataset, require_objects, source_of
 from hf_detr.evaluation import (
     ModelEvaluation,
@@ -22,17 +21,18 @@ from hf_detr.evaluation import (
     save_class_thresholds,
     write_report,
 )
-from hf_detr.export import is_exported, load_exported
-from hf_detr.interop import load_model
+from hf_detr.interop import OtherDetector
+from hf_detr.prediction import open_model
 from hf_detr.runtime import exit_on_error, import_extra, prepare_output, require_source
-from hf_detr.speed import prepare_for_inference
 from hf_detr.training import use_all_cores
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", required=True, help="checkpoint (a folder or a Hub id), or a folder written by export.py"
+        "--model",
+        required=True,
+        help="checkpoint (folder or Hub id), of hf_detr or another detector of transformers, or a folder of export.py",
     )
     parser.add_argument("--dataset", help="annotated folder, or data set on the Hub")
     parser.add_argument("--split", default="val", help="which images; default val")
@@ -83,14 +83,12 @@ def main() -> None:
     accelerator = Accelerator()
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)
-    if is_exported(args.model):
-        model = load_exported(args.model, args.dtype)
-    else:
-        model = prepare_for_inference(load_model(args.model), args.dtype)
+    model, processor = open_model(args.model, args.dtype)
+    if isinstance(model, OtherDetector) and args.save_thresholds:
+        raise ValueError("--save_thresholds is for the checkpoints of hf_detr, whose predictions can use them.")
     if args.masks and not model.has_masks:
         raise ValueError(f"{args.model} has no masks to measure. Train them: examples/finetune.py --masks.")
     with_masks = model.has_masks if args.masks is None else args.masks
-    processor = DetrImageProcessor.from_pretrained(args.model)
     with accelerator.main_process_first():  # the other processes read its cache
         dataset = load_detection_dataset(
             args.dataset,
@@ -108,7 +106,7 @@ def main() -> None:
         dataset, batch_size=args.batch_size, collate_fn=DetectionCollator(processor), num_workers=args.num_workers
     )
     model, loader = model.to(accelerator.device), accelerator.prepare(loader)  # unwrapped: nothing trains
-    evaluation = ModelEvaluation(dataset, with_masks=with_masks)
+    evaluation = ModelEvaluation(dataset, with_masks=with_masks, max_detections=args.max_detections)
     evaluation.run(model, loader, processor, progress=accelerator.is_main_process)
     if accelerator.is_main_process:
         metrics = evaluation.compute(args.max_detections)

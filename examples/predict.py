@@ -40,16 +40,16 @@ from typing import Any
 import PIL.Image
 from accelerate import Accelerator
 from tqdm.auto import tqdm
-from transformers import pipeline
 
-from hf_detr import DetrImageProcessor
+from hf_detr import DetrDetectionPipeline, DetrImageProcessor
 from hf_detr.export import ExportedDetr, is_exported, load_exported
-from hf_detr.interop import load_model as load_checkpoint
+from hf_detr.interop import OtherDetector, load_detector
 from hf_detr.prediction import (
     Inputs,
     OutputFolder,
     PlannedJobs,
     PredictionJob,
+    Predictor,
     SegmentOptions,
     ShardWriter,
     Tiling,
@@ -66,6 +66,7 @@ from hf_detr.prediction import (
     open_video_job,
     picture_of,
     predict_batch,
+    predict_with_ray,
     save_picture,
 )
 from hf_detr.runtime import LongBarrier, StopRequest, end_with_launcher, exit_on_error, require_source
@@ -84,23 +85,24 @@ def main() -> None:
     accelerator = Accelerator()
     use_all_cores(accelerator.num_processes)
     inputs = Inputs(args.inputs)
-    if inputs.has_videos and accelerator.num_processes > 1:
-        raise SystemExit("A video is predicted by one process. Run without a launcher, or with --num_processes 1.")
+    check_engine(args, has_videos=inputs.has_videos, processes=accelerator.num_processes)
     require_source(args.model)
     with accelerator.main_process_first():  # the other processes load from the cache
-        processor = DetrImageProcessor.from_pretrained(args.model)
-        model, dtype = load_model(args)
+        model, processor, dtype = load_model(args)
     settings = {"model": str(Path(args.model).resolve()) if Path(args.model).exists() else args.model}
     settings |= {"threshold": args.threshold, "dtype": dtype}
-    settings |= {"tile": args.tile, "overlap": args.overlap if args.tiling else None}
+    settings |= {"tile": args.tile, "overlap": args.overlap if args.tiling else None, "top_k": args.top_k}
     segments = choose_masks(args, model, has_videos=inputs.has_videos)
     if segments is not None:
         settings |= {"masks": segments.kinds, "panoptic_threshold": segments.of_panoptic(processor)}
     settings |= model_settings(model, processor)
-    if not isinstance(model, ExportedDetr):
+    if isinstance(model, OtherDetector):
+        model = model.prepared(dtype)
+    elif not isinstance(model, ExportedDetr):
         model = prepare_for_inference(model, dtype=dtype, compile=args.compile)
-    device = args.device or ("cpu" if isinstance(model, ExportedDetr) else accelerator.device)
-    detector = pipeline("object-detection", model=model, image_processor=processor, device=device)
+    on_cpu = isinstance(model, ExportedDetr) or args.engine == "ray"  # whose actors need the accelerators
+    device = "cpu" if on_cpu else args.device or accelerator.device
+    detector = DetrDetectionPipeline(model=model, image_processor=processor, device=device)
     if args.num_workers is None:
         # on a CPU, the model uses all cores, and threads that read would slow it down
         args.num_workers = 0 if detector.device.type == "cpu" else 2
@@ -119,6 +121,15 @@ def main() -> None:
         print("Videos get boxes only; masks are for images.")
     predict(args, accelerator, detector, job, plan, segments)
     accelerator.end_training()
+
+
+def check_engine(args: argparse.Namespace, *, has_videos: bool, processes: int) -> None:
+    if args.engine == "ray" and has_videos:
+        raise SystemExit("--engine ray does not support videos. Predict them without it.")
+    if args.engine == "ray" and processes > 1:
+        raise SystemExit("--engine ray starts its own processes: run it without a launcher.")
+    if has_videos and processes > 1:
+        raise SystemExit("A video is predicted by one process. Run without a launcher, or with --num_processes 1.")
 
 
 def predict(
@@ -147,15 +158,17 @@ def predict(
         output.finish()
 
 
-def load_model(args: argparse.Namespace) -> tuple[Any, str]:
-    """A checkpoint or an export, and the name of the dtype in which it computes."""
+def load_model(args: argparse.Namespace) -> tuple[Any, DetrImageProcessor, str]:
+    """A checkpoint or an export, its processor, and the name of the dtype in which it computes."""
     if not is_exported(args.model):
-        model = load_checkpoint(args.model)
-        return model, args.dtype or str(model.dtype).removeprefix("torch.")
+        model, processor = load_detector(args.model)
+        if isinstance(model, OtherDetector) and (args.compile or args.threshold == "per_class"):
+            raise ValueError("--compile and --threshold per_class are for the models of hf_detr.")
+        return model, processor, args.dtype or str(model.dtype).removeprefix("torch.")
     if args.compile or args.device not in (None, "cpu"):
         raise ValueError(f"{args.model} is an export, which runs on the CPU: no --compile, and no --device but cpu.")
     exported = load_exported(args.model, args.dtype)
-    return exported, args.dtype or exported.export["precision"]
+    return exported, DetrImageProcessor.from_pretrained(args.model), args.dtype or exported.export["precision"]
 
 
 def choose_masks(args: argparse.Namespace, model: Any, *, has_videos: bool) -> SegmentOptions | None:
@@ -196,6 +209,9 @@ def predict_images(
             print(f"Already done, nothing was changed: {detections_file}")
         return not is_unreadable(job)
 
+    if args.engine == "ray":
+        detect_with_ray(args, job, detector.model.config, segments)
+        return conclude(args, job, detections_file)
     images = job.pending(accelerator.num_processes, accelerator.process_index)
     pictures = job.num_images <= MAX_PICTURES if args.pictures is None else args.pictures
     if pictures:
@@ -208,17 +224,44 @@ def predict_images(
         raise SystemExit(stop.exit_code)
     stop.end()
     barrier.wait()  # all shards are written
-    if accelerator.is_main_process:
-        summary = merge_shards(job)
-        print(f"{summary.objects} objects in {summary.images} images: {detections_file}")
-        for path, reason in summary.errors:
-            print(f"not read: {path}: {reason}")
-        if summary.unreadable > len(summary.errors):
-            print(f"{summary.unreadable - len(summary.errors)} more could not be read: {job.images_file.name}")
-        if summary.images and not summary.objects:
-            print(f"No score has reached --threshold {args.threshold}.")
-        return summary.images > 0
-    return True
+    return conclude(args, job, detections_file) if accelerator.is_main_process else True
+
+
+def conclude(args: argparse.Namespace, job: PredictionJob, detections_file: Path) -> bool:
+    """Merge the shards and say what was found. False if no image could be read."""
+    summary = merge_shards(job)
+    print(f"{summary.objects} objects in {summary.images} images: {detections_file}")
+    for path, reason in summary.errors:
+        print(f"not read: {path}: {reason}")
+    if summary.unreadable > len(summary.errors):
+        print(f"{summary.unreadable - len(summary.errors)} more could not be read: {job.images_file.name}")
+    if summary.images and not summary.objects:
+        print(f"No score has reached --threshold {args.threshold}.")
+    return summary.images > 0
+
+
+def detect_with_ray(args: argparse.Namespace, job: PredictionJob, config: Any, segments: SegmentOptions | None) -> None:
+    """Predict the pending images on a Ray cluster. Of a model on the Hub, all actors load the commit of this config."""
+    if args.pictures is None:
+        print("No pictures are drawn with --engine ray.")
+    model = Path(args.model)
+    predictor = Predictor(
+        model.resolve() if model.exists() else args.model,
+        threshold=args.threshold,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        device=args.device or (None if args.ray_gpus else "cpu"),  # Ray does not hide GPUs that it does not give
+        revision=None if model.exists() else getattr(config, "_commit_hash", None),
+        top_k=args.top_k,
+        masks=() if segments is None else segments.kinds,
+        panoptic_threshold=None if segments is None else segments.panoptic_threshold,
+    )
+    done = job.num_images - len(job.pending())
+    with tqdm(total=job.num_images, initial=done, desc="Detecting") as bar:
+        predict_with_ray(
+            job, predictor, shard_size=args.shard_size, workers=args.ray_workers, cpus=args.ray_cpus,
+            gpus=args.ray_gpus, progress=bar.update,
+        )  # fmt: skip
 
 
 def detect(
@@ -248,7 +291,9 @@ def detect(
         tqdm(total=len(images), desc="Detecting", disable=not accelerator.is_main_process) as bar,
     ):
         for batch in batches:
-            for prediction in predict_batch(detector, batch, args.threshold, args.tiling, args.batch_size, segments):
+            for prediction in predict_batch(
+                detector, batch, args.threshold, args.tiling, args.batch_size, segments, args.top_k
+            ):
                 if prediction.picture is not None:
                     picture, found = prediction.picture, prediction.segments
                     for kind in ("panoptic", "instance"):
@@ -302,7 +347,9 @@ def detect_in_frames(
     )  # fmt: skip
     with output, closing(batches), tqdm(total=reader.num_frames, desc="Detecting", unit="frame") as bar:
         for batch in batches:
-            predictions = predict_batch(detector, batch.images, args.threshold, args.tiling, args.batch_size)
+            predictions = predict_batch(
+                detector, batch.images, args.threshold, args.tiling, args.batch_size, top_k=args.top_k
+            )
             found = {prediction.image_id: prediction for prediction in predictions}
             for frame in batch.frames:
                 objects = output.record(frame, found.get(frame.index), id2label)
@@ -332,7 +379,11 @@ def parse_args() -> argparse.Namespace:
         metavar="INPUT",
         help="images, folders of images (searched recursively), videos, and URLs of images and videos",
     )
-    parser.add_argument("--model", required=True, help="checkpoint (a folder or a Hub id), or a folder of export.py")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="checkpoint (folder or Hub id), of hf_detr or another detector of transformers, or a folder of export.py",
+    )
     parser.add_argument(
         "--output_dir",
         type=Path,
@@ -347,6 +398,11 @@ def parse_args() -> argparse.Namespace:
         type=threshold,
         default=0.5,
         help="minimum score of a detection, default 0.5; per_class: what evaluate.py --save_thresholds has stored",
+    )
+    parser.add_argument(
+        "--top_k",
+        type=int,
+        help="most detections per image; default: one per query, or 100 of a model with independent scores",
     )
     parser.add_argument(
         "--masks",
@@ -365,6 +421,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=1, help="images, frames or tiles per forward pass")
     parser.add_argument("--num_workers", type=int, help="reading threads per process; default: 2, and 0 on a CPU")
     parser.add_argument("--shard_size", type=int, default=512, help="images per shard")
+    parser.add_argument(
+        "--engine",
+        choices=("processes", "ray"),
+        default="processes",
+        help="what distributes the images: the processes of this launch, or a Ray cluster (RAY_ADDRESS), whose nodes "
+        "see the folders of images, model and results under the same paths; default: processes",
+    )
+    parser.add_argument("--ray_workers", type=int, help="actors at most; default: as many as the cluster has room for")
+    parser.add_argument("--ray_cpus", type=float, default=1.0, help="CPU cores of an actor, default 1")
+    parser.add_argument("--ray_gpus", type=float, default=0.0, help="GPUs of an actor, such as 1 or 0.5; default 0")
     parser.add_argument(
         "--pictures",
         action=argparse.BooleanOptionalAction,
@@ -392,6 +458,18 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--output_dir {args.output_dir} is a file.")
     if args.num_workers is not None and args.num_workers < 0:
         parser.error("--num_workers must not be negative.")
+    if args.engine == "ray" and (args.tiling is not None or args.pictures or args.compile):
+        parser.error("--engine ray is for boxes and masks of whole images: no --tile, --pictures or --compile.")
+    if args.engine != "ray" and (args.ray_workers, args.ray_cpus, args.ray_gpus) != (None, 1.0, 0.0):
+        parser.error("--ray_workers, --ray_cpus and --ray_gpus are for --engine ray.")
+    if args.ray_cpus < 0 or args.ray_gpus < 0 or (args.ray_workers is not None and args.ray_workers < 1):
+        parser.error("--ray_workers must be at least 1, --ray_cpus and --ray_gpus must not be negative.")
+    if args.engine == "ray" and (args.num_workers is not None or ":" in (args.device or "")):
+        parser.error(
+            "--engine ray gives each actor its images and its GPU: no --num_workers, and no --device with a number."
+        )
+    if args.top_k is not None and args.top_k < 1:
+        parser.error("--top_k must be at least 1.")
     return args
 
 

@@ -16,6 +16,8 @@
             proposals                    queries that start at the most confident locations of the image
             decoder                      queries + memory -> hidden states and boxes: learned queries
             anchor_decoder               the same for queries that are boxes
+            conditional_decoder          the same as in Conditional DETR
+            dab_decoder                  the same as in DAB-DETR and DN-DETR
             decoders                     the decoders by name
     step 5  heads                        hidden states -> class logits and boxes
             mask_head                    attention maps and levels of the backbone -> a mask per query
@@ -43,11 +45,12 @@ The toolbox: everything else, a package per task
     training                             recipes, schedules, checkpoints of a run
     speed                                prepare a model for fast prediction or training
     evaluation                           COCO metrics and error analysis
-    prediction                           pipeline, image folders, tiles, videos
+    prediction                           pipeline, image folders, tiles, videos; one predictor for any engine
+    server                               a model behind HTTP
     visualization                        draw boxes, masks and attention; training curves; the parts of a model
     app                                  a page in the browser, and corrections to train on
     export                               ONNX and other runtimes
-    interop                              read and write checkpoints of transformers' DETR and of the paper's code
+    interop                              read and write checkpoints of transformers and of the papers' code
     hub                                  push checkpoints with a model card
     runtime                              files, locks, signals
     commands, cli                        the scripts of examples/ as the command `hf-detr`

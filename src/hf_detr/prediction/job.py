@@ -160,6 +160,8 @@ def open_job(
         lock = acquire_lock(folder / MAIN_LOCK)
         for path in folder.glob(".worker-*.lock"):  # workers outlive a main process that was killed
             acquire_lock(path).release()
+            if path.name.startswith(".worker-ray-"):  # each actor has one of its own
+                path.unlink(missing_ok=True)
     except TimeoutError as error:
         raise TimeoutError(
             f"Processes of another launch still work on {folder}. Wait for them, or end them."

@@ -116,9 +116,13 @@ def _read(
             raise PermissionError("this folder cannot be listed")
         return load_image(detector, image_id, file, open_image(full_path), picture=picture, tiles=tiles)
     except Exception as error:
-        # decoders raise errors of any kind on damaged files
-        described = isinstance(error, (ValueError, OSError)) and str(error)
-        return LoadedImage(image_id, file, error=str(error) if described else f"{type(error).__name__}: {error}")
+        return LoadedImage(image_id, file, error=reason_of(error))
+
+
+def reason_of(error: Exception) -> str:
+    """Why an image cannot be read, in words; decoders raise errors of any kind on damaged files."""
+    described = isinstance(error, (ValueError, OSError)) and str(error)
+    return str(error) if described else f"{type(error).__name__}: {error}"
 
 
 def load_image(
@@ -158,6 +162,7 @@ def predict_batch(
     tiling: Tiling | None = None,
     batch_size: int = 1,
     segments: SegmentOptions | None = None,
+    top_k: int | None = None,
 ) -> list[Prediction]:
     """Detections in each image of a batch, equal to those of the pipeline with `round_boxes=False`, in its order.
 
@@ -166,6 +171,7 @@ def predict_batch(
         tiling: also detect in tiles of each image, and merge the results; see [`~hf_detr.prediction.Tiling`].
         batch_size: tiles per forward pass.
         segments: also compute masks, of a model that has them; not with `tiling`, which merges boxes.
+        top_k: the most detections per image or tile; see `DetrImageProcessor.post_process_object_detection`.
 
     Raises:
         ValueError: `tiling` and `segments` are both given, or `tiling` and an image was loaded without `tiles=True`.
@@ -173,14 +179,14 @@ def predict_batch(
     if tiling is not None and segments is not None:
         raise ValueError("Tiles are merged as boxes: predict with `tiling` or with `segments`.")
     readable = [image.inputs for image in batch if image.inputs is not None]
-    results = iter(_detect(detector, readable, threshold, segments) if readable else [])
+    results = iter(_detect(detector, readable, threshold, segments, top_k) if readable else [])
     nothing: dict[str, Any] = {"scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
     nothing |= {"boxes": torch.zeros(0, 4), "segments": {}}
     predictions = []
     for image in batch:
         result = nothing if image.inputs is None else next(results)
         if tiling is not None and image.inputs is not None:
-            result = _detect_in_tiles(detector, image, result, threshold, tiling, batch_size)
+            result = _detect_in_tiles(detector, image, result, threshold, tiling, batch_size, top_k)
         found = (result.get(name, {}) for name in ("scores", "labels", "boxes", "segments"))
         predictions.append(Prediction(image.image_id, image.file, image.size, image.picture, image.error, *found))
     return predictions
@@ -191,6 +197,7 @@ def _detect(
     inputs: Sequence[dict[str, Any]],
     threshold: float | str,
     segments: SegmentOptions | None = None,
+    top_k: int | None = None,
 ) -> list[dict[str, Any]]:
     """`scores`, `labels` and `boxes` (in pixels) per image, on the CPU, and with `segments` these."""
     processor = detector.image_processor
@@ -200,7 +207,7 @@ def _detect(
             detector._ensure_tensor_on_device(gathered, device=detector.device),
             masks_above=1.0 if segments is None else segments.lowest(processor),
         )
-    results: list[dict[str, Any]] = processor.post_process_object_detection(to_host(outputs), threshold, sizes)
+    results: list[dict[str, Any]] = processor.post_process_object_detection(to_host(outputs), threshold, sizes, top_k)
     if segments is not None:
         for result, of_image in zip(results, segments.of(processor, outputs, sizes), strict=True):
             result["segments"] = of_image
@@ -214,6 +221,7 @@ def _detect_in_tiles(
     threshold: float | str,
     tiling: Tiling,
     batch_size: int,
+    top_k: int | None,
 ) -> dict[str, Tensor]:
     """Tiles are cut and preprocessed batch by batch, because all tiles of a large image may not fit into memory."""
     if image.size is None or image.pixels is None:
@@ -225,5 +233,5 @@ def _detect_in_tiles(
         parts = (
             image.pixels[:, top:bottom, left:right] for left, top, right, bottom in tiles[start : start + batch_size]
         )
-        results += _detect(detector, [detector.preprocess(part) for part in parts], threshold)
+        results += _detect(detector, [detector.preprocess(part) for part in parts], threshold, None, top_k)
     return merge_views([(0, 0, width, height), *tiles], results) if tiles else full_view

@@ -16,36 +16,48 @@ from .segments import segment_rows
 if TYPE_CHECKING:
     from .predict import Prediction
 
-SHARD_SCHEMA = pa.schema(
-    {
-        "image_id": pa.int64(),
-        "file": pa.string(),  # relative to the image folder
-        "width": pa.int32(),  # in pixels, EXIF orientation applied
-        "height": pa.int32(),
-        "scores": pa.list_(pa.float32()),  # one per detection
-        "labels": pa.list_(pa.string()),  # class names
-        "label_ids": pa.list_(pa.int32()),  # class ids of the model, 0 ... N-1
-        "boxes": pa.list_(pa.list_(pa.float32(), 4)),  # x_min, y_min, x_max, y_max in pixels of the image
-        "error": pa.string(),  # why the file could not be read; all columns except the first two are null then
-    }
+DETECTION_FIELDS = (
+    pa.field("width", pa.int32()),  # in pixels, EXIF orientation applied
+    pa.field("height", pa.int32()),
+    pa.field("scores", pa.list_(pa.float32())),  # one per detection
+    pa.field("labels", pa.list_(pa.string())),  # class names
+    pa.field("label_ids", pa.list_(pa.int32())),  # class ids of the model, 0 ... N-1
+    pa.field("boxes", pa.list_(pa.list_(pa.float32(), 4))),  # x_min, y_min, x_max, y_max in pixels of the image
+    pa.field("error", pa.string()),  # why the image could not be read; the others are null then
 )
-
-
-MASK_SCHEMA = SHARD_SCHEMA.append(
-    pa.field(
-        "segments",
-        pa.list_(
-            pa.struct(
-                {
-                    "kind": pa.string(),  # panoptic or instance
-                    "label_id": pa.int32(),
-                    "score": pa.float32(),
-                    "counts": pa.string(),  # COCO's run-length encoding, for an image of this height and width
-                }
-            )
-        ),
-    )
+SEGMENTS_FIELD = pa.field(
+    "segments",
+    pa.list_(
+        pa.struct(
+            {
+                "kind": pa.string(),  # panoptic or instance
+                "label_id": pa.int32(),
+                "score": pa.float32(),
+                "counts": pa.string(),  # COCO's run-length encoding, for an image of this height and width
+            }
+        )
+    ),
 )  # of a job with masks
+# `file` is relative to the image folder
+SHARD_SCHEMA = pa.schema([pa.field("image_id", pa.int64()), pa.field("file", pa.string()), *DETECTION_FIELDS])
+MASK_SCHEMA = SHARD_SCHEMA.append(SEGMENTS_FIELD)
+
+
+def detection_row(prediction: "Prediction", id2label: Mapping[int, str]) -> dict[str, Any]:
+    """The values of `DETECTION_FIELDS` and `SEGMENTS_FIELD`; of an image that could not be read only `error`."""
+    if prediction.size is None:
+        return {"error": prediction.error}
+    label_ids = prediction.label_ids.tolist()
+    return {
+        "width": prediction.size[0],
+        "height": prediction.size[1],
+        "scores": prediction.scores.tolist(),
+        "labels": [id2label[index] for index in label_ids],
+        "label_ids": label_ids,
+        "boxes": prediction.boxes.tolist(),
+        "error": prediction.error,
+        "segments": segment_rows(prediction.segments, prediction.file),
+    }
 
 
 class ShardWriter:
@@ -77,19 +89,8 @@ class ShardWriter:
         self._rows: list[dict[str, Any]] = []
 
     def add(self, prediction: "Prediction") -> None:
-        row: dict[str, Any] = {"image_id": prediction.image_id, "file": prediction.file, "error": prediction.error}
-        if prediction.size is not None:
-            label_ids = prediction.label_ids.tolist()
-            row |= {
-                "width": prediction.size[0],
-                "height": prediction.size[1],
-                "scores": prediction.scores.tolist(),
-                "labels": [self.id2label[index] for index in label_ids],
-                "label_ids": label_ids,
-                "boxes": prediction.boxes.tolist(),
-                "segments": segment_rows(prediction.segments, prediction.file),
-            }
-        self._rows.append(row)
+        row = {"image_id": prediction.image_id, "file": prediction.file}
+        self._rows.append(row | detection_row(prediction, self.id2label))
         if len(self._rows) >= self.size:
             self.flush()
 

@@ -1,0 +1,109 @@
+"""A prediction job on a Ray cluster: Ray schedules, retries and scales, the job's folder records what is done."""
+
+import hashlib
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..runtime import acquire_lock, atomic_write
+from ..runtime.extras import import_extra
+from .drawings import file_as_text
+from .job import PredictionJob
+from .predictor import Predictor
+from .shards import MASK_SCHEMA, SHARD_SCHEMA
+
+
+class ShardPredictor:
+    """An actor that predicts the images of a shard and writes its file. The file is named after the images and written
+    atomically, so that a shard that Ray runs twice, after a node was lost, is written twice to the same place.
+
+    Args:
+        predictor: which loads its model here, and raises if its files have changed since the job began.
+        image_folder, shards: of the job, on a file system that all nodes see.
+    """
+
+    def __init__(self, predictor: Predictor, image_folder: str, shards: str) -> None:
+        self.predictor = predictor
+        self.image_folder, self.shards = Path(image_folder), Path(shards)
+        # a later start of the job waits for it, see `open_job`
+        self._lock = acquire_lock(self.shards.parent / f".worker-ray-{uuid.uuid4().hex}.lock")
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        ids, paths = list(row["image_id"]), list(row["path"])
+        target = self.shards / f"ray-{shard_name(ids)}.parquet"
+        if not target.exists():
+            found = self.predictor({"path": [str(self.image_folder / os.fsdecode(path)) for path in paths]})
+            del found["path"]
+            columns = {"image_id": ids, "file": [file_as_text(path) for path in paths]} | found
+            schema = MASK_SCHEMA if self.predictor.masks else SHARD_SCHEMA
+            with atomic_write(target, "wb") as file:
+                pq.write_table(pa.table(columns, schema=schema), file)
+        return {"images": len(ids)}
+
+
+def shard_name(ids: list[int]) -> str:
+    return hashlib.sha256(repr(ids).encode()).hexdigest()[:16]
+
+
+def predict_with_ray(
+    job: PredictionJob,
+    predictor: Predictor,
+    *,
+    shard_size: int,
+    workers: int | None = None,
+    cpus: float = 1.0,
+    gpus: float = 0.0,
+    progress: Callable[[int], None] = lambda images: None,
+) -> None:
+    """Predict what is not done of a job, on the Ray cluster that this process is connected to, or a new one of this
+    machine. Every shard is complete or absent at any time; after a kill, the same call resumes.
+
+    Args:
+        predictor: of the job's model.
+        shard_size: images per shard, which is what Ray schedules and, after a loss, runs again.
+        workers: actors at most; None: as many as the cluster has room for.
+        cpus, gpus: that each actor gets.
+        progress: called with the number of images of each finished shard.
+
+    Raises:
+        ImportError: Ray is not installed.
+        ValueError: no node of the cluster has so many CPUs and GPUs.
+    """
+    ray = import_extra("ray", "ray")
+    import_extra("ray.data", "ray")
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, include_dashboard=False, logging_level="warning")
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_errored_blocks = 0
+    pending = job.pending().select(["image_id", "path"]).to_pydict()
+    rows = [
+        {name: values[start : start + shard_size] for name, values in pending.items()}
+        for start in range(0, len(pending["image_id"]), shard_size)
+    ]
+    if not rows:
+        return
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        raise ValueError(f"No node of the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs for an actor.")
+    if workers is None:
+        free = ray.cluster_resources()
+        room = [free.get("CPU", 1) / cpus] if cpus else []
+        room += [free.get("GPU", 0) / gpus] if gpus else []
+        workers = max(1, int(min(room, default=1)))
+    data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        ShardPredictor,
+        fn_constructor_args=(predictor, str(job.image_folder), str(job.shards)),
+        concurrency=(1, min(workers, len(rows))),
+        num_cpus=cpus,
+        num_gpus=gpus,
+        max_restarts=-1,
+        max_task_retries=3,  # an image that kills its actor must not do so for ever
+    )
+    for row in data.iter_rows():
+        progress(row["images"])
