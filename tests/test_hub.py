@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from checkpoints import save_v4, their_model
-from conftest import tiny_model
+from conftest import tiny_model, tiny_segmentation
 from hub_client import ClientError, HubClients
 from hub_server import INITIAL_FILES, HubServer
 from huggingface_hub import ModelCard, ModelCardData
@@ -20,6 +20,7 @@ import hf_detr
 from hf_detr import DetrForDetection, DetrImageProcessor
 from hf_detr.evaluation import METRICS
 from hf_detr.hub import build_model_card, hash_of_weights, model_card_of
+from hf_detr.hub.endpoint import MARKER
 from hf_detr.hub.model_card import BLANK, may_replace, read_metrics
 
 pytestmark = pytest.mark.xdist_group("hub")  # its fixtures are expensive: one worker runs them once
@@ -197,6 +198,65 @@ def test_with_the_package_its_own_code_is_used_and_no_trust_is_asked_for(checkpo
     print("local")
     """
     assert clients.run(code, tmp_path / "other").strip() == "local"
+
+
+# -- an Inference Endpoint: the toolkit imports handler.py of the repository, and calls it -----------------------------
+
+ENDPOINT = """
+import sys
+sys.modules["hf_detr"] = None  # importing it raises ImportError
+import base64, io
+import huggingface_hub, torch
+from PIL import Image
+from transformers import pipeline
+
+folder = huggingface_hub.snapshot_download("ann/pets")
+sys.path.insert(0, folder)
+from handler import EndpointHandler
+
+endpoint = EndpointHandler(folder)
+image = Image.effect_noise((90, 60), 80).convert("RGB")
+with io.BytesIO() as file:
+    image.save(file, "PNG")
+    encoded = base64.b64encode(file.getvalue()).decode()
+wanted = pipeline({task!r}, model="ann/pets", trust_remote_code=True)(image, threshold=0.0)
+assert wanted
+assert endpoint({{"inputs": image, "parameters": {{"threshold": 0.0}}}}) == wanted
+assert endpoint({{"inputs": encoded, "parameters": {{"threshold": 0.0}}}}) == wanted
+assert endpoint({{"inputs": [image, encoded], "parameters": {{"threshold": 0.0}}}}) == [wanted, wanted]
+assert endpoint({{"inputs": image, "parameters": {{"threshold": 1.0}}}}) == []
+for request, sentence in (
+    ({{}}, "no image in `inputs`"),
+    ({{"inputs": []}}, "no image in `inputs`"),
+    ({{"inputs": image, "parameters": {{"treshold": 0.5}}}}, "Unknown parameters: treshold. Known: threshold"),
+    ({{"inputs": "not an image"}}, "The request cannot be processed"),
+    ({{"inputs": 3}}, "The request cannot be processed"),
+):
+    answer = endpoint(request)
+    assert set(answer) == {{"error"}} and sentence in answer["error"], answer
+print("works")
+"""
+
+
+@pytest.mark.parametrize(
+    ("build", "task"), [(tiny_model, "object-detection"), (tiny_segmentation, "image-segmentation")]
+)
+def test_a_pushed_model_serves_itself_as_an_endpoint(build, task, server, clients, tmp_path):
+    build(id2label=LABELS, label2id={name: index for index, name in LABELS.items()}).save_pretrained(tmp_path / "model")
+    DetrImageProcessor(size={"height": 64, "width": 96}).save_pretrained(tmp_path / "model")
+    clients.run(PUSH_FOLDER.format(str(tmp_path / "model"), ""), tmp_path / "home", token="hf_ann")
+    requirements = server.blobs_of("ann/pets")["requirements.txt"].decode()
+    assert "hf_detr" not in requirements.partition("\n")[2], "it is not on the machine"
+    answer = clients.run(ENDPOINT.format(task=task), tmp_path / "other", token="hf_ann", cold=True)
+    assert answer.strip().endswith("works")
+
+
+def test_an_edited_handler_is_left_alone_and_a_generated_one_is_renewed(checkpoint, server, clients, tmp_path):
+    server.add_repo("ann/pets", {"handler.py": b"mine", "requirements.txt": f"# {MARKER}\nold".encode()})
+    clients.run(PUSH_FOLDER.format(str(checkpoint), ""), tmp_path / "home", token="hf_ann")
+    pushed = server.blobs_of("ann/pets")
+    assert pushed["handler.py"] == b"mine"
+    assert b"timm" in pushed["requirements.txt"]
 
 
 # -- push_folder and examples/push_to_hub.py -------------------------------------------------------------------------

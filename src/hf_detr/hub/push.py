@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..interop import load_model
 from ..model.image_processing_hf_detr import HfDetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
+from .endpoint import keep_edited, write_handler
 from .model_card import PICTURE, TEMPLATE, build_model_card, hash_of_weights, may_replace, read_metrics
 
 logger = logging.get_logger(__name__)
@@ -91,8 +92,8 @@ def push_folder(
     **about: Any,
 ) -> str:
     """Push the checkpoint in `folder` (model and processor, as saved by `finetune.py`, or any DETR checkpoint) with the
-    code to run it and a model card. The push is atomic. A card that was edited on the Hub (see the note at its end) is
-    kept.
+    code to run it, the handler of an Inference Endpoint, and a model card. The push is atomic. A card that was edited
+    on the Hub (see the note at its end) is kept.
 
     Args:
         private, token, commit_message, revision, create_pr, max_shard_size: as in `model.push_to_hub`.
@@ -115,6 +116,9 @@ def push_folder(
         stage = Path(temporary)
         model.save_pretrained(stage, max_shard_size=max_shard_size)
         processor.save_pretrained(stage)
+        write_handler(stage, has_masks=model.has_masks)
+        for name in keep_edited(api, repo_id, revision, stage):
+            logger.warning(f"{name} of {repo_id} was edited on the Hub; it is kept.")
         metrics = read_metrics(folder)
         if metrics is not None:
             # the same weights, but the files and so the hash may differ
