@@ -29,6 +29,7 @@ from hub_client import HubClients
 from hub_server import HubServer
 from PIL import Image
 from safetensors.torch import save
+from test_other_detectors import save_other
 from test_video import make_clip
 
 from hf_detr.cli import COMMANDS as CLI_COMMANDS
@@ -66,6 +67,7 @@ NOT_RUN = {
     "hf-detr troubleshoot": "test_cli.py runs it",
     "hf-detr troubleshoot ap-is-0": "test_cli.py runs it",
     "python examples/app.py --model CHECKPOINT": SERVES,
+    "python examples/serve.py --model CHECKPOINT": "serves until it is interrupted; test_server.py asks it",
     "python examples/app.py --model runs/shapes-1": SERVES,
     "python examples/app.py --model CHECKPOINT --examples FOLDER --corrections my-corrections": SERVES,
     "python -m pytest -n 2 --dist loadgroup": "runs these tests",
@@ -81,7 +83,10 @@ NOT_RUN = {
     "accelerate launch examples/finetune_trainer.py --dataset FOLDER": "trains on images of 800 pixels, and has no "
     "option for fewer",
 }
-TESTED_ELSEWHERE = {"docs/moving_from_transformers.md": "test_moving_from_transformers.py executes its blocks"}
+TESTED_ELSEWHERE = {
+    "docs/moving_from_transformers.md": "test_moving_from_transformers.py executes its blocks",
+    "docs/scale.md": "test_engines.py executes its blocks",
+}
 
 SHORT_TRAINING = ("--quick", "--epochs", "1")
 SMALL_IMAGES = ("--image_size", "64", "--num_workers", "0")
@@ -341,6 +346,17 @@ class _Picture(BaseHTTPRequestHandler):
         pass
 
 
+def save_small(kind: str, folder: Path, names: dict[int, str]) -> None:
+    """A small model of a kind, as the Hub has it, with its processor."""
+    if kind == "rt_detr":
+        save_other(kind, folder)
+        return
+    label2id = {name: index for index, name in names.items()}
+    save_v4(their_model(kind=kind, num_labels=len(names), id2label=names, label2id=label2id), folder)
+    size = {"shortest_edge": 64, "longest_edge": 96}
+    transformers.ConditionalDetrImageProcessor(size=size).save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     """The Hub with the models that the pages name: a small published DETR, and timm's networks with random weights."""
@@ -352,6 +368,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     transformers.DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(folder)
     with HubServer({"ME": "hf_me"}) as server:
         server.add_repo("facebook/detr-resnet-50", {path.name: path.read_bytes() for path in folder.iterdir()})
+        for kind, repo in (
+            ("conditional", "microsoft/conditional-detr-resnet-50"),
+            ("rt_detr", "PekingU/rtdetr_r50vd"),
+        ):
+            save_small(kind, folder / kind, names)
+            server.add_repo(repo, {path.name: path.read_bytes() for path in (folder / kind).iterdir()})
         for network in ("resnet50", "convnext_tiny"):
             weights = save(timm.create_model(network).state_dict())
             server.add_repo(timm.get_pretrained_cfg(network).hf_hub_id, {"model.safetensors": weights})

@@ -135,6 +135,6 @@ def test_it_can_be_chosen_on_the_command_line():
 
 
 def test_it_is_refused_where_it_would_have_no_effect():
-    with pytest.raises(StrictDataclassError, match="no other part of the model refines boxes"):
+    with pytest.raises(StrictDataclassError, match="nothing else refines boxes"):
         tiny_config(relative_boxes=True)
     assert tiny_model(relative_boxes=True, dense_loss_coefficient=1).dense_head.bbox_predictor.relative

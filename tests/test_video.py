@@ -334,9 +334,9 @@ def test_a_stopped_job_leaves_no_video_and_resumes_after_its_records(predict, pr
     (out / "clip.mp4.partial").write_bytes(b"half a video")
     predicted_frames = []
 
-    def record(detector, batch, *arguments):
+    def record(detector, batch, *arguments, **options):
         predicted_frames.extend(image.image_id for image in batch)
-        return detect(detector, batch, *arguments)
+        return detect(detector, batch, *arguments, **options)
 
     monkeypatch.setattr(module, "predict_batch", record)
     predict(clip, "--output_dir", out, "--batch_size", "3")
