@@ -12,7 +12,7 @@ COMMANDS = {
     "check": ("check_dataset", "report errors in a data set, and write a corrected copy"),
     "label-errors": ("label_errors", "find annotations that a model contradicts"),
     "finetune": ("finetune", "train on your images, from a checkpoint or an ImageNet backbone"),
-    "evaluate": ("evaluate", "measure a checkpoint, and write a page about its errors"),
+    "evaluate": ("evaluate", "measure a checkpoint or stored detections, and write a page about its errors"),
     "predict": ("predict", "detect objects in images, folders and videos"),
     "serve": ("serve", "serve a model over HTTP"),
     "export": ("export", "export to ONNX, OpenVINO or torch.export, and compare"),

@@ -143,10 +143,17 @@ def suspected_format(split: AnnotatedSplit) -> tuple[str, str, str] | None:
         if image.header is not None and image.header.problem is None
         for box in numeric_boxes(image)
     ]
+    found = doubtful_boxes(boxes)
+    return found and (found[0], f"all {len(boxes)} boxes", found[1])
+
+
+def doubtful_boxes(boxes: list[tuple[tuple[int, int], list[float]]]) -> tuple[str, str] | None:
+    """Code and message if boxes, each with the (width, height) of its image, appear not to be [x_min, y_min, width,
+    height] in pixels; see [`suspected_format`]."""
     if len(boxes) < 5:
         return None
     if sum(max(map(abs, bbox)) <= MAX_RELATIVE for _, bbox in boxes) >= MIN_AGREEMENT * len(boxes):
-        return "box-relative", f"all {len(boxes)} boxes", f"the values of most boxes are at most {MAX_RELATIVE}"
+        return "box-relative", f"the values of most boxes are at most {MAX_RELATIVE}"
     tolerance = EDGE_TOLERANCE
     outside = sum(x + w > width + tolerance or y + h > height + tolerance for (width, height), (x, y, w, h) in boxes)
     fitting = sum(
@@ -159,4 +166,4 @@ def suspected_format(split: AnnotatedSplit) -> tuple[str, str, str] | None:
     message = (
         f"{outside} of {len(boxes)} extend beyond their images when read as [x, y, width, height]; as corners, {others}"
     )
-    return "box-xyxy", f"all {len(boxes)} boxes", message
+    return "box-xyxy", message

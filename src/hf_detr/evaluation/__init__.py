@@ -8,6 +8,7 @@ from .evaluation_report import save_class_thresholds, write_report
 from .mask_evaluators import MaskEvaluator, PanopticEvaluator
 from .model_evaluation import MASK_METRICS, PANOPTIC_METRICS, ModelEvaluation, format_evaluation
 from .panoptic_metrics import format_panoptic, panoptic_metrics
+from .stored_detections import StoredDetections
 from .trainer_metrics import METRIC_PATH, TrainerMetrics, records_from_batches
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "MaskEvaluator",
     "ModelEvaluation",
     "PanopticEvaluator",
+    "StoredDetections",
     "TrainerMetrics",
     "best_thresholds",
     "coco_metrics",

@@ -29,6 +29,7 @@ class CocoEvaluator:
         id2label: class id to name; `category_ids`: class id to the source's category id.
         stuff_labels: names of the classes that are stuff; `stuff_ids`: their class ids.
         images: records with `id`, `width`, `height`; `annotations`: records as `coco_metrics` takes them.
+        ids_of_source: the ids of images in the source, by those.
     """
 
     place = "bbox"  # the field of detections that says where they are
@@ -43,10 +44,10 @@ class CocoEvaluator:
         self.category_ids = category_ids(dataset)
         self.images: list[dict[str, Any]] = []
         self.annotations: list[dict[str, Any]] = []
-        self._ids_of_source: dict[int, Any] = {}
+        self.ids_of_source: dict[int, Any] = {}
         columns = {"image_id", "source_id", "width", "height", "objects"} & set(dataset.features)
         for row in dataset.select_columns(sorted(columns)).with_format(None):
-            self._ids_of_source[row["image_id"]] = source_id(row)
+            self.ids_of_source[row["image_id"]] = source_id(row)
             self.images.append({"id": row["image_id"], "width": row["width"], "height": row["height"]})
             objects = row["objects"]
             self.annotations += [
@@ -81,7 +82,7 @@ class CocoEvaluator:
         return (
             box_convert(result["boxes"].detach().cpu().double(), "xyxy", "xywh").numpy(),
             result["labels"].cpu().numpy(),
-            result["scores"].detach().float().cpu().numpy(),
+            result["scores"].detach().double().cpu().numpy(),
         )
 
     def gather(self) -> None:
@@ -106,7 +107,7 @@ class CocoEvaluator:
         return [
             record
             | {
-                "image_id": self._ids_of_source[record["image_id"]],
+                "image_id": self.ids_of_source[record["image_id"]],
                 "category_id": self.category_ids[record["category_id"]],
             }
             for record in self.predictions()
