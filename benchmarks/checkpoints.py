@@ -54,7 +54,7 @@ CHECKPOINTS = (
         "`microsoft/table-transformer-detection`", "97.0", "20", "MIT", TABLE | {"num_queries": 15, "num_labels": 2}
     ),
     Checkpoint(
-        "`microsoft/table-transformer-structure-recognition`", "91.2", "20", "MIT",
+        "`microsoft/table-transformer-structure-recognition`", "90.2", "20", "MIT",
         TABLE | {"num_queries": 125, "num_labels": 6},
     ),
     Checkpoint("`microsoft/conditional-detr-resnet-50`", "41.0", "50", APACHE, CONDITIONAL),
