@@ -46,7 +46,7 @@ def peak_memory(work: Callable[[], Any]) -> tuple[Any, float]:
 
     def watch() -> None:
         nonlocal peak
-        while not ended.wait(0.5):
+        while True:
             total = 0
             for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
                 try:
@@ -54,6 +54,8 @@ def peak_memory(work: Callable[[], Any]) -> tuple[Any, float]:
                 except psutil.NoSuchProcess:
                     continue
             peak = max(peak, total / 1e9)
+            if ended.wait(0.5):
+                return
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -105,8 +107,11 @@ def under_spark(predictor: Predictor, paths: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+ENGINES = {"plain": plain, "Ray": under_ray, "Spark": under_spark}
+
+
 def overhead(args: argparse.Namespace, folder: Path) -> None:
-    os.environ |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYSPARK_PYTHON": sys.executable}
     import torch
 
     torch.set_num_threads(1)
@@ -116,7 +121,7 @@ def overhead(args: argparse.Namespace, folder: Path) -> None:
     expected: list[dict[str, Any]] = []
     print("| engine | start and 10 images, s | images/s after that | memory with 10 and with all, GB | rows equal |")
     print("|---|---|---|---|---|")
-    for name, engine in (("plain", plain), ("Ray", under_ray), ("Spark", under_spark)):
+    for name, engine in ((name, ENGINES[name]) for name in args.engines):
         seconds, memory = [], []
         for some in (paths[:SHARD], paths):
             predictor = Predictor(model, threshold=0.3, device="cpu")
@@ -197,6 +202,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a checkpoint of the drawn shapes")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--side", type=int, default=800, help="shortest side that images are enlarged to")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="rows equal the first's")
     parser.add_argument("--kills", type=int, default=20)
     args = parser.parse_args()
     args.model = args.model.resolve()
