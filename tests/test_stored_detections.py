@@ -265,6 +265,24 @@ def test_boxes_in_another_format_are_refused(change, shapes, load, tmp_path):
         measured(tmp_path / "results.json", load(shapes, "val"))
 
 
+def test_category_ids_from_0_are_those_of_the_file(shapes, load, tmp_path):
+    """A validation file that lists fewer classes than training, with ids that look like positions."""
+    folder = Path(shutil.copytree(shapes, tmp_path / "shapes"))
+    file = folder / "annotations" / "instances_val.json"
+    truth, results = near_truth(shapes)
+    new = {entry["id"]: n for n, entry in enumerate([*truth["categories"][1:], truth["categories"][0]])}
+    for record in (*truth["annotations"], *results):
+        record["category_id"] = new[record["category_id"]]
+    truth["categories"] = sorted(
+        ({"id": new[entry["id"]], "name": entry["name"]} for entry in truth["categories"]),
+        key=lambda entry: entry["id"],
+    )
+    file.write_text(json.dumps(truth))
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    metrics, _ = measured(tmp_path / "results.json", load(folder, "val"))
+    assert metrics == pytest.approx(by_pycocotools(folder, results), abs=1e-9)
+
+
 @pytest.mark.parametrize("name", ["job.json", "images.json"])
 def test_a_job_whose_files_were_changed_is_refused(name, found):
     for content in ("[]", "{}", "["):

@@ -100,6 +100,7 @@ class AnnotatedSplit:
             records that the reader could not use, such as duplicate ids.
         ambiguous_ids: ids that several image records share, so that their annotations cannot be assigned.
         has_names: whether the source names its classes; otherwise `names` are its category ids as text.
+        has_category_ids: whether the source has the category ids; otherwise the reader has numbered the names.
         stuff: names of the classes that are stuff (COCO's `isthing` 0): regions without instances, such as sky.
     """
 
@@ -113,6 +114,7 @@ class AnnotatedSplit:
     orphans: list[Orphan] = field(default_factory=list)
     ambiguous_ids: set[Any] = field(default_factory=set)
     has_names: bool = True
+    has_category_ids: bool = False
     stuff: list[str] = field(default_factory=list)
 
 

@@ -43,7 +43,7 @@ def match_classes(source: AnnotatedSplit, id2label: dict[int, str] | None, train
     if given == source.names:
         return Classes(unique_names(given), source.category_ids, {index: index for index in range(len(given))})
     class_ids = {index: given.index(name) for index, name in enumerate(source.names)}
-    if source.category_ids == list(range(len(source.names))):  # assigned by the reader, so they may change
+    if not source.has_category_ids and source.category_ids == list(range(len(source.names))):  # so they may change
         return Classes(unique_names(given), list(range(len(given))), class_ids)
     # classes that the source does not have get unused ids
     ids = {class_ids[index]: category_id for index, category_id in enumerate(source.category_ids)}

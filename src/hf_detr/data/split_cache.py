@@ -21,7 +21,7 @@ from .schema import describe_source, loaded_features
 from .split_source import SplitSource
 from .validation_cut import groups_of_copies
 
-CACHE_VERSION = 3  # increased when the cached rows change
+CACHE_VERSION = 4  # increased when the cached rows change
 
 
 class SplitCache:

@@ -104,6 +104,7 @@ def read_records(
         inside[0] if inside else folder.path,
         orphans,
         ambiguous_ids,
+        has_category_ids=True,
         stuff=[str(category["name"]) for category in categories if _is_stuff(file, category)],
     )
 
