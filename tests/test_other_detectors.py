@@ -77,6 +77,10 @@ def test_outputs_and_boxes_are_those_of_transformers_without_padding(kind, tmp_p
         assert all(torch.equal(mine[name], of_theirs[name]) for name in ("scores", "labels"))
         inside = of_theirs["boxes"].clamp(min=0).minimum(torch.tensor([960.0, 640, 960, 640]))
         assert torch.equal(mine["boxes"], inside)
+    all_of_them = processor.post_process_object_detection(found, 0.0, targets)
+    for few, every in zip(processor.post_process_object_detection(found, 0.0, targets, 3), all_of_them, strict=True):
+        assert torch.equal(few["scores"], every["scores"].sort(descending=True).values[:3])
+        assert few["boxes"].shape == (3, 4)
     with pytest.raises(ValueError, match="hf_detr's own models"):
         processor.post_process_object_detection(found, "per_class", targets)
 
@@ -93,6 +97,7 @@ def test_evaluate_and_predict_take_them(kind, tmp_path):
     draw_shapes_dataset(tmp_path / "shapes", num_train=2, num_val=6, progress=False)
     examples = ROOT / "examples"
     arguments = ["--model", "model", "--dataset", "shapes", "--output", "metrics.json", "--report", "report"]
+    arguments += ["--max_detections", "300"]
     code, said = run_script(examples / "evaluate.py", *arguments, cwd=tmp_path)
     assert code == 0, said
     assert "AP50" in said

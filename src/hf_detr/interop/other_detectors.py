@@ -112,13 +112,14 @@ class OtherImageProcessor(DetrImageProcessor):
         target_sizes: Any = None,
         top_k: int | None = None,
     ) -> list[dict[str, Tensor]]:
-        """As in [`DetrImageProcessor`], by the rule of the other detector; boxes are clipped to the image.
+        """As in [`DetrImageProcessor`], by the rule of the other detector, which gives at most as many detections as
+        it has queries; boxes are clipped to the image.
 
         Raises:
-            ValueError: `threshold` is "per_class", or `top_k` is given, which are ours.
+            ValueError: `threshold` is "per_class", which only our checkpoints have.
         """
-        if isinstance(threshold, str) or top_k is not None:
-            raise ValueError("Thresholds per class and `top_k` are of hf_detr's own models.")
+        if isinstance(threshold, str):
+            raise ValueError("Thresholds per class are of hf_detr's own models.")
         sizes = None if target_sizes is None else torch.as_tensor(target_sizes).to(outputs.logits.device)
         results: list[dict[str, Tensor]] = self._theirs.post_process_object_detection(
             outputs, threshold=threshold, target_sizes=sizes
@@ -127,6 +128,9 @@ class OtherImageProcessor(DetrImageProcessor):
         for result, (height, width) in zip(results, limits, strict=True):
             boxes = result["boxes"]
             result["boxes"] = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+        if top_k is not None:
+            best = [result["scores"].topk(min(top_k, len(result["scores"]))).indices for result in results]
+            results = [{k: v[kept] for k, v in result.items()} for result, kept in zip(results, best, strict=True)]
         return results
 
 
