@@ -155,7 +155,7 @@ def test_a_threshold_and_options_that_would_do_nothing_are_told(job, shapes, fou
     settings = json.loads((found / "job.json").read_text())
     settings["settings"] |= {"threshold": 0.5, "top_k": 10}
     (found / "job.json").write_text(json.dumps(settings))
-    assert "a score of at least 0.5 were stored, which lowers AP" in measured(found, dataset)[1][1]
+    assert "a score above 0.5 were stored, which lowers AP" in measured(found, dataset)[1][1]
     assert "At most 10 detections per image were stored" in measured(found, dataset)[1][2]
     common = ["--detections", found, "--dataset", shapes]
     for more in (["--no-masks"], ["--dtype", "bfloat16"], ["--batch_size", "8"], ["--save_thresholds"]):

@@ -80,8 +80,7 @@ class PredictedImages:
         if self.threshold != 0:
             kept = "the threshold of the class" if self.threshold == "per_class" else self.threshold
             notes.append(
-                f"Only detections with a score of at least {kept} were stored, which lowers AP: predict with "
-                "--threshold 0."
+                f"Only detections with a score above {kept} were stored, which lowers AP: predict with --threshold 0."
             )
         if self.limit is not None and self.limit < max_detections:
             notes.append(
@@ -91,13 +90,13 @@ class PredictedImages:
         return notes
 
     def ids_in(self, dataset: "DetectionDataset") -> dict[Any, Any]:
-        """The data set's image id by the id of the job. An image is the same if it is the same file, or one with the
-        same name and content elsewhere.
+        """The data set's image id by the id of the job. An image is the same if it is the same file, or one elsewhere
+        with the same name, file size and size in pixels.
 
         Raises:
             ValueError: an image of the data set has no such file, or more than one.
         """
-        places = {os.path.join(os.path.realpath(self.image_folder), image["file_name"]): image for image in self.images}
+        paths = {os.path.join(os.path.realpath(self.image_folder), image["file_name"]): image for image in self.images}
         by_name = defaultdict(list)
         for entry in self.images:
             by_name[_path(entry["file_name"]).name].append(entry)
@@ -105,8 +104,8 @@ class PredictedImages:
         missing: list[str] = []
         rows = dataset.select_columns(["image", "file_name", "height", "image_id", "width"])
         for row in rows.cast_column("image", Image(decode=False)).with_format(None):
-            name, place = row["file_name"], row["image"]["path"]
-            image = places.get(os.path.realpath(place)) if place else None
+            name, path = row["file_name"], row["image"]["path"]
+            image = paths.get(os.path.realpath(path)) if path else None
             is_same_file = image is not None
             image = image or self._image_of_name(name, by_name)
             if image is None:
@@ -182,8 +181,8 @@ class StoredDetections:
     def add_to(
         self, evaluator: CocoEvaluator, dataset: "DetectionDataset", max_detections: int = MAX_DETECTIONS
     ) -> list[str]:
-        """Give the detections to an evaluator of the data set. Those of a job belong to the image with the same file,
-        or the same name and content; those of a file to the image with the same id.
+        """Give the detections to an evaluator of the data set. Those of a job belong to the image with the same file
+        (see [`PredictedImages.ids_in`]); those of a file to the image with the same id.
 
         Args:
             dataset: that of the evaluator; for a prediction job loaded with `id2label` of this.
