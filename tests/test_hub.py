@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,8 @@ def test_a_pushed_model_serves_itself_as_an_endpoint(build, task, server, client
     clients.run(PUSH_FOLDER.format(str(tmp_path / "model"), ""), tmp_path / "home", token="hf_ann")
     requirements = server.blobs_of("ann/pets")["requirements.txt"].decode()
     assert "hf_detr" not in requirements.partition("\n")[2], "it is not on the machine"
+    ours = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert {line for line in requirements.splitlines()[1:] if ">=" in line} <= set(ours)
     answer = clients.run(ENDPOINT.format(task=task), tmp_path / "other", token="hf_ann", cold=True)
     assert answer.strip().endswith("works")
 

@@ -48,8 +48,8 @@ class Figures:
         return "\n".join(lines) + "\n"
 
 
-class RefusedError(Exception):
-    """A request that is answered with a status and a sentence."""
+class RequestError(Exception):
+    """A request that cannot be served, with the status and the sentence of its answer."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -94,7 +94,7 @@ def build_server(
         import_extra(f"starlette.{part}", "serve") for part in ("applications", "exceptions", "responses", "routing")
     )
     busy = f"The server is busy: {waiting} requests are waiting. Try again later."
-    open_requests, most_open = 0, waiting + predictor.batch_size
+    open_requests, max_open = 0, waiting + predictor.batch_size
     figures, started = Figures(), time.time()
     batches = RequestBatches(predictor.predict_loaded, batch_size=predictor.batch_size, capacity=waiting)
 
@@ -109,13 +109,13 @@ def build_server(
         """The image file in a request.
 
         Raises:
-            RefusedError: it has too many bytes, or a form has no file.
+            RequestError: it has too many bytes, or a form has no file.
         """
         parts, size = [], 0
         async for part in request.stream():
             size += len(part)
             if size > max_bytes:
-                raise RefusedError(413, f"The request has more than {max_bytes:,} bytes.")
+                raise RequestError(413, f"The request has more than {max_bytes:,} bytes.")
             parts.append(part)
         body = b"".join(parts)
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
@@ -123,7 +123,7 @@ def build_server(
         request._body = body  # already read; the parser reads it from here
         form = await request.form()
         if not hasattr(form.get("file"), "read"):
-            raise RefusedError(400, 'The form has no file in the field "file".')
+            raise RequestError(400, 'The form has no file in the field "file".')
         content: bytes = await form["file"].read()
         return content
 
@@ -142,36 +142,36 @@ def build_server(
         """The image, ready for the model. Its size is checked before it is decoded.
 
         Raises:
-            RefusedError: it has too many pixels, or is no image of these formats.
+            RequestError: it has too many pixels, or is no image of these formats.
         """
         try:
             with PIL.Image.open(BytesIO(body), formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > max_pixels:
-                    raise RefusedError(
+                    raise RequestError(
                         413, f"The image has {width} x {height} pixels; at most {max_pixels:,} are read."
                     )
                 image.load()
                 loaded = predictor.load(image)
-        except RefusedError:
+        except RequestError:
             raise
         except Exception as error:  # decoders raise errors of any kind on damaged files
             reason = "not an image file of these formats" if isinstance(error, PIL.UnidentifiedImageError) else error
-            raise RefusedError(400, f"The image cannot be read: {reason} ({', '.join(FORMATS)}).") from error
+            raise RequestError(400, f"The image cannot be read: {reason} ({', '.join(FORMATS)}).") from error
         if loaded.error is not None:
-            raise RefusedError(400, f"The image cannot be read: {loaded.error}")
+            raise RequestError(400, f"The image cannot be read: {loaded.error}")
         return loaded
 
     async def answer(work: Callable[[], Awaitable[Any]]) -> Any:
         nonlocal open_requests
         began, headers = time.perf_counter(), {}
-        if open_requests >= most_open:  # bodies and decoded images take memory, too
+        if open_requests >= max_open:  # bodies and decoded images take memory, too
             figures.add(503, 0.0)
             return responses.JSONResponse({"error": busy}, 503, headers={"Retry-After": "1"})
         open_requests += 1
         try:
             status, content = 200, await asyncio.wait_for(work(), timeout)
-        except RefusedError as error:
+        except RequestError as error:
             status, content = error.status, {"error": str(error)}
         except QueueIsFullError:
             status, content, headers = 503, {"error": busy}, {"Retry-After": "1"}
@@ -214,15 +214,15 @@ def _threshold(given: str | None, lowest: float | str) -> float | None:
     """The threshold that a request asks for.
 
     Raises:
-        RefusedError: it is not a number between the threshold of the server and 1.
+        RequestError: it is not a number between the threshold of the server and 1.
     """
     if given is None:
         return None
     try:
         value = float(given)
     except ValueError:
-        raise RefusedError(400, f"threshold must be a number, got {given[:20]!r}.") from None
+        raise RequestError(400, f"threshold must be a number, got {given[:20]!r}.") from None
     least = lowest if isinstance(lowest, float | int) else 0.0
     if not least <= value <= 1:
-        raise RefusedError(400, f"threshold must be between the server's {least:g} and 1, got {value:g}.")
+        raise RequestError(400, f"threshold must be between the server's {least:g} and 1, got {value:g}.")
     return value
