@@ -1,36 +1,37 @@
-"""How many planted annotation errors are found: precision and recall of `label_errors.py` on drawn images.
+"""How many planted annotation errors `label_errors.py` finds on drawn images: precision and recall.
 
-    python benchmarks/label_errors.py --model CHECKPOINT [--fraction 0.05] [--seeds 0 1 2]
+    python benchmarks/label_errors.py plant FOLDER --split val --seed 0
+    python examples/label_errors.py --model CHECKPOINT --dataset FOLDER --min_suspicion 0.15 --output_dir FOUND
+    python benchmarks/label_errors.py score FOLDER FOUND/label_errors.json
 
-In the validation images of the generated data set, each of five errors is planted in 5 % of the annotations, so about
-25 % are affected: the annotation is dropped, gets another class, is moved by 30 to 50 % of its size, gets a slightly
-shifted copy, or a box without an object is added. The checkpoint is that of `examples/finetune.py` without arguments,
-trained on the other split, which has no errors.
+`plant` draws the data set of the quick start, with errors in one split: each of five kinds in 5 % of the annotations,
+so about 25 % are affected: the annotation is dropped, gets another class, is moved by 30 to 50 % of its size, gets a
+slightly shifted copy, or a box without an object is added. For the validation split, CHECKPOINT is that of
+`examples/finetune.py` without arguments, trained on images without errors. For the training split it is the folder of a
+cross-validation (`finetune.py --dataset FOLDER --folds 3 --output_dir CV`), whose models learn from wrong annotations.
 
-A planted error counts as found if its annotation (of a duplicate: one of the two) is reported, as any kind of error. A
-dropped annotation counts as found if a "missing" object has an IoU of at least 0.5 with it. Recall is measured for the
-N highest suspicions, N being the number of planted errors, and for all of at least 0.3; precision for all of at least
-0.3.
+`score` takes one or more pairs of a folder and what was found in it, and prints medians. A planted error counts as
+found if its annotation (of a duplicate: one of the two) is reported, as any kind of error. A dropped annotation counts
+as found if a "missing" object has an IoU of at least 0.5 with it. Recall is measured for the N highest suspicions, N
+being the number of planted errors, and for all of at least 0.3; precision for all of at least 0.3.
 """
 
 import argparse
+import json
 import statistics
 import tempfile
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measure import machine
-from torch.utils.data import DataLoader
 from torchvision.ops import box_convert, box_iou
 
-from hf_detr import DetrImageProcessor
-from hf_detr.data import DetectionCollator, draw_shapes_dataset, load_detection_dataset
-from hf_detr.dataset_check import LABEL_ERRORS, find_label_errors
-from hf_detr.interop import load_model
-from hf_detr.speed import prepare_for_inference
-from hf_detr.training import use_all_cores
+from hf_detr.data import draw_shapes_dataset, export_coco, id2label, load_detection_dataset
+from hf_detr.dataset_check import LABEL_ERRORS
+
+PLANTED = "planted.json"
 
 Objects = dict[str, list[Any]]
 
@@ -86,65 +87,94 @@ def overlap(box: Any, others: list[Any]) -> float:
     return float(box_iou(corners[:1], corners[1:]).max())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--fraction", type=float, default=0.05)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    args = parser.parse_args()
-    use_all_cores()
-    model, processor = prepare_for_inference(load_model(args.model)), DetrImageProcessor.from_pretrained(args.model)
-    folder = draw_shapes_dataset(tempfile.mkdtemp(), num_train=1, progress=False)
-    clean = load_detection_dataset(folder, "val", id2label=model.config.id2label, progress=False)
-    print(f"{len(clean)} images; {machine()}")
+def write_planted(args: argparse.Namespace) -> None:
+    """Draw the data set, with errors in one split, and note them in `planted.json` by file name and annotation id."""
+    with tempfile.TemporaryDirectory() as scratch:
+        drawn = draw_shapes_dataset(Path(scratch) / "drawn", progress=False)
+        planted: dict[str, Any] = {"split": args.split, "annotations": [], "dropped": []}
+        for split in ("train", "val"):
+            dataset = load_detection_dataset(drawn, split, cache_dir=Path(scratch) / "cache", progress=False)
+            if split == args.split:
+                dataset = with_errors(dataset, args.fraction, args.seed, planted)
+            export_coco(dataset, args.folder, split, progress=False)
+    (args.folder / PLANTED).write_text(json.dumps(planted))
+    print(f"{len(planted['annotations'])} wrong and {len(planted['dropped'])} dropped annotations in {args.folder}")
+
+
+def with_errors(dataset: Any, fraction: float, seed: int, planted: dict[str, Any]) -> Any:
+    rng, objects, count = np.random.default_rng(seed), [], 0
+    for row in dataset:
+        size, name = (row["width"], row["height"]), row["file_name"]
+        changed, kinds, gone = plant(row["objects"], size, fraction, len(id2label(dataset)), rng)
+        changed["id"] = [count + index for index in changed["id"]]
+        count += len(kinds)
+        objects.append(changed)
+        for annotation, kind in zip(changed["id"], kinds, strict=True):
+            if kind:
+                planted["annotations"].append([name, annotation, kind])
+        planted["dropped"] += [[name, box] for box in gone]
+    feature = dataset.features["objects"]
+    return dataset.remove_columns("objects").add_column("objects", objects, feature=feature)
+
+
+def hits(records: list[dict[str, Any]], planted: dict[str, Any]) -> Counter[str]:
+    """How many planted errors of each kind are among the reported ones."""
+    kinds = {(name, annotation): kind for name, annotation, kind in planted["annotations"]}
+    dropped = dict(enumerate(planted["dropped"]))
+    counts: Counter[str] = Counter()
+    for record in records:
+        key = record["file_name"], record["annotation_id"]
+        if record["kind"] == "duplicate" and key not in kinds:  # the copy follows the original
+            key = key[0], key[1] + 1
+        if key in kinds:
+            counts[kinds.pop(key)] += 1
+        elif record["kind"] == "missing":
+            for index, (name, box) in list(dropped.items()):
+                if name == record["file_name"] and overlap(record["suggested_bbox"], [box]) >= 0.5:
+                    counts["missing"] += 1
+                    del dropped[index]
+    return counts
+
+
+def print_scores(args: argparse.Namespace) -> None:
+    if len(args.pairs) % 2:
+        raise SystemExit("score takes pairs: FOLDER LABEL_ERRORS.json ...")
     table: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in (*LABEL_ERRORS, "all")}
-    for seed in args.seeds:
-        rng = np.random.default_rng(seed)
-        planted, dropped, objects = {}, {}, []
-        for index, row in enumerate(clean):
-            size = row["width"], row["height"]
-            changed, kinds, gone = plant(row["objects"], size, args.fraction, len(model.config.id2label), rng)
-            objects.append(changed)
-            planted |= {(index, number): kind for number, kind in enumerate(kinds) if kind}
-            dropped |= {(index, number): box for number, box in enumerate(gone)}
-        feature = clean.features["objects"]
-        dataset = clean.remove_columns("objects").add_column("objects", objects, feature=feature)
-        loader = DataLoader(dataset, batch_size=16, collate_fn=DetectionCollator(processor))
-        errors = find_label_errors(model, loader, dataset, progress=False)
-        total = len(planted) + len(dropped)
-
-        def found(chosen: Any, planted: Any = planted, dropped: Any = dropped) -> Counter[str]:
-            counts: Counter[str] = Counter()
-            hit = set()
-            for error in chosen:
-                key: Any = (error.image, error.annotation)
-                if error.kind == "duplicate" and key not in planted:  # the copy follows the original
-                    key = (error.image, error.annotation + 1)
-                if key in planted and key not in hit:
-                    counts[planted[key]] += 1
-                    hit.add(key)
-                for other, box in dropped.items():
-                    near = other[0] == error.image and error.kind == "missing" and ("d", other) not in hit
-                    if near and overlap(error.suggested_box, [box]) >= 0.5:
-                        counts["missing"] += 1
-                        hit.add(("d", other))
-            return counts
-
-        sure = [error for error in errors if error.suspicion >= 0.3]
-        top, all_found = found(errors[:total]), found(sure)
-        numbers = Counter(planted.values()) + Counter({"missing": len(dropped)})
-        flagged = Counter(error.kind for error in sure)
+    precisions = []
+    for folder, file in zip(args.pairs[::2], args.pairs[1::2], strict=True):
+        planted = json.loads((Path(folder) / PLANTED).read_text())
+        records = json.loads(Path(file).read_text())  # the highest suspicion first
+        numbers = Counter(kind for _, _, kind in planted["annotations"]) + Counter(missing=len(planted["dropped"]))
+        sure = [record for record in records if record["suspicion"] >= 0.3]
+        top, found = hits(records[: numbers.total()], planted), hits(sure, planted)
+        flagged = Counter(record["kind"] for record in sure)
         for kind in LABEL_ERRORS:
-            recalls = top[kind] / numbers[kind], all_found[kind] / numbers[kind]
+            recalls = top[kind] / numbers[kind], found[kind] / numbers[kind]
             table[kind].append((numbers[kind], *recalls, flagged[kind]))
-        everything = sum(top.values()) / total, sum(all_found.values()) / total
-        table["all"].append((total, *everything, len(sure), sum(all_found.values()) / max(1, len(sure))))
+        total = numbers.total()
+        table["all"].append((total, top.total() / total, found.total() / total, len(sure)))
+        precisions.append(found.total() / max(1, len(sure)))
     print("| | planted | recall of the N highest | recall at 0.3 | flagged at 0.3 |\n|---|---|---|---|---|")
     for kind, rows in table.items():
-        n, top_recall, recall, flags = (statistics.median(values) for values in list(zip(*rows, strict=True))[:4])
+        n, top_recall, recall, flags = (statistics.median(values) for values in zip(*rows, strict=True))
         print(f"| {kind} | {n:.0f} | {top_recall:.2f} | {recall:.2f} | {flags:.0f} |")
-    precision = statistics.median(row[4] for row in table["all"])
-    print(f"Precision at 0.3: {precision:.2f}. Medians of {len(args.seeds)} seeds.")
+    print(f"Precision at 0.3: {statistics.median(precisions):.2f}. Medians of {len(precisions)}.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    planting = commands.add_parser("plant")
+    planting.add_argument("folder", type=Path)
+    planting.add_argument("--split", choices=("train", "val"), default="val")
+    planting.add_argument("--fraction", type=float, default=0.05)
+    planting.add_argument("--seed", type=int, default=0)
+    planting.set_defaults(run=write_planted)
+    scoring = commands.add_parser("score")
+    scoring.add_argument("pairs", nargs="+", metavar="FOLDER LABEL_ERRORS.json")
+    scoring.set_defaults(run=print_scores)
+    args = parser.parse_args()
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from accelerate.utils import set_seed
 from hf_detr.runtime import exit_on_error
 from hf_detr.speed import prepare_for_training
 from hf_detr.training import (
+    CrossValidation,
     FinetuneArguments,
     LearningCurve,
     RunEndedError,
@@ -48,16 +49,16 @@ from hf_detr.training import (
 def main(augmentation: Callable[[Any], Any] | None = None) -> None:
     """Train. `augmentation` replaces that of the recipe, see examples/by_feature/own_augmentation.py."""
     args = parse_finetune_args(__doc__)  # dataclasses, see hf_detr/training/arguments.py
-    if not args.run.learning_curve:
+    if not (args.run.learning_curve or args.run.folds):
         train(args, augmentation)
         return
-    curve = LearningCurve(args)
-    for part in curve.parts:  # on more and more of the images
+    several = LearningCurve(args) if args.run.learning_curve else CrossValidation(args)
+    for part in several.parts:  # on more and more of the images, or without one fold after another
         try:
             train(part, augmentation)
         except RunEndedError:  # in an earlier start of this command
             print(f"{part.run.output_dir} is complete and is used as it is.", flush=True)
-    curve.finish()
+    several.finish()
 
 
 def train(args: FinetuneArguments, augmentation: Callable[[Any], Any] | None) -> None:

@@ -2,9 +2,9 @@
 
     python examples/label_errors.py --model CHECKPOINT --dataset FOLDER
 
-The model must not have been trained on these annotations; the default is the validation split. To check training
-images, split them in two halves, train on one (`finetune.py --train`, `--val`) and check the other (`--annotations`),
-and swap.
+The model must not have been trained on these annotations; the default is the validation split. To check the training
+images, train with `finetune.py --folds N --output_dir FOLDER`, and name that folder with `--model`: each image is
+checked with the model that has not seen it.
 
 OUTPUT_DIR gets `label_errors.html` with crops, the highest suspicion first; `label_errors.json`; and, for labelling
 tools, `label_studio.json` and `coco.json` (CVAT), which contain the affected images with corrected boxes. The data set
@@ -14,15 +14,20 @@ is never modified.
 import argparse
 import json
 from collections import Counter
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
+from datasets import concatenate_datasets
 from torch.utils.data import DataLoader
 
 from hf_detr import DetrImageProcessor
 from hf_detr.data import DetectionCollator, load_detection_dataset, require_objects, source_of
 from hf_detr.dataset_check import (
     LABEL_ERRORS,
+    LabelError,
     as_records,
     find_label_errors,
     write_coco_suggestions,
@@ -32,14 +37,14 @@ from hf_detr.dataset_check import (
 from hf_detr.interop import load_model
 from hf_detr.runtime import exit_on_error, prepare_output, require_source
 from hf_detr.speed import prepare_for_inference
-from hf_detr.training import use_all_cores
+from hf_detr.training import folder_of_fold, held_out_images, read_folds, use_all_cores
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="checkpoint, a folder or a Hub id")
+    parser.add_argument("--model", required=True, help="checkpoint, a folder or a Hub id; or the folder of --folds")
     parser.add_argument("--dataset", help="annotated folder, or data set on the Hub")
-    parser.add_argument("--split", default="val", help="which images; default val")
+    parser.add_argument("--split", help="which images; default val, with folds train")
     parser.add_argument("--annotations", metavar="FILE", help="annotation file of the split, if it is not found")
     parser.add_argument("--images", metavar="FOLDER", help="folder of the images, if it is not beside the annotations")
     parser.add_argument("--bbox_format", choices=("xywh", "xyxy"), help="xyxy: boxes are stored as corners")
@@ -61,25 +66,27 @@ def main() -> None:
     if Path(args.dataset).is_dir() and args.output_dir.resolve().is_relative_to(Path(args.dataset).resolve()):
         parser.error(f"{args.output_dir} is inside {args.dataset}, which is never modified. Choose another folder.")
     prepare_output(args.output_dir, folder=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
+    folds = read_folds(args.model)
+    if folds is not None and args.split not in (None, "train"):
+        parser.error(f"the models in {args.model} were trained on folds of the training images; omit --split")
+    if not torch.cuda.is_available():
         use_all_cores()
-    model = prepare_for_inference(load_model(args.model)).to(device)
-    processor = DetrImageProcessor.from_pretrained(args.model)
-    dataset = load_detection_dataset(
-        args.dataset,
-        args.split,
-        files={args.split: args.annotations} if args.annotations else None,
-        images=args.images,
-        id2label=model.config.id2label,
-        bbox_format=args.bbox_format,
-        crowds_as_objects=args.crowds_as_objects,
-    )
-    require_objects(dataset, source_of(dataset), "checked")
-    loader = DataLoader(
-        dataset, batch_size=args.batch_size, collate_fn=DetectionCollator(processor), num_workers=args.num_workers
-    )
-    errors = [e for e in find_label_errors(model, loader, dataset) if e.suspicion >= args.min_suspicion]
+    if folds is None:
+        dataset, errors = check(args, args.model)
+    else:
+        found = []
+        for number, images in enumerate(folds["held_out"], start=1):
+            print(f"Fold {number} of {folds['folds']}", flush=True)
+            model = str(folder_of_fold(Path(args.model), number))
+            found.append(check(args, model, fold=(number, folds["folds"]), images=images))
+        starts = accumulate([len(dataset) for dataset, _ in found], initial=0)
+        errors = [
+            replace(error, image=start + error.image)
+            for start, (_, of_fold) in zip(starts, found, strict=False)
+            for error in of_fold
+        ]
+        errors.sort(key=lambda error: -error.suspicion)
+        dataset = concatenate_datasets([dataset for dataset, _ in found])
     counts = Counter(error.kind for error in errors)
     print(f"{len(errors)} suspected annotation errors in {len(dataset)} images of {source_of(dataset)}:")
     for kind, text in LABEL_ERRORS.items():
@@ -89,6 +96,39 @@ def main() -> None:
     write_label_studio(errors, dataset, args.output_dir / "label_studio.json", root=args.label_studio_root)
     write_coco_suggestions(errors, dataset, args.output_dir / "coco.json")
     print(f"Open {page} to review them; files for labelling tools are in {args.output_dir}.")
+
+
+def check(
+    args: argparse.Namespace, checkpoint: str, fold: tuple[int, int] | None = None, images: str = ""
+) -> tuple[Any, list[LabelError]]:
+    """The annotated images, or a fold of them, and what a model contradicts in them.
+
+    Args:
+        images: digest of the names of the images that the fold had when the model was trained.
+    """
+    model = prepare_for_inference(load_model(checkpoint)).to("cuda" if torch.cuda.is_available() else "cpu")
+    processor = DetrImageProcessor.from_pretrained(checkpoint)
+    split = args.split or "val"
+    dataset = load_detection_dataset(
+        args.dataset,
+        split,
+        files={split if fold is None else "train": args.annotations} if args.annotations else None,
+        images=args.images,
+        id2label=model.config.id2label,
+        bbox_format=args.bbox_format,
+        crowds_as_objects=args.crowds_as_objects,
+        fold=fold,
+    )
+    if fold is not None and held_out_images(dataset) != images:
+        raise ValueError(
+            f"{source_of(dataset)} has other images than when {args.model} was trained, so that its models may have "
+            "seen those that they would check. Train again with --folds."
+        )
+    require_objects(dataset, source_of(dataset), "checked")
+    loader = DataLoader(
+        dataset, batch_size=args.batch_size, collate_fn=DetectionCollator(processor), num_workers=args.num_workers
+    )
+    return dataset, [e for e in find_label_errors(model, loader, dataset) if e.suspicion >= args.min_suspicion]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from .schema import DetectionDataset
 from .schema import id2label as names_of
 from .split_cache import SplitCache
 from .split_source import FolderSource, SplitSource
-from .validation_cut import cut_validation
+from .validation_cut import cut_validation, hold_out_fold
 
 
 def load_detection_dataset(
@@ -26,6 +26,7 @@ def load_detection_dataset(
     crowds_as_objects: bool = False,
     masks: bool = False,
     validation_fraction: float = 0.15,
+    fold: tuple[int, int] | None = None,
     seed: int = 0,
     streaming: bool = False,
     cache_dir: str | Path | None = None,
@@ -55,6 +56,8 @@ def load_detection_dataset(
             segments beside `segments_info`. Where a split has both, panoptic annotations are read, since they have
             stuff, too; `files` chooses. Objects without a mask are invalid, like boxes without an area.
         validation_fraction: fraction of the training images to split off; 0 keeps "train" complete.
+        fold: (number from 1, number of folds), for cross-validation: "val" is this fold of the training images, "train"
+            the other ones. A validation split of the data is not used. Images that look the same are in one fold.
         streaming: return an `IterableDataset`. From the Hub only what is used is then downloaded, and nothing is
             checked in advance.
         cache_dir: where the Arrow file is written; None is the cache of `datasets`.
@@ -74,7 +77,11 @@ def load_detection_dataset(
     names = _class_names(id2label)
     if bbox_format not in (None, "xywh", "xyxy"):
         raise ValueError(f'bbox_format must be "xywh", "xyxy" or None, got {bbox_format!r}.')
+    if fold is not None and split not in ("train", "val"):
+        raise ValueError(f'Folds are of the training images: split is "train" or "val", not "{split}".')
     from_hub = files is None and is_rows(path)
+    if fold is not None and streaming:
+        raise ValueError("A stream is not divided into folds: load the data without streaming.")
     if from_hub and streaming:
         return stream_rows(
             str(path), split, id2label=names, bbox_format=bbox_format, crowds_as_objects=crowds_as_objects,
@@ -89,6 +96,12 @@ def load_detection_dataset(
         masks=masks,
         progress=progress,
     )
+    if fold is not None:
+        complete = cache.read("train")
+        if complete is None:
+            raise FileNotFoundError(cache.source.describe_missing("train"))
+        outside, inside = hold_out_fold(complete, cache.copies(complete), fold, seed)
+        return outside if split == "train" else inside
     if names is None and split != "train":
         train = cache.read("train")
         cache.train_classes = [] if train is None else list(names_of(train).values())

@@ -1,4 +1,4 @@
-"""A validation split out of the training images, with the copies of an image on one side."""
+"""A validation split, or folds, out of the training images, with the copies of an image on one side."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -79,7 +79,7 @@ def cut_validation(
         raise ValueError(f"{source_of(dataset)} has {len(dataset)} images, too few to split off a validation split.")
     count = max(1, round(fraction * len(dataset)))
     largest = max(1, count // 2)
-    parts = [group[start : start + largest] for group in groups for start in range(0, len(group), largest)]
+    parts = _parts(groups, largest)
     chosen: list[int] = []
     for number in np.random.default_rng(seed).permutation(len(parts)).tolist():
         if len(chosen) + len(parts[number]) <= count:
@@ -92,6 +92,39 @@ def cut_validation(
         f"{source_of(dataset)} has no validation split: {len(chosen)} of its {len(dataset)} images are split off with "
         f"seed {seed}.{told + '.' if told else ''}"
     )
-    validation = set(chosen)
-    train = [index for index in range(len(dataset)) if index not in validation]
-    return dataset.select(train), dataset.select(sorted(validation))
+    return _divide(dataset, set(chosen))
+
+
+def hold_out_fold(
+    dataset: Dataset, groups: Sequence[Sequence[int]], fold: tuple[int, int], seed: int
+) -> tuple[Dataset, Dataset]:
+    """The rows outside a fold, and those in it. Whole groups go, in random order, to the fold with the fewest images;
+    groups of more than half a fold are divided into parts of consecutive images.
+
+    Args:
+        fold: its number, from 1, and the number of folds. Each image is in exactly one fold of a seed.
+
+    Raises:
+        ValueError: there is no such fold, or there are fewer images than folds.
+    """
+    number, count = fold
+    if count < 2 or not 1 <= number <= count:
+        raise ValueError(f"Folds are at least 2, and numbered from 1: there is no fold {number} of {count}.")
+    parts = _parts(groups, max(1, len(dataset) // (2 * count)))
+    if len(parts) < count:
+        raise ValueError(f"{source_of(dataset)} has {len(dataset)} images, too few for {count} folds.")
+    folds: list[list[int]] = [[] for _ in range(count)]
+    for index in np.random.default_rng(seed).permutation(len(parts)).tolist():
+        min(folds, key=len).extend(parts[index])
+    return _divide(dataset, set(folds[number - 1]))
+
+
+def _parts(groups: Sequence[Sequence[int]], largest: int) -> list[Sequence[int]]:
+    """The groups, those of more than `largest` images in parts."""
+    return [group[start : start + largest] for group in groups for start in range(0, len(group), largest)]
+
+
+def _divide(dataset: Dataset, held_out: set[int]) -> tuple[Dataset, Dataset]:
+    """The other rows, and those that are held out, in the order of the dataset."""
+    others = [index for index in range(len(dataset)) if index not in held_out]
+    return dataset.select(others), dataset.select(sorted(held_out))

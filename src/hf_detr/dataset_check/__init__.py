@@ -6,12 +6,13 @@ from .clean import write_clean_copy
 from .findings_page import write_page
 from .full_check import check_dataset
 from .label_errors import KINDS as LABEL_ERRORS
-from .label_errors import find_label_errors
+from .label_errors import LabelError, find_label_errors
 from .label_errors_files import as_records, write_coco_suggestions, write_label_errors_page, write_label_studio
 
 __all__ = [
     "KINDS",
     "LABEL_ERRORS",
+    "LabelError",
     "as_records",
     "check_dataset",
     "find_label_errors",

@@ -3,6 +3,7 @@
 from ..model.timm_network import feature_strides
 from ..runtime.cores import use_all_cores
 from .arguments import FinetuneArguments, parse_finetune_args
+from .folds import CrossValidation, folder_of_fold, held_out_images, read_folds
 from .launch import build_accelerator
 from .learning_curve import LearningCurve
 from .optimization import build_ema, build_schedule, parameter_groups, preferred_precision
@@ -24,6 +25,7 @@ from .trainer import DetrTrainer
 from .training_run import TrainingRun
 
 __all__ = [
+    "CrossValidation",
     "DetrTrainer",
     "FinetuneArguments",
     "LearningCurve",
@@ -40,12 +42,15 @@ __all__ = [
     "compile_for_training",
     "feature_strides",
     "fit_processor",
+    "folder_of_fold",
+    "held_out_images",
     "identify",
     "load_data",
     "next_free_run",
     "parameter_groups",
     "parse_finetune_args",
     "preferred_precision",
+    "read_folds",
     "repeat_images",
     "resolve_recipe",
     "summarize",

@@ -59,6 +59,8 @@ class DataArguments:
     )
     overfit: int | None = option("train on N images only, until the model has memorized them", metavar="N")
     train_images: int | None = option("train on N of the images, drawn by --seed", metavar="N")
+    fold: str | None = option("of N folds of the training images, validate on fold K and train on the others",
+                              metavar="K/N")  # fmt: skip
     quick: bool = option("2 epochs on 64 images, as a smoke test", False)
     num_workers: int | None = option("processes that load images, default 2 (shapes: 0)")
 
@@ -70,8 +72,23 @@ class DataArguments:
             raise ValueError("--repeat_threshold is a fraction of the images, above 0 and at most 1")
         if self.masks and self.stuff:
             raise ValueError("--masks learns stuff in any case; omit --stuff")
+        if self.fold and self.val:
+            raise ValueError("--fold validates on some of the training images; omit --val")
+        self.held_out()
         if not self.dataset and not self.train and (self.val or self.images):
             raise ValueError("--val and --images need --train FILE or --dataset FOLDER")
+
+    def held_out(self) -> tuple[int, int] | None:
+        """Number of the fold and of folds."""
+        if self.fold is None:
+            return None
+        try:
+            number, count = (int(part) for part in self.fold.split("/"))
+        except ValueError:
+            number, count = 0, 0
+        if not (1 <= number <= count and count > 1):
+            raise ValueError(f"--fold {self.fold}: it must be K/N, such as 1/5, with K from 1 to N")
+        return number, count
 
     @property
     def is_drawn(self) -> bool:
@@ -101,6 +118,7 @@ class DataArguments:
             "bbox_format": self.bbox_format,
             "crowds_as_objects": self.crowds_as_objects,
             "masks": self.reads_masks,
+            "fold": self.held_out(),
         }
 
     @property
@@ -221,6 +239,7 @@ class RunArguments:
     save_total_limit: int = option("checkpoints to keep, default 1", 1, metavar="N")
     on_nan: str = option("what to do with a step that is not finite", "stop", choices=("stop", "skip"))
     learning_curve: bool = option("forecast what twice as many images would give", False)
+    folds: int | None = option("cross-validation: train N models, each without a fold of the images", metavar="N")
     seed: int = option("of weights, batches and augmentation, default 0", 0)
     report_to: list[str] | None = field(
         default=None, metadata={"help": "tensorboard, wandb, trackio, ... (see Accelerate)", "metavar": "TRACKER"}
@@ -239,6 +258,8 @@ class RunArguments:
             raise ValueError("--minutes must be a number above 0")
         if self.seed < 0:
             raise ValueError("--seed must not be negative")
+        if self.folds is not None and self.folds < 2:
+            raise ValueError("--folds must be at least 2")
 
 
 @dataclass(frozen=True)
@@ -260,8 +281,9 @@ class FinetuneArguments:
             raise ValueError("--overfit memorizes a few images; there is nothing to push")
         if self.model.freeze_detector and not self.data.masks:
             raise ValueError("--freeze_detector trains the mask head only: add --masks")
-        if self.run.learning_curve:
-            self._check_learning_curve()
+        for option, several in (("--learning_curve", self.run.learning_curve), ("--folds", bool(self.run.folds))):
+            if several:
+                self._check_several_models(option)
         if self.run.metric in METRICS_OF_MASKS and not self.data.masks:
             raise ValueError(f"--metric {self.run.metric} measures masks: add --masks")
         unused = sorted(set(self.model.config_fields()) & set(FIELDS_OF_MASKS)) if not self.data.masks else []
@@ -276,16 +298,18 @@ class FinetuneArguments:
         if self.embedded and self.model.freeze_backbone:
             raise ValueError("--freeze_backbone needs trained weights: name --model, or --dataset or --backbone")
 
-    def _check_learning_curve(self) -> None:
+    def _check_several_models(self, option: str) -> None:
         run, data = self.run, self.data
         if not run.output_dir:
-            raise ValueError("--learning_curve trains several models: name a folder for them with --output_dir")
-        for name, given in (
+            raise ValueError(f"{option} trains several models: name a folder for them with --output_dir")
+        unused: list[tuple[str, Any]] = [
             ("--overfit", data.overfit), ("--quick", data.quick), ("--resume", run.resume),
-            ("--train_images", data.train_images), ("--push_to_hub", run.push_to_hub),
-        ):  # fmt: skip
+            ("--train_images", data.train_images), ("--push_to_hub", run.push_to_hub), ("--fold", data.fold),
+        ]  # fmt: skip
+        unused += [("--val", data.val), ("--learning_curve", run.learning_curve)] if run.folds else []
+        for name, given in unused:
             if given:
-                raise ValueError(f"--learning_curve trains several models; omit {name}")
+                raise ValueError(f"{option} trains several models; omit {name}")
 
     @property
     def embedded(self) -> bool:

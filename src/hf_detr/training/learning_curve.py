@@ -15,7 +15,7 @@ from ..model.configuration_hf_detr import DetrConfig
 from ..runtime import atomic_write, import_extra
 from .arguments import FinetuneArguments
 from .launch import build_accelerator
-from .run_data import identify
+from .run_data import identify, remember_data
 from .run_recipe import resolve_recipe
 from .setup import build_processor, load_data
 
@@ -90,7 +90,7 @@ class LearningCurve:
         if len(self.images) < MIN_POINTS:
             needed = MIN_IMAGES * DIVISORS[-MIN_POINTS]
             raise ValueError(f"--learning_curve needs at least {needed} training images; there are {count}.")
-        self._remember_data(identify(train_set, val_set))
+        remember_data(self.folder, identify(train_set, val_set))
         self._recipe = resolve_recipe(args, train_set, build_processor(args))  # of all images
         print(f"Learning curve: models are trained on {', '.join(map(str, self.images))} images.", flush=True)
 
@@ -113,17 +113,6 @@ class LearningCurve:
 
     def _folder_of(self, number: int) -> Path:
         return self.folder / f"images-{number}"
-
-    def _remember_data(self, data: dict[str, Any]) -> None:
-        file = self.folder / "data.json"
-        if file.is_file() and json.loads(file.read_text()) != data:
-            raise ValueError(
-                f"{self.folder} was begun with other images or annotations, and its scores cannot be compared with new "
-                "ones. Name another --output_dir."
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file) as out:
-            json.dump(data, out)
 
     def finish(self) -> dict[str, Any]:
         """Print the scores and the forecast, and write them as `learning_curve.json` and, where matplotlib is

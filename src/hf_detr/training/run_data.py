@@ -1,14 +1,16 @@
 """What a run is trained on, so that it does not go on with other data without a word."""
 
 import hashlib
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..data.schema import id2label
-from ..runtime import listed
+from ..runtime import atomic_write, listed
 from .checkpoints import Progress
 
 COLUMNS = ["file_name", "width", "height", "objects"]
@@ -40,6 +42,26 @@ def _image_sizes(images: pa.ChunkedArray) -> list[int]:
         except OSError:
             sizes.append(-1)
     return sizes
+
+
+def remember_data(folder: Path, data: dict[str, Any]) -> None:
+    """Write what several runs in a folder are trained on to its `data.json`, or compare it with that file.
+
+    Args:
+        data: see [`identify`].
+
+    Raises:
+        ValueError: the runs were begun with other data.
+    """
+    file = folder / "data.json"
+    if file.is_file() and json.loads(file.read_text()) != data:
+        raise ValueError(
+            f"{folder} was begun with other images or annotations, and its scores cannot be compared with new ones. "
+            "Name another --output_dir."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as out:
+        json.dump(data, out)
 
 
 def check_data(progress: Progress, now: dict[str, Any], folder: Any) -> list[str]:
