@@ -6,11 +6,11 @@
 
 `HubClients` is in `hub_client.py`.
 
-Models and Spaces (their ids begin with "spaces/" here), and no Xet: large files travel over git LFS ("basic"). As on
-the real Hub they live at another origin than the API, which knows signed links only; by the origin the client decides
-whether it follows a redirect and whether the token goes along. What a reply must hold is written in the client's
-`hf_api.py`, `_commit_api.py`, `lfs.py`,
-`file_download.py` and `utils/_http.py`. One more route is one more method with `@route`.
+Models, Spaces and data sets (ids of the latter begin with "spaces/" or "datasets/" here), and no Xet: large files
+travel over git LFS ("basic"). As on the real Hub they live at another origin than the API, which knows signed links
+only; by the origin the client decides whether it follows a redirect and whether the token goes along. What a reply must
+hold is written in the client's `hf_api.py`, `_commit_api.py`, `lfs.py`, `file_download.py` and `utils/_http.py`.
+One more route is one more method with `@route`.
 """
 
 import base64
@@ -32,7 +32,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".pth")
+LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".pth", ".parquet", ".tar")
 LFS_SIZE = 10_000_000
 INITIAL_FILES = {
     ".gitattributes": "".join(f"*{end} filter=lfs diff=lfs merge=lfs -text\n" for end in LFS_SUFFIXES).encode()
@@ -101,7 +101,7 @@ class Repo:
 
     @property
     def owner(self) -> str:
-        return self.id.removeprefix("spaces/").split("/")[0]
+        return re.sub("^(spaces|datasets)/", "", self.id).split("/")[0]
 
     def ref(self, revision: str) -> str:
         """Full name of a branch, tag or pull request, or nothing."""
@@ -233,7 +233,7 @@ def route(method: str, path: str, write: bool = False) -> Callable[[Callable[...
     Who may not read the repository, or write it if `write`, is refused first. What the method returns is sent as JSON.
     """
     for name, pattern in {
-        "{repo}": "(?P<repo>spaces/[^/]+/[^/]+|[^/]+(?:/[^/]+)?)",
+        "{repo}": "(?P<repo>(?:spaces|datasets)/[^/]+/[^/]+|[^/]+(?:/[^/]+)?)",
         "{rev}": "([^/]+)",
         "{path}": "(.+)",
     }.items():
@@ -494,7 +494,7 @@ class HubServer:
         if file is None or len(file.data) != call.json()["size"]:
             raise HubError(404, f"LFS object {call.json()['oid']} was not uploaded")
 
-    @route("GET|PUT", "/lfs/((?:spaces/)?[^/]+/[^/]+)/([^/]+)/([0-9]+)/[^/]+")
+    @route("GET|PUT", "/lfs/((?:(?:spaces|datasets)/)?[^/]+/[^/]+)/([^/]+)/([0-9]+)/[^/]+")
     def _lfs_storage(self, call: Call, repo_id: str, oid: str, size: str) -> Any:
         repo = self.repos[repo_id]
         method = "PUT" if call.method == "PUT" else "GET"
@@ -570,7 +570,7 @@ class HubServer:
 
     def _dispatch(self, call: Call, at_storage: bool) -> Any:
         method = "GET" if call.method == "HEAD" else call.method
-        path = re.sub("^/api/spaces/", "/api/models/spaces/", call.path)
+        path = re.sub("^/api/(spaces|datasets)/", r"/api/models/\1/", call.path)
         for methods, pattern, write, function in ROUTES:
             match = pattern.fullmatch(path)
             if match and method in methods.split("|") and at_storage == call.path.startswith("/lfs/"):

@@ -20,11 +20,11 @@ from hf_detr.data.augmented_dataset import AugmentedDataset
 from hf_detr.data.batching import (
     AspectRatioBatches,
     DistributedBatches,
-    build_loader,
     image_sizes,
     padding_fraction,
 )
 from hf_detr.data.collate import DetectionCollator
+from hf_detr.data.loader import build_loader
 from hf_detr.data.schema import detection_features
 from hf_detr.model.processor_size import resized_sizes
 

@@ -237,6 +237,7 @@ def test_streaming_gives_the_same_rows(written, load):
         rows, stream = load(written(name), "val"), load(written(name), "val", streaming=True)
         assert isinstance(stream, datasets.IterableDataset)
         for one, other in zip(rows, stream, strict=True):
+            assert one["image"].tobytes() == other["image"].tobytes(), "not encoded once more"
             assert one["objects"] == other["objects"]
             assert (one["width"], one["height"], one["image_id"]) == (
                 other["width"],

@@ -3,20 +3,23 @@
 from ..model.processor_size import resized_sizes
 from .augmentation import Augmentation, flip_rotate_augmentation, paper_augmentation
 from .augmented_dataset import AugmentedDataset
-from .batching import build_loader, image_sizes, padding_fraction
+from .batching import image_sizes, padding_fraction
 from .coco_export import export_coco
 from .collate import DetectionCollator
-from .load import load_detection_dataset
+from .load import load_detection_dataset, load_streamed_dataset
+from .loader import build_loader
 from .mask_results import mask_results
 from .panoptic_export import PanopticWriter, export_panoptic
 from .schema import category_ids, detection_features, id2label, require_objects, source_of, stuff_labels
 from .shapes import draw_shapes_dataset
+from .streaming import StreamedDataset
 
 __all__ = [
     "Augmentation",
     "AugmentedDataset",
     "DetectionCollator",
     "PanopticWriter",
+    "StreamedDataset",
     "build_loader",
     "category_ids",
     "detection_features",
@@ -27,6 +30,7 @@ __all__ = [
     "id2label",
     "image_sizes",
     "load_detection_dataset",
+    "load_streamed_dataset",
     "mask_results",
     "padding_fraction",
     "paper_augmentation",

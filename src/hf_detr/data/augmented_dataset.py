@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from .augmentation import Row
+from .streaming import StreamedRow
 
 
 class AugmentedDataset(Dataset[Row]):
@@ -20,7 +21,7 @@ class AugmentedDataset(Dataset[Row]):
     The global generators of PyTorch (CPU), NumPy and `random` are seeded for each row and restored afterwards.
 
     Args:
-        dataset: a `datasets.Dataset` in the schema, or any sequence of such rows.
+        dataset: a `datasets.Dataset` or `StreamedDataset` in the schema, or any sequence of such rows.
         augmentation: from row to row; an `Augmentation`, or any callable that uses the generators above. If it has a
             method `set_random_seed`, that is called with a seed for each row.
         seed: not negative.
@@ -52,10 +53,11 @@ class AugmentedDataset(Dataset[Row]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Row:
-        index = int(index)
+    def __getitem__(self, key: int | StreamedRow) -> Row:
+        key = key if isinstance(key, StreamedRow) else int(key)
+        index = key.index if isinstance(key, StreamedRow) else key
         seeds = np.random.SeedSequence([self.seed, int(self._epoch), index % len(self)]).generate_state(4)
-        row = self.dataset[index]
+        row = self.dataset[key]
         if self.to_tensor is not None:
             row = row | {"image": tv_tensors.Image(self.to_tensor(row["image"]))}
         with _seeded(int(seeds[0]), int(seeds[1]), int(seeds[2])):

@@ -1,18 +1,10 @@
-"""The batches of each process, and the training and validation loaders."""
+"""The batches of each process, and the padding in them."""
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
-import torch
-from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader, Sampler, Subset
-
-from ..runtime.cores import keep_freed_memory
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from torch.utils.data import Sampler, Subset
 
 Size = tuple[int, int]
 
@@ -178,97 +170,3 @@ def padding_fraction(batches: Iterable[Sequence[int]], sizes: Sequence[Size]) ->
         pixels += sum(height * width for height, width in zip(heights, widths, strict=True))
         padded += len(batch) * max(heights) * max(widths)
     return 1 - pixels / padded if padded else 0.0
-
-
-# -- the loader ------------------------------------------------------------------------------------------------------
-
-
-def build_loader(
-    dataset: Any,
-    collate_fn: Callable[[list[Any]], Any],
-    *,
-    batch_size: int,
-    training: bool,
-    seed: int = 0,
-    num_workers: int = 0,
-    accelerator: "Accelerator | None" = None,
-    group_by_aspect_ratio: bool | None = None,
-    drop_last: bool = False,
-) -> DataLoader[Any]:
-    """The loader of this process: each process loads its own part of the dataset.
-
-    The batch sampler is `AspectRatioBatches` or `DistributedBatches`, which distributes the images over the processes.
-    With an accelerator, Accelerate's loader wraps it as if there were a single process, so that images are not
-    distributed twice: it moves batches to the device and signals the end of the epoch to gradient accumulation.
-    `accelerator.prepare` returns such a loader unchanged. `loader.set_epoch(epoch)` sets the epoch of the batches and
-    of the augmentation; without an accelerator, call `set_epoch` of `loader.batch_sampler` and of `dataset`.
-
-    Args:
-        dataset: with a length, in the schema; for training usually an `AugmentedDataset`.
-        collate_fn: usually a `DetectionCollator`.
-        batch_size: maximum number of images per process and step.
-        training: shuffle. Otherwise images keep their order, each exactly once over all processes; all processes have
-            the same number of batches, but with fewer images than processes, some have none.
-        seed: of the batches and of the workers' random generators.
-        num_workers: worker processes. Each uses one thread and is kept for the next epoch.
-        group_by_aspect_ratio: `AspectRatioBatches`; default: for training only. Without shuffling, batches are sorted
-            from tall to wide images.
-        drop_last: see `DistributedBatches`.
-
-    Raises:
-        TypeError: the dataset has no length, for example because it is streamed.
-        ValueError: too few images, see `DistributedBatches`.
-    """
-    if not hasattr(dataset, "__len__"):
-        raise TypeError(
-            f"{type(dataset).__name__} has no length, so its images cannot be distributed over processes. Load the "
-            "dataset without streaming."
-        )
-    num_processes, process_index = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
-    options: dict[str, Any] = {
-        "shuffle": training,
-        "seed": seed,
-        "num_processes": num_processes,
-        "process_index": process_index,
-        "drop_last": drop_last,
-        "allow_empty": not training,
-    }
-    grouped = training if group_by_aspect_ratio is None else group_by_aspect_ratio
-    batches = (
-        AspectRatioBatches(image_sizes(dataset), batch_size, **options)
-        if grouped
-        else DistributedBatches(len(dataset), batch_size, **options)
-    )
-    pin_memory = accelerator is not None and accelerator.device.type == "cuda"
-    worker_seed = int(np.random.SeedSequence([seed, process_index]).generate_state(1)[0])
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=collate_fn,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator().manual_seed(worker_seed),  # leaves the global generator unchanged
-    )
-    if accelerator is None:
-        return loader
-    loader = prepare_data_loader(
-        loader,
-        device=accelerator.device,
-        num_processes=1,
-        process_index=0,
-        put_on_device=True,
-        rng_types=None,
-        non_blocking=pin_memory,
-    )
-    loader._is_accelerate_prepared = True  # Accelerate's own flag: `prepare` skips such loaders
-    return loader
-
-
-def _start_worker(worker_id: int) -> None:
-    """One thread per worker. PyTorch seeds torch, NumPy and `random` in each worker from the loader's generator."""
-    torch.set_num_threads(1)
-    keep_freed_memory()  # batches of the same size follow each other
-    if "cv2" in sys.modules:  # used by Albumentations
-        sys.modules["cv2"].setNumThreads(0)

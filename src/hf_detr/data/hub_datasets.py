@@ -1,11 +1,14 @@
 """Datasets of Hugging Face `datasets`, saved or on the Hub, whose rows have an image and `objects`, or an image of
-segments with `segments_info`, COCO's panoptic format."""
+segments with `segments_info`, COCO's panoptic format; and WebDataset archives, in which a `.json` beside each image has
+the objects."""
 
 import json
 import re
-from collections.abc import Callable, Mapping
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +32,13 @@ from .split_source import Progress
 MAP_NAMES = ("segmentation_map", "panoptic_map", "panoptic", "segmentation", "mask", "label", "annotation")
 
 
+# what the `.json` of a WebDataset sample calls its objects
+JSON_NAMES = ("objects", "annotations")
+
+
 def is_hub_format(folder: Path) -> bool:
-    """Whether a folder was saved by `save_to_disk` or holds Parquet files as on the Hub."""
-    if _is_saved(folder):
+    """Whether a folder was saved by `save_to_disk`, or holds Parquet files as on the Hub or WebDataset archives."""
+    if is_saved(folder) or any(is_webdataset(file) for file in islice(archives_in(folder), 3)):
         return True
     files = [file for place in (folder, folder / "data") for file in place.glob("*.parquet")]
     return any(
@@ -39,7 +46,24 @@ def is_hub_format(folder: Path) -> bool:
     )
 
 
-def _is_saved(folder: Path) -> bool:
+def archives_in(folder: Path) -> Iterator[Path]:
+    """The `.tar` files of a folder and of its folders, such as `train/`."""
+    found = sorted(file for pattern in ("*.tar", "*/*.tar") for file in folder.glob(pattern))
+    return (file for file in found if not is_litter(file.name))
+
+
+def is_webdataset(archive: Path) -> bool:
+    """Whether the first sample of an archive is an image with a `.json` of the same name."""
+    try:
+        with tarfile.open(archive) as tar:
+            members = [Path(member.name) for member in islice((m for m in tar if m.isfile()), 2)]
+    except (OSError, tarfile.TarError):
+        return False
+    suffixes = {name.suffix.lower() for name in members}
+    return len(members) == 2 and len({m.with_suffix("") for m in members}) == 1 and ".json" in suffixes
+
+
+def is_saved(folder: Path) -> bool:
     """Whether a folder was written by `save_to_disk`."""
     is_dataset = all((folder / name).is_file() for name in ("state.json", "dataset_info.json"))
     return is_dataset or (folder / "dataset_dict.json").is_file()
@@ -64,6 +88,7 @@ class RowsSource:
     """
 
     max_invalid = 0.02  # of somebody else's data, which cannot be corrected in place; at least one box
+    streamed = False
 
     def __init__(self, path: str, cache_dir: str | Path | None, **kwargs: Any) -> None:
         self.name = path
@@ -89,16 +114,8 @@ class RowsSource:
         maps = _map_column(rows) if objects == "segments_info" else None
         raw = rows.cast_column("image", Image(decode=False))
         raw = raw if maps is None else raw.cast_column(maps, Image(decode=False))
-        split_ = AnnotatedSplit("datasets", split, Path(source), [], [], [], Path(source))
-        for index, row in enumerate(progress(raw, len(raw))):
-            image = _image_record(row, index, partial(_bytes_of, raw, index, "image"))
-            split_.images.append(image)
-            try:
-                _add_objects(image, row, index, objects, maps, partial(_bytes_of, raw, index))
-            except ValueError as error:
-                split_.orphans.append(("annotation-unreadable", f"row {index}", str(error)))
-        names, ids, has_names = number_categories(split_.images, _class_names(rows, objects))
-        split_.names, split_.category_ids, split_.has_names = names, ids, has_names
+        records = ((row, partial(_bytes_of, raw, index)) for index, row in enumerate(progress(raw, len(raw))))
+        split_ = read_split(records, split, source, rows, objects, maps)
         split_.stuff = _stuff(split_, raw) if maps is not None else []
         return split_
 
@@ -110,8 +127,40 @@ class RowsSource:
         return f'{self.name} has no split "{split}", only {sorted(self._loaded)}.'
 
 
+Bytes = Callable[[str], bytes]  # reads the file of an image in a column of a row
+
+
+def read_split(
+    rows: Iterable[tuple[Mapping[str, Any], Bytes]],
+    split: str,
+    source: str,
+    dataset: DetectionDataset,
+    objects: str,
+    maps: str | None = None,
+) -> AnnotatedSplit:
+    """The records of a split.
+
+    Args:
+        rows: undecoded, each with a function that reads its images.
+        source: for messages.
+        dataset: that the rows are from.
+        objects, maps: see [`objects_column`].
+    """
+    found = AnnotatedSplit("datasets", split, Path(source), [], [], [], Path(source))
+    for index, (row, read) in enumerate(rows):
+        image = image_record(row, index, partial(read, "image"))
+        found.images.append(image)
+        try:
+            _add_objects(image, row, index, objects, maps, read)
+        except ValueError as error:
+            found.orphans.append(("annotation-unreadable", f"row {index}", str(error)))
+    names, ids, has_names = number_categories(found.images, _class_names(dataset, objects))
+    found.names, found.category_ids, found.has_names = names, ids, has_names
+    return found
+
+
 def open_rows(path: str, cache_dir: str | Path | None, *, streaming: bool, **kwargs: Any) -> Mapping[str, Any]:
-    """The splits of a dataset by their names.
+    """The splits of a dataset by their names. Streams give the files of images, see [`undecoded`].
 
     Raises:
         FileNotFoundError: there is no such dataset, or it cannot be reached.
@@ -119,17 +168,34 @@ def open_rows(path: str, cache_dir: str | Path | None, *, streaming: bool, **kwa
     folder = Path(path)
     if not folder.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         raise FileNotFoundError(f"{path} does not exist.")
-    if _is_saved(folder):
+    if is_saved(folder):
         loaded = datasets.load_from_disk(path)
         loaded = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
-        return {name: rows.to_iterable_dataset() for name, rows in loaded.items()} if streaming else loaded
+        return {n: undecoded(rows.to_iterable_dataset()) for n, rows in loaded.items()} if streaming else loaded
     cache = None if cache_dir is None else str(cache_dir)
     try:
-        return datasets.load_dataset(path, streaming=streaming, cache_dir=cache, **kwargs)
+        loaded = datasets.load_dataset(path, streaming=streaming, cache_dir=cache, **kwargs)
+        return {name: with_image_column(undecoded(rows) if streaming else rows) for name, rows in loaded.items()}
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"{path} is no folder, and no dataset on the Hub that can be reached: {error}"
         ) from error
+
+
+def undecoded(rows: IterableDataset) -> IterableDataset:
+    """A stream that gives the files of its images. This comes first: any other change of a stream, such as a new name
+    of a column, decodes images and encodes them once more, which costs time and, for JPEG, quality."""
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, Image):
+            rows = rows.cast_column(name, Image(decode=False))
+    return rows
+
+
+def with_image_column(rows: DetectionDataset) -> DetectionDataset:
+    """The dataset, whose only column of images is called `image`, whatever its name was (`jpg`, in a WebDataset)."""
+    features = rows.features or {}
+    images = [name for name, feature in features.items() if isinstance(feature, Image) and name not in MAP_NAMES]
+    return rows.rename_column(images[0], "image") if "image" not in features and len(images) == 1 else rows
 
 
 def find_split_name(loaded: Mapping[str, Any], split: str) -> str | None:
@@ -176,7 +242,7 @@ def stream_rows(
     features = loaded_features(classes.names, masks)
 
     def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
-        image = _image_record(row, index, lambda: b"")
+        image = image_record(row, index, lambda: b"")
         try:
             _add_objects(image, row, index, objects, maps, lambda column: row[column]["bytes"])
         except ValueError as error:
@@ -194,9 +260,9 @@ def stream_rows(
                 if code not in ("box-partly-outside", "area-wrong"):
                     raise ValueError(f"{source}, {box.record}: {message}")
         image_id = image.source_id if numbered([image.source_id]) == [image.source_id] else index
-        row = to_row(image, image_id, classes.class_ids, numbered([box.id for box in image.boxes]), masks)
-        del row["image"]  # the stream's own
-        return row
+        ids = numbered([box.id for box in image.boxes])
+        decoded = {"image": Image().decode_example(row["image"])}
+        return to_row(image, image_id, classes.class_ids, ids, masks) | decoded
 
     extra = [column for column in (rows.column_names or []) if column not in features]
     mapped = rows.map(convert, with_indices=True, remove_columns=extra, features=features)
@@ -205,7 +271,8 @@ def stream_rows(
 
 
 def objects_column(rows: DetectionDataset, source: str) -> str:
-    """The column with the objects: `objects`, or `segments_info` beside an image of segments.
+    """The column with the objects: `objects`, `segments_info` beside an image of segments, or the `json` of a
+    WebDataset.
 
     Raises:
         ValueError: there is none, or no `image`.
@@ -214,6 +281,8 @@ def objects_column(rows: DetectionDataset, source: str) -> str:
         return "objects"
     if {"image", "segments_info"} <= set(rows.features) and _map_column(rows) is not None:
         return "segments_info"
+    if {"image", "json"} <= set(rows.features):
+        return "json"
     raise ValueError(
         f"{source} has the columns {sorted(rows.features)}; a detection dataset must have image and objects."
     )
@@ -229,6 +298,8 @@ def _add_objects(
 ) -> None:
     """The objects of a row; `read` reads the bytes of an image in a column, such as that of segments in `maps`."""
     entries = row[column]
+    if column == "json":
+        entries = _objects_of_json(entries)
     if maps is None:
         image.boxes = read_objects(entries, f"row {index}")
         return
@@ -244,6 +315,21 @@ def _add_objects(
     image.segment_map = SegmentMap(path, partial(read, maps) if has_bytes else None)
 
 
+def _objects_of_json(content: Any) -> Any:
+    """The objects in the `.json` of a WebDataset sample: under one of `JSON_NAMES`, or all of it.
+
+    Raises:
+        ValueError: it has none; an image without objects has an empty list of them.
+    """
+    if isinstance(content, Mapping):
+        for name in JSON_NAMES:
+            if content.get(name) is not None:
+                return content[name]
+    if isinstance(content, list) or (isinstance(content, Mapping) and content.get("bbox") is not None):
+        return content
+    raise ValueError(f"its .json has none of the keys {', '.join(JSON_NAMES)}, nor is it a list of objects")
+
+
 def _stuff(split: AnnotatedSplit, rows: Dataset) -> list[str]:
     """Names of the classes whose segments have `isthing` false."""
     found: set[int] = set()
@@ -255,14 +341,18 @@ def _stuff(split: AnnotatedSplit, rows: Dataset) -> list[str]:
     return [split.names[category] for category in sorted(found)]
 
 
-def _image_record(row: Mapping[str, Any], index: int, read: Callable[[], bytes]) -> ImageRecord:
+def image_record(row: Mapping[str, Any], index: int, read: Callable[[], bytes]) -> ImageRecord:
     """The record of a row with the header of its image, without objects."""
-    image = row["image"]
+    image = row.get("image")
+    if isinstance(row.get("json"), Mapping):  # of a WebDataset
+        row = {name: row["json"].get(name) for name in ("file_name", "image_id")} | {"image": image}
     name = row.get("file_name") or (image.get("path") if isinstance(image, dict) else None)
     file_name = Path(name).name if name else f"{index}.png"
     source_id = index if row.get("image_id") is None else row["image_id"]
     record = ImageRecord(Path(file_name), file_name, source_id, f"row {index} ({file_name})")
-    if image is None:
+    if "image" not in row:
+        record.header = _recorded_header(row)
+    elif image is None:
         record.header = ImageHeader(problem="the image is None")
     elif not isinstance(image, dict):  # decoded, in a stream
         record.header = ImageHeader((image.width, image.height), (image.width, image.height))
@@ -272,6 +362,14 @@ def _image_record(row: Mapping[str, Any], index: int, read: Callable[[], bytes])
         record.path = Path(image["path"])
         record.header = read_image_header(record.path)
     return record
+
+
+def _recorded_header(row: Mapping[str, Any]) -> ImageHeader:
+    """The size in the columns of a row that was read without its image."""
+    width, height = row.get("width"), row.get("height")
+    if not (type(width) is int and type(height) is int and width > 0 and height > 0):
+        return ImageHeader(problem=f"width and height are {width} and {height}")
+    return ImageHeader((width, height), (width, height))
 
 
 def _bytes_of(rows: Dataset, index: int, column: str) -> bytes:

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+from datasets import Dataset
 
 from .dataset_folder import DatasetFolder
 from .hub_datasets import RowsSource, is_hub_format, stream_rows
 from .schema import DetectionDataset
 from .schema import id2label as names_of
+from .shards import ShardSource
 from .split_cache import SplitCache
 from .split_source import FolderSource, SplitSource
+from .streaming import StreamedDataset
 from .validation_cut import cut_validation, hold_out_fold
 
 
@@ -115,6 +118,50 @@ def load_detection_dataset(
     if dataset is None:
         raise FileNotFoundError(cache.source.describe_missing(split))
     return dataset.to_iterable_dataset() if streaming else dataset
+
+
+def load_streamed_dataset(
+    path: str | Path,
+    split: str = "train",
+    *,
+    keep_images: bool = False,
+    id2label: Mapping[int, str] | Mapping[str, str] | None = None,
+    bbox_format: Literal["xywh", "xyxy"] | None = None,
+    crowds_as_objects: bool = False,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+    **kwargs: Any,
+) -> StreamedDataset | Dataset:
+    """One split of a dataset in shards that need not fit on this disk: Parquet files or WebDataset archives (images,
+    each with a `.json` of `objects`), on the Hub or in a folder.
+
+    All annotations are read once, checked like any others, and kept in the cache until the shards change; images are
+    read while training. Parquet files with the columns `width` and `height` are not read as a whole for that.
+
+    Args:
+        keep_images: also copy the images of this split, and only of this one, to the cache, for validation.
+        path, split, options: see [`load_detection_dataset`].
+
+    Returns:
+        a `StreamedDataset` for [`build_loader`], or with `keep_images` a `datasets.Dataset`.
+
+    Raises:
+        FileNotFoundError: there is no such dataset, or no such split.
+        ValueError: it is not in shards, or the data would break training.
+    """
+    source = ShardSource(str(path), cache_dir, keeps_images=keep_images, **kwargs)
+    cache = SplitCache(
+        source,
+        Path(cache_dir or datasets.config.HF_DATASETS_CACHE),
+        id2label=_class_names(id2label),
+        bbox_format=bbox_format,
+        crowds_as_objects=crowds_as_objects,
+        progress=progress,
+    )
+    rows = cache.read(split)
+    if rows is None:
+        raise FileNotFoundError(source.describe_missing(split))
+    return rows if keep_images else StreamedDataset(rows, source.reader(split))
 
 
 def is_rows(path: str | Path) -> bool:

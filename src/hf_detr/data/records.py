@@ -63,6 +63,7 @@ class ImageRecord:
         recorded_size: (width, height) in pixels according to the annotations, if they have it.
         header: size and orientation of the file, filled in by [`read_headers`].
         read: reads the file's bytes, where the image is not a file at `path`.
+        place: number of a shard and of the row in it, where the image stays in shards.
         segment_map: the masks of all objects in one image, where the format has them so.
         unlisted_segments: ids in that map that no object has; filled in by `mask_checks.read_masks`.
     """
@@ -75,6 +76,7 @@ class ImageRecord:
     boxes: list[BoxRecord] = field(default_factory=list)
     header: ImageHeader | None = None
     read: Callable[[], bytes] | None = None
+    place: tuple[int, int] | None = None
     segment_map: SegmentMap | None = None
     unlisted_segments: list[int] = field(default_factory=list)
 

@@ -102,6 +102,7 @@ def to_row(
     boxes = [(box, [float(value) for value in box.bbox]) for box in image.boxes]
     width, height = image.size
     masks = {"mask": [box.mask for box in image.boxes]} if with_masks else {}
+    place = {} if image.place is None else dict(zip(("shard", "shard_row"), image.place, strict=True))
     return {
         "image": str(image.path.resolve()),
         "image_id": image_id,
@@ -117,6 +118,7 @@ def to_row(
             "iscrowd": [box.iscrowd for box, _ in boxes],
             **masks,
         },
+        **place,
     }
 
 

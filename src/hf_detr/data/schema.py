@@ -7,6 +7,7 @@
 | `source_id` | optional: the source's id as JSON, a number of any size or text; see [`source_id`] |
 | `file_name` | as in the annotations |
 | `width`, `height` | in pixels, of the image as shown (EXIF orientation applied) |
+| `shard`, `shard_row` | in place of `image`, where the images stay in shards; see [`StreamedDataset`] |
 | `objects` | lists of equal length, one entry per object, see below |
 
 `objects`: `id` int, `bbox` [x_min, y_min, width, height] in pixels, `category` class id in [0, N), `area` in pixels,
@@ -47,10 +48,13 @@ def detection_features(names: list[str]) -> Features:
     )
 
 
-def loaded_features(names: list[str], masks: bool = False) -> Features:
-    """The features of a dataset that was loaded, with the optional ones."""
+def loaded_features(names: list[str], masks: bool = False, streamed: bool = False) -> Features:
+    """The features of a dataset that was loaded, with the optional ones. Streamed ones have no images, but places."""
     features = detection_features(names)
     objects = features["objects"] | ({"mask": List(Value("string"))} if masks else {})
+    if streamed:
+        del features["image"]
+        features |= {"shard": Value("int32"), "shard_row": Value("int64")}
     return Features({**features, "objects": objects, "source_id": Value("string")})
 
 

@@ -112,7 +112,7 @@ class SplitCache:
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
         return self.cache / "hf_detr" / f"{digest}.json"
 
-    def _bar(self, iterable: Iterable[Any], total: int, text: str) -> Any:
+    def _bar(self, iterable: Iterable[Any], total: int | None, text: str) -> Any:
         return tqdm(iterable, desc=text, total=total, disable=not self.progress, leave=False)
 
     def _rows(
@@ -124,9 +124,9 @@ class SplitCache:
             if content is None:
                 raise FileNotFoundError
             for row in _to_rows(*content, self.masks):
-                yield row if images is None else {name: value for name, value in row.items() if name != "image"}
+                yield {name: value for name, value in row.items() if name in features}
 
-        all_features = loaded_features(info["names"], self.masks)
+        all_features = loaded_features(info["names"], self.masks, self.source.streamed)
         images = self.source.images(split)
         features = {name: f for name, f in all_features.items() if images is None or name != "image"}
         bars_disabled = datasets.are_progress_bars_disabled()

@@ -11,7 +11,8 @@ from .dataset_folder import DatasetFolder
 from .formats import describe_layouts, files_elsewhere, find_annotations
 from .records import AnnotatedSplit, read_headers
 
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]  # wraps an iterator of known length, to show a progress bar
+# wraps an iterator, of known length or not, to show a progress bar
+Progress = Callable[[Iterable[Any], int | None], Iterable[Any]]
 
 
 class SplitSource(Protocol):
@@ -20,10 +21,14 @@ class SplitSource(Protocol):
     Attributes:
         name: for messages.
         max_invalid: fraction of the boxes that may be invalid and are dropped with a warning.
+        streamed: images stay where they are, and rows name their place.
     """
 
     name: str
     max_invalid: float
+
+    @property
+    def streamed(self) -> bool: ...
 
     def state(self) -> str:
         """Changes whenever the content does."""
@@ -49,6 +54,7 @@ class FolderSource:
     """
 
     max_invalid = 0.001  # COCO itself has two invalid boxes
+    streamed = False
 
     def __init__(self, folder: DatasetFolder, masks: bool = False) -> None:
         self.folder = folder

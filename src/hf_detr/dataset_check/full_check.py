@@ -90,7 +90,7 @@ def check_dataset(
     started = time.perf_counter()
     source = find_source(path, files=files, images=images, masks=masks, **kwargs)
 
-    def bar(iterable: Iterable[Any], total: int, text: str) -> Any:
+    def bar(iterable: Iterable[Any], total: int | None, text: str) -> Any:
         return tqdm(iterable, desc=text, total=total, disable=not progress, leave=False)
 
     splits, findings = _read_splits(source, lambda headers, total: bar(headers, total, "headers"))

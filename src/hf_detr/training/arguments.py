@@ -57,6 +57,8 @@ class DataArguments:
         "show images of classes that are in a smaller fraction of the images more often, such as 0.1",
         metavar="FRACTION",
     )
+    streaming: bool = option("images stay in the shards of --dataset (Parquet, WebDataset), also on the Hub", False)
+    shuffle_buffer: int | None = option("image files that --streaming shuffles in memory, default 1000", metavar="N")
     overfit: int | None = option("train on N images only, until the model has memorized them", metavar="N")
     train_images: int | None = option("train on N of the images, drawn by --seed", metavar="N")
     fold: str | None = option("of N folds of the training images, validate on fold K and train on the others",
@@ -65,18 +67,34 @@ class DataArguments:
     num_workers: int | None = option("processes that load images, default 2 (shapes: 0)")
 
     def __post_init__(self) -> None:
-        _check_at_least_one(self, "image_size", "overfit", "train_images")
+        _check_at_least_one(self, "image_size", "overfit", "train_images", "shuffle_buffer")
         if self.overfit and self.train_images:
             raise ValueError("--overfit N already sets the number of images; omit --train_images")
         if self.repeat_threshold is not None and not 0 < self.repeat_threshold <= 1:
             raise ValueError("--repeat_threshold is a fraction of the images, above 0 and at most 1")
         if self.masks and self.stuff:
             raise ValueError("--masks learns stuff in any case; omit --stuff")
+        if self.streaming:
+            self._check_streaming()
+        elif self.shuffle_buffer:
+            raise ValueError("--shuffle_buffer is of --streaming; other images are shuffled as a whole")
         if self.fold and self.val:
             raise ValueError("--fold validates on some of the training images; omit --val")
         self.held_out()
         if not self.dataset and not self.train and (self.val or self.images):
             raise ValueError("--val and --images need --train FILE or --dataset FOLDER")
+
+    def _check_streaming(self) -> None:
+        if not self.dataset:
+            raise ValueError("--streaming reads shards: name them with --dataset, a folder or a Hub id")
+        if self.images and not self.val:
+            raise ValueError("--streaming reads the images of its shards; --images is only for those of --val FILE")
+        for name, given in (
+            ("--train", self.train), ("--masks", self.masks), ("--stuff", self.stuff), ("--overfit", self.overfit),
+            ("--fold", self.fold),
+        ):  # fmt: skip
+            if given:
+                raise ValueError(f"{name} needs the images on this machine; omit --streaming")
 
     def held_out(self) -> tuple[int, int] | None:
         """Number of the fold and of folds."""
@@ -120,6 +138,12 @@ class DataArguments:
             "masks": self.reads_masks,
             "fold": self.held_out(),
         }
+
+    @property
+    def streamed_source(self) -> dict[str, Any]:
+        """Arguments of `load_streamed_dataset` that say where and how the data are."""
+        names = ("path", "bbox_format", "crowds_as_objects")
+        return {name: value for name, value in self.source.items() if name in names}
 
     @property
     def name(self) -> str:
@@ -305,6 +329,7 @@ class FinetuneArguments:
         unused: list[tuple[str, Any]] = [
             ("--overfit", data.overfit), ("--quick", data.quick), ("--resume", run.resume),
             ("--train_images", data.train_images), ("--push_to_hub", run.push_to_hub), ("--fold", data.fold),
+            ("--streaming", data.streaming),
         ]  # fmt: skip
         unused += [("--val", data.val), ("--learning_curve", run.learning_curve)] if run.folds else []
         for name, given in unused:
@@ -391,7 +416,7 @@ def _check_unchanged(args: FinetuneArguments) -> None:
     saved, now = args.saved, args.to_dict()
     changed = [
         name
-        for name in ("ema", "freeze_backbone", "freeze_detector", "masks", "overfit", "stuff")
+        for name in ("ema", "freeze_backbone", "freeze_detector", "masks", "overfit", "streaming", "stuff")
         if bool(saved.get(name)) != bool(now[name])
     ]
     fixed = ("backbone", "backbone_weights", "lora_rank", "metric", "minutes", "model", "recipe", "repeat_threshold")

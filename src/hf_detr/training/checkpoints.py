@@ -34,7 +34,8 @@ class Progress:
         best: highest value of the metric so far, None before the first evaluation; `best_epoch`: its epoch.
         evaluations: lines of the log with an evaluation.
         skipped: steps that were skipped because loss or gradients were not finite.
-        spread: what the batches of an epoch depend on: processes, batch size, accumulated batches, seed.
+        spread: what the batches of an epoch depend on: processes, batch size, accumulated batches, seed, and of a
+            stream the images that are shuffled together.
         data: what the run was trained on so far, see [`~hf_detr.training.run_data.identify`].
         planned_epochs: of the whole run.
         step_images: images of an optimizer step; `first_step_images`: at the beginning of the run.

@@ -18,14 +18,17 @@ ROWS = 10_000  # at once
 
 
 def identify(train_set: Any, val_set: Any) -> dict[str, Any]:
-    """Class names, numbers of images, and digests of names, sizes and annotations of both splits."""
+    """Class names, numbers of images, and digests of names, sizes and annotations of both splits; of images in shards,
+    of their places in place of the sizes of their files."""
     identity: dict[str, Any] = {"classes": list(id2label(train_set).values())}
     for name, dataset in (("training", train_set), ("validation", val_set)):
         digest = hashlib.sha256()
-        rows = dataset.select_columns([*COLUMNS, "image"]).with_format("arrow")
+        places = [name for name in ("image", "shard", "shard_row") if name in dataset.column_names]
+        rows = dataset.select_columns([*COLUMNS, *places]).with_format("arrow")
         for start in range(0, len(rows), ROWS):
             table = rows[start : start + ROWS].combine_chunks()
-            digest.update(repr(_image_sizes(table["image"])).encode())
+            found = _image_sizes(table["image"]) if "image" in places else table.select(places).to_pylist()
+            digest.update(repr(found).encode())
             for batch in table.select(COLUMNS).to_batches():  # not as Python objects: COCO has 860,000 boxes
                 digest.update(batch.serialize())
         identity[name] = {"images": len(dataset), "digest": digest.hexdigest()}

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..data import (
     id2label,
     image_sizes,
     load_detection_dataset,
+    load_streamed_dataset,
     padding_fraction,
     paper_augmentation,
     resized_sizes,
@@ -25,6 +27,7 @@ from ..data import (
 from ..data.augmentation import ResizeTo
 from ..data.class_balance import describe_repeats, repeat_rare_classes
 from ..data.schema import learned_objects, require_objects, set_stuff_labels, stuff_labels
+from ..data.streaming import SHUFFLE_BUFFER
 from ..evaluation import ModelEvaluation
 from ..interop import has_masks
 from ..model.configuration_hf_detr import DetrConfig
@@ -63,6 +66,8 @@ def load_data(args: FinetuneArguments, accelerator: Accelerator) -> tuple[Any, A
         if data.is_drawn:
             few: dict[str, Any] = {"num_train": QUICK_IMAGES, "num_val": 16} if data.quick else {}
             draw_shapes_dataset(data.location, progress=progress, masks=data.reads_masks, **few)
+        if data.streaming:
+            return _load_streamed(args, progress)
         train_set = load_detection_dataset(split="train", progress=progress, **data.source)
         stuff = stuff_labels(train_set)
         if data.stuff and not stuff:
@@ -82,11 +87,34 @@ def load_data(args: FinetuneArguments, accelerator: Accelerator) -> tuple[Any, A
         if data.train_images is not None:
             train_set = nested_subset(train_set, data.train_images, args.run.seed, data.location)
         val_set = load_detection_dataset(split="val", id2label=id2label(train_set), progress=progress, **data.source)
-        require_objects(train_set, f"{data.location}, training", "learned")
-        require_objects(val_set, f"{data.location}, validation", "measured")
+        _require_objects(args, train_set, val_set)
         _share_stuff(train_set, val_set, data.location)
         ModelEvaluation(val_set, with_masks=data.masks)  # masks that cannot be measured are refused now
         return train_set, val_set
+
+
+def _load_streamed(args: FinetuneArguments, progress: bool) -> tuple[Any, Any]:
+    """Training images in shards, and validation images on this machine: a split of the shards, or `--val`."""
+    data = args.data
+    train_set: Any = load_streamed_dataset(split="train", progress=progress, **data.streamed_source)
+    names = id2label(train_set)
+    if data.train_images is not None:
+        train_set = nested_subset(train_set, data.train_images, args.run.seed, data.location)
+    if data.val:
+        source = data.source | {"path": str(Path(data.val).parent), "files": {"val": data.val}}
+        val_set: Any = load_detection_dataset(split="val", id2label=names, progress=progress, **source)
+    else:
+        val_set = load_streamed_dataset(
+            split="val", keep_images=True, id2label=names, progress=progress, **data.streamed_source
+        )
+    _require_objects(args, train_set, val_set)
+    ModelEvaluation(val_set)
+    return train_set, val_set
+
+
+def _require_objects(args: FinetuneArguments, train_set: Any, val_set: Any) -> None:
+    require_objects(train_set, f"{args.data.location}, training", "learned")
+    require_objects(val_set, f"{args.data.location}, validation", "measured")
 
 
 def nested_subset(dataset: Any, number: int, seed: int, location: str) -> Any:
@@ -275,6 +303,7 @@ def build_loaders(
         seed=seed,
         training=True,
         group_by_aspect_ratio="shortest_edge" in size_fields(processor.size),
+        shuffle_buffer=args.data.shuffle_buffer or SHUFFLE_BUFFER,
         **common,
     )
     val_loader = build_loader(val_rows, collate, training=False, **common)

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
-from ..data import image_sizes, resized_sizes
+from ..data import StreamedDataset, image_sizes, resized_sizes
 from ..evaluation import ModelEvaluation
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
@@ -99,11 +99,14 @@ def _seconds(
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize(accelerator.device)
 
-    choose = typical(resized_sizes(image_sizes(loader.dataset), processor.size))
+    rows = getattr(loader.dataset, "dataset", None)
+    sizes = resized_sizes(image_sizes(loader.dataset), processor.size)
+    near = rows.first() if isinstance(rows, StreamedDataset) else range(len(sizes))  # others are searched in shards
+    choose = typical([sizes[index] for index in near])
     loading, using = [], []
     for _ in range(1 + MEASURED):
         start = time.perf_counter()
-        batch = loader.collate_fn([loader.dataset[index] for index in choose(batch_size)])
+        batch = loader.collate_fn([loader.dataset[near[index]] for index in choose(batch_size)])
         loaded = time.perf_counter()
         if few_sizes:
             use(send_to_device(batch, accelerator.device))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
+from ..data.streaming import SHUFFLE_BUFFER
 from ..evaluation import ModelEvaluation, format_evaluation
 from ..hub import prepare_repo, push_folder
 from ..interop import load_model
@@ -175,6 +176,7 @@ class TrainingRun:
             "batch_size": recipe.batch_size,
             "seed": self.args.run.seed,
             "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+            "shuffle_buffer": (self.args.data.shuffle_buffer or SHUFFLE_BUFFER) if self.args.data.streaming else 0,
         }
         step_images = spread["processes"] * spread["batch_size"] * spread["gradient_accumulation_steps"]
         if self.folder.checkpoint:

@@ -1,0 +1,226 @@
+"""Training on images that stay in shards."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from shards import contents, write_parquet, write_webdataset
+
+from hf_detr import DetrImageProcessor
+from hf_detr.data import (
+    AugmentedDataset,
+    DetectionCollator,
+    StreamedDataset,
+    build_loader,
+    draw_shapes_dataset,
+    flip_rotate_augmentation,
+    id2label,
+    image_sizes,
+    load_streamed_dataset,
+)
+from hf_detr.data.streaming import ShardedBatches
+
+COUNTS = (7, 4, 1, 11)  # images in the shards of 23
+KINDS = ("parquet", "parquet without sizes", "webdataset")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawn")
+    draw_shapes_dataset(folder / "data", num_train=sum(COUNTS), num_val=5, progress=False)
+    return folder / "data"
+
+
+@pytest.fixture
+def sharded(drawn, load, tmp_path):
+    """Writes the drawn images as shards of a kind."""
+
+    def write(kind: str, folder: Path | None = None, changed=lambda rows: None) -> Path:
+        folder = folder or tmp_path / kind.replace(" ", "-")
+        for split, counts in (("train", COUNTS), ("validation", (5,))):
+            rows = contents(load(drawn, "train" if split == "train" else "val"))
+            if split == "train":
+                changed(rows)
+            if kind == "webdataset":
+                write_webdataset(folder, split, rows, counts)
+            else:
+                write_parquet(folder, split, rows, counts, sizes=kind == "parquet")
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def stream(tmp_path):
+    def load_anew(path, split="train", **options):
+        return load_streamed_dataset(path, split, cache_dir=tmp_path / "cache", progress=False, **options)
+
+    return load_anew
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_those_of_the_same_images_on_disk(kind, sharded, stream, load):
+    folder = sharded(kind)
+    streamed, whole = stream(folder), load(folder)
+    assert isinstance(streamed, StreamedDataset)
+    assert len(streamed) == len(whole) == sum(COUNTS)
+    assert id2label(streamed) == id2label(whole)
+    assert image_sizes(streamed) == image_sizes(whole)
+    for index in (0, 6, 7, 11, 12, 22, -1):
+        one, other = streamed[index], whole[index]
+        assert one["objects"] == other["objects"]
+        assert one["image_id"] == other["image_id"]
+        assert one["image"].tobytes() == other["image"].convert(one["image"].mode).tobytes()
+    assert [streamed.annotations[i]["shard"] for i in (6, 7, 10, 11, 12)] == [0, 1, 1, 2, 3]
+    validation = stream(folder, "val", keep_images=True, id2label=id2label(streamed))
+    assert [row["image"].size for row in validation] == [row["image"].size for row in load(folder, "val")]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_every_image_is_in_one_batch_of_an_epoch(processes, grouped):
+    places = np.array([(shard, row) for shard, count in enumerate((40, 3, 57, 21)) for row in range(count)])
+    sizes = [(100, 50 + number % 90) for number in range(len(places))] if grouped else None
+    epochs = []
+    for epoch in (1, 2):
+        parts = [
+            ShardedBatches(places, sizes, 4, shuffle_buffer=16, num_processes=processes, process_index=index)
+            for index in range(processes)
+        ]
+        for part in parts:
+            part.set_epoch(epoch)
+        own = [[batch for block in part.blocks() for batch in block] for part in parts]
+        assert sorted(i for of_process in own for batch in of_process for i in batch) == list(range(len(places)))
+        assert len({len(of_process) for of_process in own}) == 1
+        assert own[0] == parts[-1].batches()[::processes]
+        assert all(len(of_process) == len(part) for of_process, part in zip(own, parts, strict=True))
+        epochs.append(own)
+        # a process reads a part of the images in a row, and each block of its batches is a part of that in a row
+        turn = {int(index): number for number, index in enumerate(parts[0].reading_order())}
+        for part in parts:
+            for block in part.blocks():
+                turns = sorted(turn[index] for batch in block for index in batch)
+                assert turns == list(range(turns[0], turns[0] + len(turns)))
+        for part in parts:
+            part.skip(3)
+        rest = [[batch for block in part.blocks() for batch in block] for part in parts]
+        assert rest == [of_process[3:] for of_process in own]
+    assert epochs[0] != epochs[1]
+
+
+def test_batches_are_those_of_the_same_images_on_disk_in_the_same_order(sharded, stream, load):
+    """Bit by bit, whatever the number of workers; and from the middle of an epoch."""
+    folder = sharded("webdataset")
+    streamed, whole = stream(folder), load(folder)
+    processor = DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
+
+    def batches(dataset, workers, sampler=None, skip=0):
+        augmented = AugmentedDataset(dataset, flip_rotate_augmentation(), seed=3)
+        loader = build_loader(
+            augmented, DetectionCollator(processor), batch_size=4, training=True, seed=3, num_workers=workers,
+            accelerator=Accelerator(cpu=True), shuffle_buffer=8,
+        )  # fmt: skip
+        if sampler is not None:
+            collate = DetectionCollator(processor)
+            augmented.set_epoch(2)
+            return [collate([augmented[index] for index in batch]) for batch in sampler]
+        loader.set_epoch(2)
+        loader.batch_sampler.skip(skip)
+        return list(loader)
+
+    planned = ShardedBatches(streamed.places(), image_sizes(whole), 4, shuffle_buffer=8, seed=3)
+    planned.set_epoch(2)
+    expected = batches(whole, 0, planned.batches())
+    for workers, skip in ((0, 0), (2, 0), (0, 3), (1, 4)):
+        found = batches(streamed, workers, skip=skip)
+        assert len(found) == len(expected) - skip == 6 - skip
+        for one, other in zip(found, expected[skip:], strict=True):
+            assert torch.equal(one["pixel_values"], other["pixel_values"])
+            for label, other_label in zip(one["labels"], other["labels"], strict=True):
+                assert label.keys() == other_label.keys()
+                assert all(torch.equal(label[name], other_label[name]) for name in label)
+
+
+def test_a_loop_that_is_left_does_not_disturb_the_next_one(sharded, stream):
+    streamed = stream(sharded("parquet"))
+    loader = build_loader(
+        AugmentedDataset(streamed, flip_rotate_augmentation()),
+        DetectionCollator(DetrImageProcessor(size={"height": 32, "width": 32})),
+        batch_size=2, training=True, shuffle_buffer=4,
+    )  # fmt: skip
+    for _ in range(5):
+        next(iter(loader))
+    seen = [int(label["image_id"]) for batch in loader for label in batch["labels"]]
+    assert sorted(seen) == sorted(streamed["image_id"])
+
+
+def test_images_that_are_shown_more_often_are_read_once_more(sharded, stream):
+    streamed = stream(sharded("parquet")).select([0, 0, 5, 5, 5, 22])
+    images = [image["bytes"] for image in streamed.read(range(6))]
+    assert images[0] == images[1]
+    assert images[2] == images[3] == images[4]
+    assert len({images[0], images[2], images[5]}) == 3
+
+
+def test_sizes_that_are_not_those_of_the_images_are_refused_where_they_are_read(sharded, stream):
+    folder = sharded("parquet", changed=lambda rows: rows[8].update(width=rows[8]["width"] + 7))
+    streamed = stream(folder)
+    with pytest.raises(ValueError, match=r"8\.png \(shard 2, row 1\) is recorded as 13\d x 1\d\d, but the image has"):
+        streamed[8]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_invalid_boxes_are_dropped_and_many_refused(kind, sharded, stream, caplog):
+    def one(rows):
+        row = next(row for row in rows if row["objects"]["bbox"])
+        row["objects"]["bbox"][0] = [5.0, 5.0, 0.0, 10.0]
+
+    def many(rows):
+        for row in rows:
+            row["objects"]["bbox"] = [[5.0, 5.0, 0.0, 10.0] for _ in row["objects"]["bbox"]]
+
+    streamed = stream(sharded(kind, changed=one))
+    assert len(streamed) == sum(COUNTS)
+    folder = sharded(kind, changed=many)
+    with pytest.raises(ValueError, match="problems"):
+        stream(folder)
+
+
+def test_an_unreadable_image_is_named(sharded, stream):
+    def damage(rows):
+        rows[9]["image"]["bytes"] = rows[9]["image"]["bytes"][:-200]
+
+    streamed = stream(sharded("parquet", changed=damage))
+    with pytest.raises(ValueError, match=r"9\.png \(shard 2, row 2\) cannot be read: .* Replace the image"):
+        streamed[9]
+    with pytest.raises(ValueError, match=r"cannot be opened|cannot identify"):
+        stream(sharded("webdataset", changed=lambda rows: rows[9]["image"].update(bytes=b"no image")))
+
+
+def test_shards_that_change_are_read_anew(sharded, stream, tmp_path):
+    folder = sharded("webdataset")
+    before = stream(folder)
+    (folder / "train-0003.tar").unlink()
+    assert len(stream(folder)) == sum(COUNTS[:3])
+    shutil.copy(folder / "train-0002.tar", folder / "train-0001.tar")  # a run that has begun
+    with pytest.raises(ValueError, match="Shard 2 has only 1 images now; its annotations were read when it had more"):
+        list(before.read(range(len(before) - 11)))
+
+
+def test_what_is_not_in_shards_is_refused(drawn, load, stream, tmp_path):
+    with pytest.raises(ValueError, match=r"holds no shards .* omit streaming"):
+        stream(drawn)
+    load(drawn).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="holds no shards"):
+        stream(tmp_path / "saved")
+
+
+def test_a_split_that_is_missing_is_named(sharded, stream):
+    folder = sharded("parquet")
+    with pytest.raises(FileNotFoundError, match=r'no split "test", only \[.train., .validation.\]'):
+        stream(folder, "test")
+    with pytest.raises(TypeError, match="validation are not streamed"):
+        build_loader(stream(folder), list, batch_size=2, training=False)
