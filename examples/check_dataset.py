@@ -15,7 +15,7 @@ import json
 import sys
 from pathlib import Path
 
-from hf_detr.dataset_check import KINDS, check_dataset, write_clean_copy, write_page
+from hf_detr.dataset_check import KINDS, CheckResult, check_dataset, write_clean_copy, write_page
 from hf_detr.runtime import exit_on_error, prepare_output, require_source
 
 
@@ -37,6 +37,8 @@ def main() -> int:
     parser.add_argument("--image_range", type=float, nargs=2, metavar=("BLACK", "WHITE"),
                         help="values of images that are not 8-bit, such as 0 4095")  # fmt: skip
     parser.add_argument("--num_workers", type=int, help="threads that read images; default: one per CPU core")
+    parser.add_argument("--streaming", action="store_true", help="images stay in the shards of DATASET")
+    parser.add_argument("--engine", choices=("ray",), help="read the images on a Ray cluster (RAY_ADDRESS)")
     parser.add_argument("--strict", action="store_true", help="exit with 1 for warnings as well")
     parser.add_argument("--show", type=int, default=3, help="number of examples to print per kind of finding")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -44,6 +46,8 @@ def main() -> int:
     if args.dataset is None and args.train is None:
         parser.error("name a DATASET, or its annotations with --train FILE")
     args.dataset = args.dataset or str(Path(args.train).parent)
+    if args.streaming and args.fix:
+        parser.error("--fix copies images to this machine; omit --streaming")
     for file in (args.report, args.json):
         if file is not None and file.resolve().is_relative_to(Path(args.dataset).resolve()):
             parser.error(f"{file} is inside {args.dataset}, which is never modified. Choose another file.")
@@ -65,23 +69,13 @@ def main() -> int:
             bbox_format=args.bbox_format,
             crowds_as_objects=args.crowds_as_objects,
             num_workers=args.num_workers,
+            streaming=args.streaming,
+            engine=args.engine,
         )
     except (FileNotFoundError, ValueError) as error:
         print(f"The data cannot be read: {error}", file=sys.stderr)
         return 2
-    for name, split in result.splits.items():
-        boxes = [box for image in split.images for box in image.boxes]
-        crowds = sum(box.iscrowd for box in boxes)
-        counted = f"{len(boxes) - crowds} boxes" + (f" and {crowds} crowds" if crowds else "")
-        print(f"{name}: {len(split.images)} images, {counted}, {len(split.names)} classes ({split.format})")
-    for code, count in result.counts().items():
-        severity, description, fix = KINDS[code]
-        print(f"\n{severity.upper():8} {count:6}  {description}. {fix}")
-        found = [finding for finding in result.findings if finding.code == code]
-        for finding in found[: args.show]:
-            print(f"    {finding}")
-        if count > args.show:
-            print(f"    ... and {count - args.show} more")
+    print_findings(result, args.show)
     print(f"\n{len(result.errors)} errors, {len(result.findings) - len(result.errors)} warnings")
     print(f"Report: {write_page(result, args.report)}")
     if args.json:
@@ -97,6 +91,23 @@ def main() -> int:
         print(f"Cleaned copy in {args.fix}: {summary or 'no change'}")
     failed = result.findings if args.strict else result.errors
     return 1 if failed else 0
+
+
+def print_findings(result: CheckResult, show: int) -> None:
+    """What was read, and `show` examples of each kind of finding."""
+    for name, split in result.splits.items():
+        boxes = [box for image in split.images for box in image.boxes]
+        crowds = sum(box.iscrowd for box in boxes)
+        counted = f"{len(boxes) - crowds} boxes" + (f" and {crowds} crowds" if crowds else "")
+        print(f"{name}: {len(split.images)} images, {counted}, {len(split.names)} classes ({split.format})")
+    for code, count in result.counts().items():
+        severity, description, fix = KINDS[code]
+        print(f"\n{severity.upper():8} {count:6}  {description}. {fix}")
+        found = [finding for finding in result.findings if finding.code == code]
+        for finding in found[:show]:
+            print(f"    {finding}")
+        if count > show:
+            print(f"    ... and {count - show} more")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import save_tiny_checkpoint
 from PIL import Image
+from shards import contents, write_webdataset
 
+from hf_detr.data import draw_shapes_dataset, load_detection_dataset
+from hf_detr.dataset_check import check_dataset
 from hf_detr.prediction import Predictor, spark_udf
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +110,28 @@ def test_ray_writes_what_the_plain_job_writes_and_goes_on_after_kills(checkpoint
         assert sorted(map(str, mine)) == sorted(map(str, other))
     again = predict(folder, checkpoint, tmp_path / "ray", *ray)
     assert "Already done" in again.communicate()[0]
+
+
+@pytest.mark.slow
+def test_the_doctor_on_ray_finds_what_it_finds_here(tmp_path):
+    ray = pytest.importorskip("ray")
+    data = draw_shapes_dataset(tmp_path / "data", num_train=20, num_val=5, progress=False)
+    rows = contents(load_detection_dataset(data, cache_dir=tmp_path / "cache", validation_fraction=0, progress=False))
+    rows[7]["image"]["bytes"] = (data / "train" / "000000.jpg").read_bytes()[:-200]
+    (data / "train" / "000007.jpg").write_bytes(rows[7]["image"]["bytes"])
+    for split in ("train", "validation"):
+        write_webdataset(tmp_path / "shards", split, rows if split == "train" else rows[:1], (8, 12))
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        for folder, streaming in ((data, False), (tmp_path / "shards", True)):
+            here, there = (
+                check_dataset(folder, streaming=streaming, engine=engine, progress=False) for engine in (None, "ray")
+            )
+            assert [str(finding) for finding in there.findings] == [str(finding) for finding in here.findings]
+            assert "image-truncated" in there.counts()
+    finally:
+        ray.shutdown()
 
 
 @pytest.mark.slow

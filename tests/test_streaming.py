@@ -1,12 +1,14 @@
 """Training on images that stay in shards."""
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from script_runner import run_script
 from shards import contents, write_parquet, write_webdataset
 
 from hf_detr import DetrImageProcessor
@@ -22,8 +24,10 @@ from hf_detr.data import (
     load_streamed_dataset,
 )
 from hf_detr.data.streaming import ShardedBatches
+from hf_detr.dataset_check import check_dataset
 
 COUNTS = (7, 4, 1, 11)  # images in the shards of 23
+EXAMPLES = Path(__file__).parents[1] / "examples"
 KINDS = ("parquet", "parquet without sizes", "webdataset")
 
 
@@ -224,3 +228,38 @@ def test_a_split_that_is_missing_is_named(sharded, stream):
         stream(folder, "test")
     with pytest.raises(TypeError, match="validation are not streamed"):
         build_loader(stream(folder), list, batch_size=2, training=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_doctor_finds_in_shards_what_it_finds_on_disk(kind, sharded, tmp_path):
+    """And what only a look at the images shows: one that is cut off, copies, and sizes that are not theirs."""
+
+    def plant(rows):
+        rows[9]["image"]["bytes"] = rows[9]["image"]["bytes"][:-200]
+        rows[20]["image"]["bytes"] = rows[3]["image"]["bytes"]
+        rows[20]["width"], rows[20]["height"] = rows[3]["width"], rows[3]["height"]
+        rows[5]["width"] += 3
+        rows[14]["objects"]["bbox"] = [[5.0, 5.0, 0.0, 10.0]]
+        rows[14]["objects"]["category"] = ["ellipse"]
+
+    folder = sharded(kind, changed=plant)
+    found = [
+        Counter(finding.code for finding in check_dataset(folder, progress=False, streaming=streaming).findings)
+        for streaming in (True, False)
+    ]
+    sizes = {"image-size-mismatch": 1} if kind == "parquet" else {}
+    assert found[0] == found[1] + Counter(sizes)
+    assert found[0]["image-truncated"] == found[0]["box-empty"] == found[0]["image-duplicate"] == 1
+
+
+def test_the_doctor_shows_images_of_shards_and_writes_no_copy_of_them(sharded, tmp_path):
+    empty = {"bbox": [[5.0, 5.0, 0.0, 10.0]], "category": ["ellipse"]}
+    folder = sharded("webdataset", changed=lambda rows: rows[14].update(objects=empty))
+    check = [EXAMPLES / "check_dataset.py", folder, "--streaming"]
+    code, output = run_script(*check, "--report", "page.html", cwd=tmp_path)
+    assert code == 1, output
+    assert "a box has no area" in output
+    assert (tmp_path / "page.html").read_text().count("<img") >= 1
+    code, output = run_script(*check, "--fix", "out", cwd=tmp_path)
+    assert code == 2
+    assert "--fix copies images to this machine; omit --streaming" in output

@@ -175,10 +175,16 @@ def find_source(
     files: Mapping[str, str | Path] | None = None,
     images: str | Path | None = None,
     masks: bool = False,
+    streaming: bool = False,
     cache_dir: str | Path | None = None,
     **kwargs: Any,
 ) -> SplitSource:
-    """The source at a path; the arguments are those of [`load_detection_dataset`]."""
+    """The source at a path; the arguments are those of [`load_detection_dataset`], or with `streaming` of
+    [`load_streamed_dataset`]."""
+    if streaming:
+        if files is not None or images is not None or masks:
+            raise ValueError("Shards have their images and no masks: omit files, images and masks, or streaming.")
+        return ShardSource(str(path), cache_dir, keeps_images=False, **kwargs)
     if files is None and is_rows(path):
         if images is not None:
             raise ValueError(f"{path} is a Hugging Face dataset, which holds its images: images={images} has no use.")

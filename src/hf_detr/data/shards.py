@@ -92,8 +92,9 @@ class ShardSource:
         places: list[tuple[int, int]] = []
         records = self._records(name, places)
         found = read_split(progress(records, total), split, source, rows, objects)
+        reader = self.reader(split)
         for image, place in zip(found.images, places, strict=True):
-            image.place = place
+            image.place, image.read = place, partial(read_image, reader, place)
         return found
 
     def _records(self, name: str, places: list[tuple[int, int]]) -> Iterator[Any]:
@@ -132,6 +133,14 @@ class ShardSource:
         if name is None:
             raise FileNotFoundError(self.describe_missing(split))
         return ShardReader(self.streams[name].select_columns(["image"]))
+
+
+def read_image(reader: "ShardReader", place: tuple[int, int]) -> bytes:
+    """One image file, which is searched in its shard."""
+    [image] = reader.read([place])
+    reader.close()
+    content: bytes = image["bytes"]
+    return content
 
 
 def _cannot_read(name: str, column: str) -> bytes:

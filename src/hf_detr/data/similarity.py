@@ -14,7 +14,7 @@ import PIL.Image
 from scipy.fft import dctn
 from torchvision.transforms.functional import to_pil_image
 
-from ..model.image_io import to_image_tensor
+from ..model.image_io import read_image_header, to_image_tensor
 from ..runtime.cores import available_cores
 
 THUMBNAIL_SIDE = 16  # pixels
@@ -36,6 +36,7 @@ class Appearance:
         content: a digest; equal for equal files, and for equal pixels of files without loss.
         hash: perceptual hash of 64 bits: which of the 8 x 8 lowest frequencies are above their median.
         thumbnail: (16, 16, 3) RGB bytes.
+        size: (width, height) in pixels as shown.
         is_dim: it has values wider than 8 bits, and becomes nearly one shade of grey.
     """
 
@@ -44,6 +45,7 @@ class Appearance:
     content: bytes = b""
     hash: int = 0
     thumbnail: bytes = b""
+    size: tuple[int, int] = (0, 0)
     is_dim: bool = False
 
     @cached_property
@@ -69,6 +71,7 @@ def appearance_of(file: str | Path | bytes, image_range: tuple[float, float] | N
         data = file if isinstance(file, bytes) else Path(file).read_bytes()
         with PIL.Image.open(BytesIO(data)) as image:
             content = hashlib.blake2b(data, digest_size=16)
+            size = read_image_header(BytesIO(data)).size
             image.draft("RGB", (256, 256))  # decodes JPEG at a lower resolution, but to the end of the file
             image.load()
             is_wide = image.mode not in (
@@ -99,6 +102,7 @@ def appearance_of(file: str | Path | bytes, image_range: tuple[float, float] | N
     return Appearance(
         content=content.digest(),
         hash=perceptual_hash(rgb),
+        size=size,
         thumbnail=rgb.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), PIL.Image.Resampling.BOX).tobytes(),
         is_dim=is_wide and bool(np.ptp(np.asarray(rgb)) < MIN_RANGE),
     )

@@ -2,24 +2,27 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
 from ..data.checks import numeric_boxes, quick_checks
 from ..data.findings import KINDS, Finding
+from ..data.hub_datasets import RowsSource
 from ..data.image_files import image_files
 from ..data.load import find_source
 from ..data.mask_checks import mask_checks, read_masks
 from ..data.records import AnnotatedSplit
 from ..data.rows import reinterpret
+from ..data.shards import ShardSource
 from ..data.similarity import Appearance, appearances
 from ..data.split_source import Progress, SplitSource
 from ..model.processor_size import resized_size
 from .duplicates import find_duplicates
+from .image_pass import look_at_parts, look_with_ray, parts_of
 
 SPLITS = ("train", "val", "test")
 RARE = 0.02  # fraction of the boxes of the most frequent class
@@ -70,6 +73,8 @@ def check_dataset(
     crowds_as_objects: bool = False,
     masks: bool = False,
     num_workers: int | None = None,
+    streaming: bool = False,
+    engine: Literal["ray"] | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> CheckResult:
@@ -82,13 +87,19 @@ def check_dataset(
         feature_stride: of the model, in pixels; boxes that are smaller at the training resolution are reported.
         size, image_range: of the image processor, `size` in any of its forms: the training resolution.
         num_workers: threads that decode images; None uses one per CPU core.
+        streaming: the images stay in shards, see [`~hf_detr.data.load_streamed_dataset`].
+        engine: "ray" spreads the images over a Ray cluster, whose nodes see the same files or shards.
 
     Raises:
         FileNotFoundError: there are no annotations.
         ValueError: the annotations of no split can be read; the message names the file.
     """
     started = time.perf_counter()
-    source = find_source(path, files=files, images=images, masks=masks, **kwargs)
+    source = find_source(path, files=files, images=images, masks=masks, streaming=streaming, **kwargs)
+    if engine not in (None, "ray"):
+        raise ValueError(f'engine must be "ray" or None, got {engine!r}.')
+    if engine == "ray" and isinstance(source, RowsSource):
+        raise ValueError(f"{path} is in the cache of this machine, which a cluster does not see. Add streaming.")
 
     def bar(iterable: Iterable[Any], total: int | None, text: str) -> Any:
         return tqdm(iterable, desc=text, total=total, disable=not progress, leave=False)
@@ -106,11 +117,14 @@ def check_dataset(
             findings += mask_checks(split)
         quick = quick_checks(split, bbox_format=bbox_format)
         findings += quick
-        looks[name] = appearances(
-            [image.path if image.read is None else image.read for image in split.images],
+        looks[name] = _look(
+            source,
+            name,
+            split,
+            engine,
             lambda images: bar(images, len(split.images), f"{name}: images"),  # noqa: B023
-            num_workers=num_workers,
-            image_range=image_range,
+            num_workers,
+            image_range,
         )
         findings += _image_problems(split, looks[name])
         if not any(finding.code in ("box-xyxy", "box-relative") for finding in quick):
@@ -136,11 +150,35 @@ def _read_splits(source: SplitSource, progress: Progress) -> tuple[dict[str, Ann
     return splits, findings
 
 
+def _look(
+    source: SplitSource,
+    name: str,
+    split: AnnotatedSplit,
+    engine: str | None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]],
+    num_workers: int | None,
+    image_range: tuple[float, float] | None,
+) -> list[Appearance]:
+    """What all images of a split look like."""
+    if engine is None and not isinstance(source, ShardSource):
+        files = [image.path if image.read is None else image.read for image in split.images]
+        return appearances(files, progress, num_workers=num_workers, image_range=image_range)
+    parts = parts_of(split, source.reader(name) if isinstance(source, ShardSource) else None)
+    if engine is None:
+        return look_at_parts(parts, progress, num_workers=num_workers, image_range=image_range)
+    return look_with_ray(parts, progress, image_range=image_range)
+
+
 def _image_problems(split: AnnotatedSplit, looks: list[Appearance]) -> Iterator[Finding]:
-    """Images that training cannot read, or reads as nearly one shade."""
+    """Images that training cannot read, or reads as nearly one shade, or that are not of the size that the columns of a
+    stream have."""
     for image, look in zip(split.images, looks, strict=True):
         if image.header is None or image.header.problem is not None:
             continue  # reported already
+        if look.problem is None and look.size != image.size:
+            recorded, found = (f"{width} x {height}" for width, height in (image.size, look.size))
+            message = f"recorded as {recorded}, but the file has {found}"
+            yield Finding("image-size-mismatch", split.split, str(split.file), image.record, message, image)
         code = "image-unsupported" if look.is_unsupported else "image-truncated"
         message = f"{image.path}: {look.problem}"
         if look.problem is None and look.is_dim:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..runtime import acquire_lock, atomic_write
-from ..runtime.extras import import_extra
+from ..runtime.ray_cluster import connect_to_ray
 from .drawings import file_as_text
 from .job import PredictionJob
 from .predictor import Predictor
@@ -74,13 +74,7 @@ def predict_with_ray(
         ImportError: Ray is not installed.
         ValueError: no node of the cluster has so many CPUs and GPUs.
     """
-    ray = import_extra("ray", "ray")
-    import_extra("ray.data", "ray")
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, include_dashboard=False, logging_level="warning")
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.max_errored_blocks = 0
+    ray = connect_to_ray()
     pending = job.pending().select(["image_id", "path"]).to_pydict()
     rows = [
         {name: values[start : start + shard_size] for name, values in pending.items()}
