@@ -1,23 +1,33 @@
 """The same predictor as a plain loop, under Ray and under Spark: results, overhead, memory, and jobs that are killed.
 
     python benchmarks/engines.py overhead --model runs/shapes-1 --images 100 --side 800
-    python benchmarks/engines.py kills --model runs/shapes-1 --images 2000 --kills 20
+    python benchmarks/engines.py overhead --model runs/shapes-1 --images 20000 --side 64 --engines plain Ray-4 Spark-2
+    python benchmarks/engines.py kills --model runs/shapes-1 --images 1000 --kills 50
 
-`overhead` gives each engine one worker with one core. Start-up time is reported separately: a run with 10 images is
-subtracted from one with all. `kills` kills an actor or the process group of `predict.py --engine ray` at random
-moments, starts it again, and compares the labels with those of a job without Ray.
+`overhead` gives each engine one worker with one core; "Ray-4" is a local cluster of four nodes with a worker each, and
+"Spark-2" has two workers: on few cores they show that the rows are the same, not how fast a cluster is. Start-up time
+is reported separately: a run with 10 images is subtracted from one with all.
+
+`kills` runs prediction jobs on a local Ray cluster of two nodes, and plain ones, and kills in turn at random moments an
+actor, a node, the driver and the plain process. What was killed is started again. Each job that ends is compared with
+one that was left alone.
 """
 
 import argparse
+import itertools
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,40 +84,62 @@ def plain(predictor: Predictor, paths: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def under_ray(predictor: Predictor, paths: list[str]) -> list[dict[str, Any]]:
+@contextmanager
+def ray_cluster(nodes: int) -> Iterator[Any]:
+    """A local cluster; Ray is connected to it in this process. Each node has a CPU."""
     import ray
+    from ray.cluster_utils import Cluster
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    for _ in range(nodes - 1):
+        cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
     ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = []
     try:
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def under_ray(predictor: Predictor, paths: list[str], *, nodes: int = 1) -> list[dict[str, Any]]:
+    rows = []
+    with ray_cluster(nodes):
+        import ray
+
         data = ray.data.from_items([{"path": path} for path in paths], override_num_blocks=len(paths) // SHARD)
         found = data.map_batches(predictor.__class__, fn_constructor_kwargs={
             "source": predictor.source, "threshold": predictor.threshold, "device": "cpu"
-        }, batch_size=SHARD, batch_format="pyarrow", concurrency=1)  # fmt: skip
+        }, batch_size=SHARD, batch_format="pyarrow", concurrency=nodes, num_cpus=0.9)  # fmt: skip
         for batch in found.iter_batches(batch_size=SHARD, batch_format="pyarrow"):
             rows += batch.to_pylist()
-    finally:
-        ray.shutdown()
     return rows
 
 
-def under_spark(predictor: Predictor, paths: list[str]) -> list[dict[str, Any]]:
+def under_spark(predictor: Predictor, paths: list[str], *, workers: int = 1) -> list[dict[str, Any]]:
     from pyspark.sql import SparkSession
 
-    builder = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false")
+    builder = SparkSession.builder.master(f"local[{workers}]").config("spark.ui.enabled", "false")
     spark = builder.config("spark.sql.execution.arrow.maxRecordsPerBatch", str(SHARD)).getOrCreate()
     rows = []
     try:
-        frame = spark.createDataFrame([(path,) for path in paths], "path STRING").repartition(1)
-        for row in frame.mapInArrow(*spark_udf(predictor, frame.schema)).toLocalIterator():
+        frame = spark.createDataFrame([(path,) for path in paths], "path STRING").repartition(workers)
+        found = frame.mapInArrow(*spark_udf(predictor, frame.schema))
+        for row in found.toLocalIterator(prefetchPartitions=workers > 1):
             rows.append(row.asDict())
     finally:
         spark.stop()
     return rows
 
 
-ENGINES = {"plain": plain, "Ray": under_ray, "Spark": under_spark}
+ENGINES = {
+    "plain": plain,
+    "Ray": under_ray,
+    "Ray-2": partial(under_ray, nodes=2),
+    "Ray-4": partial(under_ray, nodes=4),
+    "Spark": under_spark,
+    "Spark-2": partial(under_spark, workers=2),
+}
 
 
 def overhead(args: argparse.Namespace, folder: Path) -> None:
@@ -137,63 +169,97 @@ def overhead(args: argparse.Namespace, folder: Path) -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def kills(args: argparse.Namespace, folder: Path) -> None:
-    data = draw_shapes_dataset(folder / "images", num_train=args.images, num_val=1, progress=False)
-    planted = {
-        "empty.png": b"",
-        "text.jpg": b"not an image",
-        "cut.png": (data / "train" / "000001.jpg").read_bytes()[:500],
-    }
-    for name, content in planted.items():
-        (data / "train" / name).write_bytes(content)
-    generator, killed = random.Random(0), 0
+PLANTED = ("cut.png", "empty.png", "huge.png", "text.jpg")
 
-    def start(output: str, *more: str) -> subprocess.Popen[str]:
-        command = [sys.executable, str(PREDICT), str(data / "train"), "--model", str(args.model), "--no-pictures"]
-        return subprocess.Popen(
-            [*command, "--output_dir", str(folder / output), "--shard_size", "16", "--device", "cpu", *more],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+
+class Job:
+    """A prediction job that is started again until it has ended."""
+
+    def __init__(self, images: Path, model: Path, output: Path, *more: str, **environment: str) -> None:
+        command = [sys.executable, str(PREDICT), str(images), "--model", str(model), "--no-pictures"]
+        self.command = [*command, "--output_dir", str(output), "--shard_size", "16", "--device", "cpu", *more]
+        self.output, self.environment = output, os.environ | environment
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            self.command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
         )  # fmt: skip
 
-    alone = start("plain")
-    said = alone.communicate()[0]
-    if alone.returncode:
-        raise SystemExit(said)
-    shards = folder / "ray" / "shards"
-    while killed < args.kills:
-        process = start("ray", "--engine", "ray", "--ray_workers", "2")
-        before, until = len(list(shards.glob("*.parquet"))), time.monotonic() + 120
-        while process.poll() is None and len(list(shards.glob("*.parquet"))) == before and time.monotonic() < until:
-            time.sleep(0.02)
-        time.sleep(generator.uniform(0, 1))
-        if process.poll() is not None:
-            break
-        victims = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
-        victim = generator.choice(["driver", "actor"])
-        actors = [p for p in victims if "ShardPredictor" in " ".join(psutil.Process(p).cmdline())]
-        if victim == "actor" and actors:
-            os.kill(generator.choice(actors), signal.SIGKILL)  # Ray starts another one
-            time.sleep(2)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        killed += 1
-        print(f"{killed}: {victim}, {len(list(shards.glob('*.parquet')))} shards", flush=True)
-    process = start("ray", "--engine", "ray", "--ray_workers", "2")
-    said = process.communicate()[0]
-    if process.returncode:
-        raise SystemExit(said)
-    tables = [
-        {
-            row["file"]: row
-            for path in (folder / name / "shards").glob("*.parquet")
-            for row in pq.read_table(path).to_pylist()
-        }
-        for name in ("plain", "ray")
-    ]
-    count = sum(pq.read_metadata(path).num_rows for path in shards.glob("*.parquet"))
-    same = sum(tables[0][name]["labels"] == row["labels"] for name, row in tables[1].items())
-    errors = sorted(name for name, row in tables[1].items() if row["error"])
-    print(f"{killed} kills; {count} rows of {len(tables[0])} images, {same} with the same labels; errors: {errors}")
+    @property
+    def shards(self) -> int:
+        return len(list((self.output / "shards").glob("*.parquet")))
+
+    def wait_for_shards(self, count: int) -> bool:
+        """Whether so many more are written before the job ends."""
+        wanted = self.shards + count
+        while self.process.poll() is None and self.shards < wanted:
+            time.sleep(0.01)
+        return self.process.poll() is None
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Of an ended job."""
+        said = self.process.communicate()[0]
+        if self.process.returncode:
+            raise SystemExit(said)
+        tables = [pq.read_table(path) for path in (self.output / "shards").glob("*.parquet")]
+        return sorted((row for table in tables for row in table.to_pylist()), key=lambda row: str(row["file"]))
+
+
+def kills(args: argparse.Namespace, folder: Path) -> None:
+    os.environ |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    images = draw_shapes_dataset(folder / "images", num_train=args.images, num_val=1, progress=False) / "train"
+    huge = b"\x89PNG\r\n\x1a\n" + _png_chunk(b"IHDR", struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0))
+    contents = ((images / "000001.jpg").read_bytes()[:500], b"", huge, b"not an image")
+    for name, content in zip(PLANTED, contents, strict=True):
+        (images / name).write_bytes(content)
+    expected = Job(images, args.model, folder / "alone").rows()
+    errors = sorted(row["file"] for row in expected if row["error"])
+    print(f"{len(expected)} images; unreadable: {errors}", flush=True)
+    generator, killed, jobs = random.Random(0), Counter[str](), 0
+    with ray_cluster(2) as cluster:
+        nodes = list(cluster.worker_nodes)
+        while killed.total() < args.kills:
+            jobs += 1
+            on_ray = ("--engine", "ray", "--ray_workers", "2", "--ray_cpus", "0.9")
+            kinds = ("plain",) if jobs % 3 == 0 else ("actor", "node", "driver")
+            more = () if kinds == ("plain",) else on_ray
+            job = Job(images, args.model, folder / f"job-{jobs}", *more, RAY_ADDRESS=cluster.address)
+            for kind in itertools.cycle(kinds):
+                if killed.total() == args.kills or not job.wait_for_shards(generator.randint(1, 6)):
+                    break
+                time.sleep(generator.uniform(0, 0.2))
+                if kind in ("plain", "driver"):
+                    job.kill()
+                    job.start()
+                elif kind == "node":
+                    cluster.remove_node(nodes.pop(), allow_graceful=False)
+                    nodes.append(cluster.add_node(num_cpus=1))
+                else:
+                    actors = [p for p in psutil.process_iter(["cmdline"]) if "ShardPred" in str(p.info["cmdline"])]
+                    if not actors:
+                        continue
+                    generator.choice(actors).kill()
+                killed[kind] += 1
+            rows = job.rows()
+            names = {row["file"] for row in rows}
+            twice, lost = len(rows) - len(names), len(expected) - len(names)
+            same = sum(one["labels"] == other["labels"] for one, other in zip(rows, expected, strict=not twice))
+            listed = sorted(row["file"] for row in rows if row["error"]) == errors
+            print(
+                f"job {jobs}: killed so far {dict(killed)}; {twice} images twice, {lost} lost, {same} with the labels "
+                f"of the undisturbed job, unreadable ones listed: {listed}",
+                flush=True,
+            )
+
+
+def _png_chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def main() -> None:
@@ -202,7 +268,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a checkpoint of the drawn shapes")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--side", type=int, default=800, help="shortest side that images are enlarged to")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="rows equal the first's")
+    parser.add_argument(
+        "--engines", nargs="+", choices=ENGINES, default=["plain", "Ray", "Spark"], help="rows equal the first's"
+    )
     parser.add_argument("--kills", type=int, default=20)
     args = parser.parse_args()
     args.model = args.model.resolve()

@@ -22,6 +22,7 @@ from shards import contents, write_webdataset
 from hf_detr.data import draw_shapes_dataset, load_detection_dataset
 from hf_detr.dataset_check import check_dataset
 from hf_detr.prediction import Predictor, spark_udf
+from hf_detr.prediction.ray_engine import ATTEMPTS, MAX_ATTEMPTS, ShardPredictor, shard_name
 
 ROOT = Path(__file__).parents[1]
 NAMES = dict(enumerate(["cat", "dog", "cow"]))
@@ -110,6 +111,21 @@ def test_ray_writes_what_the_plain_job_writes_and_goes_on_after_kills(checkpoint
         assert sorted(map(str, mine)) == sorted(map(str, other))
     again = predict(folder, checkpoint, tmp_path / "ray", *ray)
     assert "Already done" in again.communicate()[0]
+
+
+def test_images_that_end_their_process_again_and_again_end_the_job_with_their_names(checkpoint, folder, tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / ATTEMPTS).mkdir()
+    predictor = Predictor(checkpoint, threshold=0.2, device="cpu")
+    actor = ShardPredictor(predictor, str(folder), str(tmp_path / "shards"))
+    row = {"image_id": [7, 8], "path": [b"000.png", b"001.png"]}
+    name = shard_name(row["image_id"])
+    (tmp_path / ATTEMPTS / name).write_bytes(b"." * (MAX_ATTEMPTS - 1))  # lost so many times
+    assert actor(row) == {"images": 2}
+    assert actor(row) == {"images": 2}, "what is done is not an attempt"
+    (tmp_path / "shards" / f"ray-{name}.parquet").unlink()
+    with pytest.raises(ValueError, match=r"was lost 10 times: 000\.png, 001\.png\. One of them may end it"):
+        actor(row)
 
 
 @pytest.mark.slow

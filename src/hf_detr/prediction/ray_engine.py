@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +11,23 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..runtime import acquire_lock, atomic_write
+from ..runtime import acquire_lock, atomic_write, listed
 from ..runtime.ray_cluster import connect_to_ray
 from .drawings import file_as_text
 from .job import PredictionJob
 from .predictor import Predictor
 from .shards import MASK_SCHEMA, SHARD_SCHEMA
 
+ATTEMPTS = "ray-attempts"  # a folder of the job, with a file of a byte per attempt for each shard
+MAX_ATTEMPTS = 10
+
 
 class ShardPredictor:
     """An actor that predicts the images of a shard and writes its file. The file is named after the images and written
     atomically, so that a shard that Ray runs twice, after a node was lost, is written twice to the same place.
+
+    Ray repeats a shard whenever its actor or node is lost, however often. Images that end the process that predicts
+    them would do so for ever: after `MAX_ATTEMPTS` the job ends with their names.
 
     Args:
         predictor: which loads its model here, and raises if its files have changed since the job began.
@@ -30,13 +37,24 @@ class ShardPredictor:
     def __init__(self, predictor: Predictor, image_folder: str, shards: str) -> None:
         self.predictor = predictor
         self.image_folder, self.shards = Path(image_folder), Path(shards)
+        self.attempts = self.shards.parent / ATTEMPTS
         # a later start of the job waits for it, see `open_job`
         self._lock = acquire_lock(self.shards.parent / f".worker-ray-{uuid.uuid4().hex}.lock")
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         ids, paths = list(row["image_id"]), list(row["path"])
-        target = self.shards / f"ray-{shard_name(ids)}.parquet"
+        name = shard_name(ids)
+        target = self.shards / f"ray-{name}.parquet"
         if not target.exists():
+            with (self.attempts / name).open("ab") as file:
+                if file.tell() >= MAX_ATTEMPTS:
+                    raise ValueError(
+                        f"The process that predicts these images was lost {MAX_ATTEMPTS} times: "
+                        f"{listed([file_as_text(path) for path in paths])}. One of them may end it, for example by "
+                        "taking too much memory: move it away, or give actors more memory or fewer images "
+                        "(--shard_size)."
+                    )
+                file.write(b".")
             found = self.predictor({"path": [str(self.image_folder / os.fsdecode(path)) for path in paths]})
             del found["path"]
             columns = {"image_id": ids, "file": [file_as_text(path) for path in paths]} | found
@@ -90,6 +108,9 @@ def predict_with_ray(
         room = [free.get("CPU", 1) / cpus] if cpus else []
         room += [free.get("GPU", 0) / gpus] if gpus else []
         workers = max(1, int(min(room, default=1)))
+    attempts = job.shards.parent / ATTEMPTS
+    shutil.rmtree(attempts, ignore_errors=True)
+    attempts.mkdir()
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         ShardPredictor,
         fn_constructor_args=(predictor, str(job.image_folder), str(job.shards)),
@@ -97,7 +118,8 @@ def predict_with_ray(
         num_cpus=cpus,
         num_gpus=gpus,
         max_restarts=-1,
-        max_task_retries=3,  # an image that kills its actor must not do so for ever
+        max_task_retries=-1,  # the loss of one node takes several of them
     )
     for row in data.iter_rows():
         progress(row["images"])
+    shutil.rmtree(attempts)
