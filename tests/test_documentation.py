@@ -29,11 +29,12 @@ from hub_client import HubClients
 from hub_server import HubServer
 from PIL import Image
 from safetensors.torch import save
+from shards import contents, write_parquet
 from test_other_detectors import save_other
 from test_video import make_clip
 
 from hf_detr.cli import COMMANDS as CLI_COMMANDS
-from hf_detr.data import draw_shapes_dataset
+from hf_detr.data import draw_shapes_dataset, load_detection_dataset
 from hf_detr.interop.original_checkpoints import coco_labels
 from hf_detr.training import parse_finetune_args
 
@@ -63,6 +64,11 @@ NOT_RUN = {
     'pip install ".[app,video]"': NEEDS_INDEX,
     "accelerate launch examples/finetune.py --dataset FOLDER --learning_curve --output_dir DIR "
     "--minutes 20": "trains for 80 minutes; test_learning_curve.py trains on fewer images",
+    "accelerate launch examples/finetune.py --dataset FOLDER --folds 3 --output_dir CV": "test_folds.py trains two",
+    "accelerate launch examples/finetune.py --dataset FOLDER --folds 5 --output_dir CV": "test_folds.py trains two",
+    "python examples/label_errors.py --model CV --dataset FOLDER": "test_folds.py runs it",
+    "python examples/check_dataset.py DATASET --engine ray": "test_engines.py checks on Ray",
+    "python examples/check_dataset.py SHARDS --streaming --engine ray": "test_engines.py checks on Ray",
     "hf-detr env": "test_cli.py runs it",
     "hf-detr troubleshoot": "test_cli.py runs it",
     "hf-detr troubleshoot ap-is-0": "test_cli.py runs it",
@@ -305,6 +311,10 @@ class Workplace:
             for name, split in (("a", "train"), ("b", "val")):
                 (cwd / name).mkdir()
                 shutil.copy(data / "annotations" / f"instances_{split}.json", cwd / name / "boxes.json")
+        elif page == "docs/data.md":
+            for split, name in (("train", "train"), ("val", "validation")):
+                rows = contents(load_detection_dataset(data, split, cache_dir=cwd / "cache", progress=False))
+                write_parquet(cwd / "SHARDS", name, rows, [len(rows)])
         elif page == "docs/masks.md":
             draw_shapes_dataset(cwd / "FOLDER", num_train=8, num_val=4, masks=True, progress=False)
             del places["FOLDER"]
