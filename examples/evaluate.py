@@ -1,7 +1,7 @@
 """Print the COCO table of a checkpoint on a data set; with --report, also write a page that analyses its errors.
 
 A model with masks is measured by those, too: mask AP and, where the data set has stuff, panoptic quality. With
---detections, the boxes that predict.py or another program has found are measured.
+--detections, what predict.py or another program has found is measured.
 
     accelerate launch examples/evaluate.py --model CHECKPOINT --dataset FOLDER --report report
     python examples/evaluate.py --detections predictions --dataset FOLDER
@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--masks",
         action=argparse.BooleanOptionalAction,
-        help="measure masks, too; default: those of a model that has them",
+        help="measure masks, too; default: those of a model or a job that has them",
     )
     parser.add_argument("--batch_size", type=int, help="images per process and forward pass, default 8")
     parser.add_argument("--num_workers", type=int, help="processes that load images, default 1")
@@ -80,7 +80,7 @@ def parse_args() -> argparse.Namespace:
         parser.error("--max_detections must be at least 1")
     args.dataset = args.dataset or str(Path(args.annotations).parent)
     if args.detections:
-        for name in ("masks", "batch_size", "num_workers", "dtype", "save_thresholds"):
+        for name in ("batch_size", "num_workers", "dtype", "save_thresholds"):
             if getattr(args, name) != parser.get_default(name):
                 parser.error(f"--{name} is for a --model, not for --detections.")
     else:
@@ -118,8 +118,8 @@ def main() -> None:
         use_all_cores(accelerator.num_processes)
     if args.detections:
         stored = StoredDetections.read(args.detections)
-        classes, with_masks = stored.id2label, False
-        load_masks = stored.predicted is not None and stored.predicted.masks  # so the boxes are those of such a model
+        classes = stored.id2label
+        with_masks = stored.predicted is not None and bool(stored.mask_kinds) if args.masks is None else args.masks
     else:
         model, processor = open_model(args.model, args.dtype)
         if isinstance(model, OtherDetector) and args.save_thresholds:
@@ -127,7 +127,6 @@ def main() -> None:
         if args.masks and not model.has_masks:
             raise ValueError(f"{args.model} has no masks to measure. Train them: examples/finetune.py --masks.")
         classes, with_masks = model.config.id2label, model.has_masks if args.masks is None else args.masks
-        load_masks = with_masks
     with accelerator.main_process_first():  # the other processes read its cache
         dataset = load_detection_dataset(
             args.dataset,
@@ -137,13 +136,14 @@ def main() -> None:
             id2label=classes,
             bbox_format=args.bbox_format,
             crowds_as_objects=args.crowds_as_objects,
-            masks=load_masks,
+            masks=with_masks,
             progress=accelerator.is_main_process,
         )
     require_objects(dataset, source_of(dataset), "measured")
     evaluation = ModelEvaluation(dataset, with_masks=with_masks, max_detections=args.max_detections)
     if args.detections:
-        notes = stored.add_to(evaluation.boxes, dataset, args.max_detections)
+        add = stored.add_masks_to if with_masks else stored.add_to
+        notes = add(evaluation if with_masks else evaluation.boxes, dataset, args.max_detections)
     else:
         notes = []
         loader = DataLoader(

@@ -1,23 +1,30 @@
 """Masks through the scripts: finetune.py --masks, resumed and in its two stages, evaluate.py, predict.py, export.py."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import padded_batch, randomise_norms, relative_difference, tiny_segmentation
 from PIL import Image
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
 from transformers import pipeline
 from warm_python import WarmPython
 
 from hf_detr import DetrForDetection, DetrForSegmentation, DetrImageProcessor
-from hf_detr.data import draw_shapes_dataset, load_detection_dataset
-from hf_detr.evaluation import ModelEvaluation, format_evaluation
+from hf_detr.data import category_ids, draw_shapes_dataset, id2label, load_detection_dataset, stuff_labels
+from hf_detr.evaluation import MaskEvaluator, ModelEvaluation, format_evaluation
 from hf_detr.export import export_model, exporting, load_exported
 from hf_detr.hub import model_card_of
 from hf_detr.interop import has_masks, load_model
@@ -329,6 +336,107 @@ def predicted(trained, script):
         "panoptic", "instance", "--threshold", 0.3, "--panoptic_threshold", 0.4, "--batch_size", 3, cwd=cwd,
     )  # fmt: skip
     return cwd, cwd / "out"
+
+
+def near_truth(dataset, kinds):
+    """What a job would have stored: the annotated masks, but for every fifth object of the panoptic ones, and of the
+    others each twice, with random scores, every fourth with a wrong class."""
+    generator = np.random.default_rng(0)
+    stuff = {index for index, name in id2label(dataset).items() if name in stuff_labels(dataset)}
+    things, count = [index for index in id2label(dataset) if index not in stuff], 0
+    for row in dataset:
+        segments = []
+        for counts, label in zip(row["objects"]["mask"], row["objects"]["category"], strict=True):
+            count += 1
+            if "panoptic" in kinds and (label in stuff or count % 5):
+                segments.append({"kind": "panoptic", "label_id": label, "score": 0.9, "counts": counts})
+            for number in range(2) if "instance" in kinds and label not in stuff else ():
+                other = generator.choice(things) if (count + number) % 4 == 0 else label
+                score = float(np.float32(generator.random()))
+                segments.append({"kind": "instance", "label_id": int(other), "score": score, "counts": counts})
+        yield row["file_name"], segments
+
+
+def test_stored_masks_are_measured(predicted, script, tmp_path):
+    """Mask AP as pycocotools has it; PQ of exact segments, of which some are missing, by its formula."""
+    cwd, output = predicted
+    source = cwd / "data/shapes-masks-quick"
+    names = {n: entry["name"] for n, entry in enumerate(json.loads((output / "job.json").read_text())["categories"])}
+    dataset = load_detection_dataset(source, "val", masks=True, id2label=names, progress=False)
+    found = {}
+    for kinds in (("panoptic", "instance"), ("panoptic",), ("instance",)):
+        folder = tmp_path / "-".join(kinds)
+        shutil.copytree(output, folder)
+        job = json.loads((folder / "job.json").read_text())
+        job["settings"] |= {"masks": list(kinds)}
+        (folder / "job.json").write_text(json.dumps(job))
+        segments = dict(near_truth(dataset, kinds))
+        for file in (folder / "shards").glob("*.parquet"):
+            table = pq.read_table(file)
+            rows = [row | {"segments": segments[row["file"]]} for row in table.to_pylist()]
+            pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
+        script(
+            "evaluate.py", "--detections", folder, "--dataset", source, "--output", tmp_path / "m.json", cwd=tmp_path
+        )
+        found[kinds] = json.loads((tmp_path / "m.json").read_text())
+
+    evaluator = MaskEvaluator(dataset)
+    ids = {row["file_name"]: row["image_id"] for row in dataset.remove_columns("image")}
+    sizes = {row["file_name"]: [row["height"], row["width"]] for row in dataset.remove_columns("image")}
+    results = [
+        {"image_id": ids[file], "category_id": segment["label_id"], "score": segment["score"],
+         "segmentation": {"size": sizes[file], "counts": segment["counts"]}}
+        for file, segments in near_truth(dataset, ("instance",)) for segment in segments
+    ]  # fmt: skip
+    truth = COCO()
+    truth.dataset = {
+        "images": evaluator.images, "categories": [{"id": n, "name": name} for n, name in names.items()],
+        "annotations": [
+            record | {"id": number} for number, record in enumerate(evaluator.annotations, start=1)
+            if names[record["category_id"]] not in stuff_labels(dataset)
+        ],
+    }  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        measured = COCOeval(truth, truth.loadRes(results), "segm")
+        measured.evaluate()
+        measured.accumulate()
+        measured.summarize()
+    for kinds in (("panoptic", "instance"), ("instance",)):
+        for name, value in zip(("mask_AP", "mask_AP50", "mask_AP75"), measured.stats, strict=False):
+            assert found[kinds][name] == pytest.approx(value, abs=1e-9)
+    assert 0.2 < measured.stats[0] < 0.9
+
+    stored = Counter(s["label_id"] for _, segments in near_truth(dataset, ("panoptic",)) for s in segments)
+    annotated = Counter(label for objects in dataset["objects"] for label in objects["category"])
+    qualities = [stored[n] / (stored[n] + (annotated[n] - stored[n]) / 2) for n in annotated]
+    for kinds in (("panoptic", "instance"), ("panoptic",)):
+        assert found[kinds]["PQ"] == pytest.approx(sum(qualities) / len(qualities), abs=1e-6)
+    assert "mask_AP" not in found[("panoptic",)]
+    assert "PQ" not in found[("instance",)]
+    assert "predict with --masks instance" in " ".join(found[("panoptic",)]["notes"])
+    assert "predict with --masks panoptic" in " ".join(found[("instance",)]["notes"])
+
+    def results_file(name, change):
+        records = [
+            {"image_id": source_ids[r["image_id"]], "category_id": categories[r["category_id"]], "score": r["score"],
+             "bbox": [1, 1, 5, 5], "segmentation": r["segmentation"]}
+            for r in results
+        ]  # fmt: skip
+        change(records)
+        (tmp_path / name).write_text(json.dumps(records))
+        arguments = ("--detections", tmp_path / name, "--dataset", source, "--masks", "--output", tmp_path / "f.json")
+        return arguments
+
+    source_ids, categories = evaluator.ids_of_source, category_ids(dataset)
+    script("evaluate.py", *results_file("file.json", lambda records: None), cwd=tmp_path)
+    assert json.loads((tmp_path / "f.json").read_text())["mask_AP"] == pytest.approx(measured.stats[0], abs=1e-9)
+    for change, reason in (
+        (lambda records: records[3].pop("segmentation"), "has no masks to measure"),
+        (lambda records: records[3].update(segmentation={"size": [7, 7], "counts": "01"}), "record 3:"),
+    ):
+        said = script("evaluate.py", *results_file("bad.json", change), cwd=tmp_path, ok=False)
+        assert reason in said
 
 
 def test_predict_writes_what_the_pipeline_finds(predicted):

@@ -50,10 +50,15 @@ class MaskEvaluator(CocoEvaluator):
         )
 
     def _read(self, key: Any, result: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-        """Reads results of `post_process_instance_segmentation` and `post_process_panoptic_segmentation`."""
+        """Reads results of `post_process_instance_segmentation` and `post_process_panoptic_segmentation`, and stored
+        ones: `counts` of run-length encodings, `labels` and `scores`."""
         from ..data.mask_results import result_masks
         from ..data.masks import encode_masks, to_coco_rle
 
+        if "counts" in result:
+            stored = np.empty(len(result["counts"]), dtype=object)
+            stored[:] = [to_coco_rle(text, self._sizes[key]) for text in result["counts"]]
+            return stored, np.array(result["labels"], dtype=np.int64), np.array(result["scores"], dtype=np.float64)
         segments, size = result["segments_info"], self._sizes[key]
         counts = encode_masks(result_masks(result["segmentation"], segments, f"Image {key}", size))
         places = np.empty(len(counts), dtype=object)

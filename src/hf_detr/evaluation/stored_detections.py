@@ -4,7 +4,8 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from ..model.annotations import canonical_id
 from ..runtime.wording import listed, shortened
 from .coco_evaluator import CocoEvaluator
 from .coco_metrics import MAX_DETECTIONS
+from .model_evaluation import ModelEvaluation
 
 if TYPE_CHECKING:
     from ..data.schema import DetectionDataset
@@ -37,7 +39,7 @@ class PredictedImages:
         categories: in the order of class ids.
         threshold: the score below which nothing was stored, or "per_class".
         limit: detections that were stored per image at most; None: all.
-        masks: whether masks were stored, too.
+        mask_kinds: the masks that were stored, too, see [`~hf_detr.prediction.SegmentOptions`].
     """
 
     folder: Path
@@ -47,7 +49,7 @@ class PredictedImages:
     categories: list[dict[str, Any]]
     threshold: float | str
     limit: int | None
-    masks: bool
+    mask_kinds: tuple[str, ...]
 
     @classmethod
     def read(cls, folder: Path) -> "PredictedImages":
@@ -70,13 +72,13 @@ class PredictedImages:
                 [{key: entry[key] for key in ("id", "name")} for entry in results["categories"]],
                 settings["threshold"],
                 settings.get("top_k") or limit,
-                bool(settings.get("masks")),
+                tuple(settings.get("masks") or ()),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"The files of the prediction job in {folder} were changed ({error!r}).") from error
 
     def notes(self, max_detections: int) -> list[str]:
-        notes = ["Masks were stored, too; only boxes are measured."] if self.masks else []
+        notes = []
         if self.threshold != 0:
             kept = "the threshold of the class" if self.threshold == "per_class" else self.threshold
             notes.append(
@@ -88,6 +90,15 @@ class PredictedImages:
                 f"{max_detections}."
             )
         return notes
+
+    def segments(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """The id of each image, as in `images`, and each of its segments, from the shards of the job."""
+        from ..prediction.shards import read_shards
+
+        ids = {image["file_name"]: image["id"] for image in self.images}
+        for row in read_shards(self.folder / "shards", ["file", "segments"]):
+            for segment in row["segments"] or ():
+                yield ids[row["file"]], segment
 
     def ids_in(self, dataset: "DetectionDataset") -> dict[Any, Any]:
         """The data set's image id by the id of the job. An image is the same if it is the same file, or one elsewhere
@@ -174,6 +185,15 @@ class StoredDetections:
         return cls(path / "detections.json", _read_records(path / "detections.json"), predicted)
 
     @property
+    def mask_kinds(self) -> tuple[str, ...]:
+        """The masks that are stored: of a job those that it has found; of a file those of objects, if each record has
+        a `segmentation`."""
+        if self.predicted is not None:
+            return self.predicted.mask_kinds
+        has_masks = bool(self.records) and all(record.get("segmentation") for record in self.records)
+        return ("instance",) if has_masks else ()
+
+    @property
     def id2label(self) -> dict[int, str] | None:
         """Class id to name; None of a file, which has no names."""
         return None if self.predicted is None else {n: e["name"] for n, e in enumerate(self.predicted.categories)}
@@ -196,12 +216,8 @@ class StoredDetections:
         """
         notes = []
         others: set[Any] = set()
-        if self.predicted is None:
-            image_ids = {canonical_id(source): image_id for image_id, source in evaluator.ids_of_source.items()}
-            labels = {canonical_id(source): label for label, source in evaluator.category_ids.items()}
-        else:
-            image_ids = self.predicted.ids_in(dataset)
-            labels = {canonical_id(entry["id"]): label for label, entry in enumerate(self.predicted.categories)}
+        image_ids, labels = self._ids_in(evaluator, dataset)
+        if self.predicted is not None:
             others = {canonical_id(image["id"]) for image in self.predicted.images} - image_ids.keys()
             if others:
                 notes.append(f"{len(others)} of the predicted images are not in the data set and do not count.")
@@ -223,6 +239,68 @@ class StoredDetections:
             notes.append(f"{empty} of {len(found)} images have no detection in {self.file}.")
         evaluator.update(found, map(_result, found.values()))
         return notes
+
+    def add_masks_to(
+        self, evaluation: ModelEvaluation, dataset: "DetectionDataset", max_detections: int = MAX_DETECTIONS
+    ) -> list[str]:
+        """The same for an evaluation with masks: boxes, and of masks the kinds that are stored. Others are not
+        measured.
+
+        Raises:
+            ValueError: see [`add_to`]; or no masks are stored; or one is not of the size of its image.
+        """
+        if not self.mask_kinds:
+            raise ValueError(f"{self.file.parent if self.predicted else self.file} has no masks to measure.")
+        notes = self.add_to(evaluation.boxes, dataset, max_detections)
+        image_ids, labels = self._ids_in(evaluation.boxes, dataset)
+        empty: dict[str, Any] = {"counts": [], "labels": [], "scores": []}
+        found = {kind: {image["id"]: deepcopy(empty) for image in evaluation.boxes.images} for kind in self.mask_kinds}
+        for image, kind, label, score, counts in self._segments(evaluation.boxes, image_ids, labels):
+            of_image = found[kind][image]
+            for name, value in (("counts", counts), ("labels", label), ("scores", score)):
+                of_image[name].append(value)
+        if "instance" not in found:
+            evaluation.masks = None
+            notes.append("Masks of objects were not stored: predict with --masks instance to measure their AP.")
+        if "panoptic" not in found and evaluation.segments is not None:
+            notes.append("Panoptic segments were not stored: predict with --masks panoptic to measure PQ.")
+        if "panoptic" in found and evaluation.segments is None:
+            notes.append("Panoptic segments are not measured: no class of the data set is stuff.")
+        if "panoptic" not in found:
+            evaluation.segments = None
+        for kind, evaluator in (("instance", evaluation.masks), ("panoptic", evaluation.segments)):
+            if evaluator is not None:
+                evaluator.update(found[kind], found[kind].values())
+        return notes
+
+    def _segments(
+        self, evaluator: CocoEvaluator, image_ids: Mapping[Any, Any], labels: Mapping[Any, int]
+    ) -> Iterator[tuple[Any, str, int, float, str]]:
+        """Image id in the data set, kind, class id, score and run lengths of each mask of these images."""
+        from ..data.masks import encode_segmentation
+
+        if self.predicted is not None:
+            for image, segment in self.predicted.segments():
+                key = canonical_id(image)
+                if key in image_ids:
+                    yield image_ids[key], segment["kind"], segment["label_id"], segment["score"], segment["counts"]
+            return
+        sizes = {image["id"]: (image["height"], image["width"]) for image in evaluator.images}
+        for number, record in enumerate(self.records):
+            image = image_ids[canonical_id(record["image_id"])]
+            try:
+                counts = encode_segmentation(record["segmentation"], sizes[image])
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{self.file}, record {number}: {error}.") from error
+            yield image, "instance", labels[canonical_id(record["category_id"])], record["score"], counts
+
+    def _ids_in(self, evaluator: CocoEvaluator, dataset: "DetectionDataset") -> tuple[dict[Any, Any], dict[Any, int]]:
+        """The data set's image ids and class ids by those of the records."""
+        if self.predicted is None:
+            image_ids = {canonical_id(source): image_id for image_id, source in evaluator.ids_of_source.items()}
+            return image_ids, {canonical_id(source): label for label, source in evaluator.category_ids.items()}
+        labels = {canonical_id(entry["id"]): label for label, entry in enumerate(self.predicted.categories)}
+        return self.predicted.ids_in(dataset), labels
 
     def _unknown(self, number: int, name: str, ids: Mapping[Any, Any]) -> ValueError:
         given = self.records[number][name]
