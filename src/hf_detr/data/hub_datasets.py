@@ -368,7 +368,9 @@ def _recorded_header(row: Mapping[str, Any]) -> ImageHeader:
     """The size in the columns of a row that was read without its image."""
     width, height = row.get("width"), row.get("height")
     if not (type(width) is int and type(height) is int and width > 0 and height > 0):
-        return ImageHeader(problem=f"width and height are {width} and {height}")
+        return ImageHeader(
+            problem=f"its columns width and height have {width} and {height}. Fill them in, or leave both columns out"
+        )
     return ImageHeader((width, height), (width, height))
 
 

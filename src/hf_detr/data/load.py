@@ -11,7 +11,7 @@ from .dataset_folder import DatasetFolder
 from .hub_datasets import RowsSource, is_hub_format, stream_rows
 from .schema import DetectionDataset
 from .schema import id2label as names_of
-from .shards import ShardSource
+from .shard_source import ShardSource
 from .split_cache import SplitCache
 from .split_source import FolderSource, SplitSource
 from .streaming import StreamedDataset

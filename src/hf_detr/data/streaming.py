@@ -15,7 +15,7 @@ from datasets import Dataset, Image
 from torch.utils.data import Sampler
 
 from .batching import AspectRatioBatches, Size
-from .shards import ShardReader
+from .shard_source import ShardReader
 
 SHUFFLE_BUFFER = 1000
 NUM_FIRST = 64  # images at the beginning of the first shard, to measure with

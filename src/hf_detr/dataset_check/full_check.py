@@ -17,7 +17,7 @@ from ..data.load import find_source
 from ..data.mask_checks import mask_checks, read_masks
 from ..data.records import AnnotatedSplit
 from ..data.rows import reinterpret
-from ..data.shards import ShardSource
+from ..data.shard_source import ShardSource
 from ..data.similarity import Appearance, appearances
 from ..data.split_source import Progress, SplitSource
 from ..model.processor_size import resized_size

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, TypeAlias
 
 from ..data.records import AnnotatedSplit
-from ..data.shards import ShardReader
+from ..data.shard_source import ShardReader
 from ..data.similarity import Appearance, appearances
 from ..runtime.ray_cluster import connect_to_ray
 
