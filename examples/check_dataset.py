@@ -76,6 +76,8 @@ def main() -> int:
         print(f"The data cannot be read: {error}", file=sys.stderr)
         return 2
     print_findings(result, args.show)
+    if args.streaming and "val" not in result.splits:
+        print("\nThere is no validation split: finetune.py --streaming needs annotations on this machine (--val FILE).")
     print(f"\n{len(result.errors)} errors, {len(result.findings) - len(result.errors)} warnings")
     print(f"Report: {write_page(result, args.report)}")
     if args.json:

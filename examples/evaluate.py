@@ -119,7 +119,7 @@ def main() -> None:
     if args.detections:
         stored = StoredDetections.read(args.detections)
         classes = stored.id2label
-        with_masks = stored.predicted is not None and bool(stored.mask_kinds) if args.masks is None else args.masks
+        with_masks = stored.measures_masks(args.masks)
     else:
         model, processor = open_model(args.model, args.dtype)
         if isinstance(model, OtherDetector) and args.save_thresholds:

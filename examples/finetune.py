@@ -53,7 +53,7 @@ def main(augmentation: Callable[[Any], Any] | None = None) -> None:
         train(args, augmentation)
         return
     several = LearningCurve(args) if args.run.learning_curve else CrossValidation(args)
-    for part in several.parts:  # on more and more of the images, or without one fold after another
+    for part in several.parts:  # on more and more images, or each without one fold
         try:
             train(part, augmentation)
         except RunEndedError:  # in an earlier start of this command

@@ -61,14 +61,18 @@ def main() -> None:
     args.dataset = args.dataset or str(Path(args.annotations).parent)
     if not 0 <= args.min_suspicion <= 1:
         parser.error("--min_suspicion is between 0 and 1")
-    require_source(args.model)
+    folds = read_folds(args.model)
+    if folds is None:
+        require_source(args.model)
     require_source(args.dataset)
     if Path(args.dataset).is_dir() and args.output_dir.resolve().is_relative_to(Path(args.dataset).resolve()):
         parser.error(f"{args.output_dir} is inside {args.dataset}, which is never modified. Choose another folder.")
     prepare_output(args.output_dir, folder=True)
-    folds = read_folds(args.model)
     if folds is not None and args.split not in (None, "train"):
         parser.error(f"the models in {args.model} were trained on folds of the training images; omit --split")
+    together = Path(args.model).parent
+    if folds is None and args.split == "train" and Path(args.model).is_dir() and read_folds(together) is not None:
+        parser.error(f"{args.model} was trained on most of these images; name {together} with --model")
     if not torch.cuda.is_available():
         use_all_cores()
     if folds is None:
@@ -91,6 +95,9 @@ def main() -> None:
     print(f"{len(errors)} suspected annotation errors in {len(dataset)} images of {source_of(dataset)}:")
     for kind, text in LABEL_ERRORS.items():
         print(f"  {counts[kind]:5}  {kind}: {text}")
+    annotations = sum(len(objects["bbox"]) for objects in dataset["objects"])
+    if sum(error.annotation is not None for error in errors) > annotations / 2:
+        print("That is more than half of the annotations: the model may not be trained well enough to check them.")
     (args.output_dir / "label_errors.json").write_text(json.dumps(as_records(errors, dataset), indent=1))
     page = write_label_errors_page(errors, dataset, args.output_dir / "label_errors.html")
     write_label_studio(errors, dataset, args.output_dir / "label_studio.json", root=args.label_studio_root)

@@ -44,6 +44,20 @@ def test_a_fold_that_cannot_be_is_refused(fold, reason):
         hold_out_fold(Dataset.from_dict({"number": [0, 1, 2]}), [[0], [1], [2]], fold, seed=0)
 
 
+def test_images_that_look_the_same_are_told(caplog):
+    dataset = Dataset.from_dict({"number": list(range(12))})
+    hold_out_fold(dataset, [list(range(12))], (1, 2), seed=0)
+    assert "11 images look like another one; they stay in one fold, but for groups of more than 3" in caplog.text
+
+
+def test_a_run_does_not_go_on_with_another_fold(tmp_path, capsys):
+    (tmp_path / "args.json").write_text(json.dumps({"fold": "1/2", "epochs": 3}))
+    for fold in (["--fold", "2/2"], ["--fold", "1/3"]):
+        with pytest.raises(SystemExit):
+            parse_finetune_args("", ["--output_dir", str(tmp_path), "--resume", *fold])
+        assert "--fold cannot change within a run" in capsys.readouterr().err
+
+
 def test_folds_of_a_data_set_are_of_its_training_images(load, tmp_path):
     draw_shapes_dataset(tmp_path / "data", num_train=10, num_val=4, progress=False)
     complete = load(tmp_path / "data", validation_fraction=0)["file_name"]
@@ -66,6 +80,7 @@ def test_folds_of_a_data_set_are_of_its_training_images(load, tmp_path):
         (["--folds", "2", "--output_dir", "x", "--learning_curve"], "omit"),
         (["--folds", "2", "--output_dir", "x", "--train", "a.json", "--val", "b.json"], "omit --val"),
         (["--fold", "3/2"], "--fold 3/2: it must be K/N"),
+        (["--fold", "1/2", "--overfit", "3"], "omit --fold"),
         (["--fold", "two"], "--fold two: it must be K/N"),
         (["--fold", "1/2", "--train", "a.json", "--val", "b.json"], "omit --val"),
     ],
@@ -103,6 +118,12 @@ def test_each_annotation_is_checked_by_the_model_that_has_not_seen_it(tmp_path):
     code, output = run_script(*check, "--split", "val", cwd=tmp_path)
     assert code == 2
     assert "trained on folds of the training images; omit --split" in output
+    code, output = run_script(*check[:2], "cv/fold-1", *check[3:], "--split", "train", cwd=tmp_path)
+    assert code == 2
+    assert "was trained on most of these images; name cv with --model" in output
+    code, output = run_script(EXAMPLES / "evaluate.py", "--model", "cv", "--dataset", "data", cwd=tmp_path)
+    assert code == 1
+    assert "cv is a cross-validation. Name one of its models, such as cv/fold-1." in output
     content["images"] = content["images"][:-1]
     content["annotations"] = [r for r in content["annotations"] if names[r["image_id"]] != names[12]]
     (data / "annotations" / "instances_train.json").write_text(json.dumps(content))
@@ -112,6 +133,9 @@ def test_each_annotation_is_checked_by_the_model_that_has_not_seen_it(tmp_path):
     code, output = run_script(*command, cwd=tmp_path)
     assert code == 1
     assert "cv was begun with other images or annotations" in output
+    code, output = run_script(*command, "--folds", "3", cwd=tmp_path)
+    assert code == 1
+    assert "cv has a cross-validation with 2 folds. Name another --output_dir." in output
     shutil.copytree(tmp_path / "cv", tmp_path / "half")
     (tmp_path / "half" / "folds.json").write_text(json.dumps({"folds": 2, "held_out": []}))
     code, output = run_script(*check[:2], "half", *check[3:], cwd=tmp_path)

@@ -1,10 +1,19 @@
 """Training on images that stay in shards."""
 
+import io
+import json
 import shutil
+import tarfile
+import time
 from collections import Counter
 from pathlib import Path
+from threading import Event
 
 import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
@@ -23,7 +32,8 @@ from hf_detr.data import (
     image_sizes,
     load_streamed_dataset,
 )
-from hf_detr.data.streaming import ShardedBatches
+from hf_detr.data.shard_source import ShardReader, ShardSource
+from hf_detr.data.streaming import ImageFeed, ShardedBatches
 from hf_detr.dataset_check import check_dataset
 
 COUNTS = (7, 4, 1, 11)  # images in the shards of 23
@@ -198,7 +208,7 @@ def test_an_unreadable_image_is_named(sharded, stream):
         rows[9]["image"]["bytes"] = rows[9]["image"]["bytes"][:-200]
 
     streamed = stream(sharded("parquet", changed=damage))
-    with pytest.raises(ValueError, match=r"9\.png \(shard 2, row 2\) cannot be read: .* Replace the image"):
+    with pytest.raises(ValueError, match=r"9\.png \(shard 2, row 2\) cannot be read: .* Correct or remove it"):
         streamed[9]
     with pytest.raises(ValueError, match=r"cannot be opened|cannot identify"):
         stream(sharded("webdataset", changed=lambda rows: rows[9]["image"].update(bytes=b"no image")))
@@ -215,7 +225,7 @@ def test_shards_that_change_are_read_anew(sharded, stream, tmp_path):
 
 
 def test_what_is_not_in_shards_is_refused(drawn, load, stream, tmp_path):
-    with pytest.raises(ValueError, match=r"holds no shards .* omit streaming"):
+    with pytest.raises(ValueError, match=r"holds no shards: .* omit --streaming"):
         stream(drawn)
     load(drawn).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match="holds no shards"):
@@ -263,3 +273,213 @@ def test_the_doctor_shows_images_of_shards_and_writes_no_copy_of_them(sharded, t
     code, output = run_script(*check, "--fix", "out", cwd=tmp_path)
     assert code == 2
     assert "--fix copies images to this machine; omit --streaming" in output
+
+
+def write_samples(folder, split, samples):
+    """A WebDataset archive of (suffix of the image, content of the .json)."""
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(folder / f"{split}-0.tar", "w") as tar:
+        for number, (suffix, content) in enumerate(samples):
+            file = io.BytesIO()
+            PIL.Image.new("L", (40, 30), number * 20).save(file, "PNG" if suffix == "png" else "JPEG")
+            parts = [(suffix, file.getvalue()), ("json", content.encode()), ("txt", b"a caption")]
+            for ending, data in parts:
+                if data:
+                    member = tarfile.TarInfo(f"images/{number:03}.{ending}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_json_of_an_archive_is_read_as_it_is(streaming, stream, load, tmp_path):
+    """Types and keys that come late, other suffixes, an image without objects, ids and names, and a list."""
+    whole = {"objects": [{"bbox": [1, 2, 10, 10], "category": "a"}]}
+    late = {"objects": [{"bbox": [5.7, 5.5, 10.25, 9.5], "category": "b", "iscrowd": 1}], "image_id": 99}
+    others = [{"annotations": late["objects"], "file_name": "z.jpg"}, late["objects"], {"objects": []}]
+    samples = [("jpg", whole)] * 6 + [("png", late), *(("jpeg", other) for other in others)]
+    folder = write_samples(tmp_path / "tars", "train", [(suffix, json.dumps(about)) for suffix, about in samples])
+    rows = stream(folder) if streaming else load(folder)
+    assert id2label(rows) == {0: "a", 1: "b"}
+    assert [rows[index]["image"].getpixel((0, 0)) for index in (5, 6)] == [100, 120]
+    found = [rows[index]["objects"] for index in range(10)]
+    assert [len(objects["bbox"]) for objects in found] == [1] * 9 + [0]
+    for objects in found[6:9]:
+        assert (objects["bbox"], objects["iscrowd"], objects["category"]) == ([[5.7, 5.5, 10.25, 9.5]], [1], [1])
+    assert rows[8 - 1]["file_name"] == "z.jpg"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"shapes": []}', r"1 \(001\.jpg\): its \.json has none of the keys objects, annotations"),
+        ("{", r"1 \(001\.jpg\): .*"),
+        ("", r"1 \(001\.jpg\): there is no \.json of this name"),
+    ],
+)
+def test_a_sample_without_objects_is_named(content, reason, stream, tmp_path):
+    good = json.dumps({"objects": [{"bbox": [1, 2, 10, 10], "category": "a"}]})
+    folder = write_samples(tmp_path / "tars", "train", [("jpg", good), ("jpg", content)])
+    with pytest.raises(ValueError, match=reason):
+        stream(folder)
+
+
+def test_names_of_samples_end_at_the_first_point(stream, tmp_path):
+    """As in WebDataset: `000.seg.png` is another file of the sample, and a second image is told."""
+    good = json.dumps({"objects": [{"bbox": [1, 2, 10, 10], "category": "a"}]})
+    folder = write_samples(tmp_path / "tars", "train", [("jpg", good)] * 2)
+
+    def add(name):
+        with tarfile.open(folder / "train-0.tar", "a") as tar:
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            tar.addfile(member, io.BytesIO(b"abc"))
+
+    add("images/001.seg.png")
+    assert [row["image"].size for row in map(stream(folder).__getitem__, range(2))] == [(40, 30)] * 2
+    add("images/001.png")
+    with pytest.raises(ValueError, match=r"two files for the image of images/001: images/001\.png is the second"):
+        stream(folder)
+    folder = write_samples(tmp_path / "other", "train", [("jpg", good), ("v2.jpg", good)])
+    with pytest.raises(ValueError, match=r"there is no image of this name"):
+        stream(folder)
+
+
+def test_annotations_in_a_folder_come_before_archives_beside_them(drawn, load, tmp_path):
+    folder = shutil.copytree(drawn, tmp_path / "data")
+    write_samples(folder, "train", [("jpg", json.dumps({"shapes": []}))] * 2)
+    assert len(load(folder)) == sum(COUNTS)
+
+
+def test_arguments_of_datasets_belong_to_the_cached_annotations(sharded, stream):
+    folder = sharded("parquet")
+    assert len(stream(folder)) == sum(COUNTS)
+    some = stream(folder, filters=[("image_id", ">=", 4)])
+    assert len(some) < sum(COUNTS)
+    assert [some[index]["image"].size for index in range(len(some))] == [(w, h) for h, w in image_sizes(some)]
+
+
+def test_parquet_of_other_programs(sharded, stream, load):
+    """Images as a plain struct or bytes, a second column of images with broken ones, and sizes that are no integers."""
+    folder = sharded("parquet")
+    expected = [row["image"].tobytes() for row in load(folder)]
+    for file in sorted((folder / "data").glob("train*")):
+        table = pq.read_table(file)
+        broken = pa.array([{"bytes": b"no image", "path": None}] * len(table), table.schema.field("image").type)
+        table = table.append_column("thumbnail", broken)
+        index = table.schema.get_field_index("image")
+        table = table.set_column(index, "image", pc.struct_field(table["image"], "bytes"))
+        table = table.set_column(table.schema.get_field_index("width"), "width", table["width"].cast(pa.float64()))
+        pq.write_table(table.replace_schema_metadata(None), file)
+    streamed = stream(folder)
+    assert [streamed[index]["image"].tobytes() for index in range(len(streamed))] == expected
+
+
+def test_a_split_that_is_missing_is_told_before_others_are_read(sharded, stream, monkeypatch):
+    folder = sharded("webdataset")
+    next(folder.glob("validation*")).unlink()
+    monkeypatch.setattr(ShardSource, "find", lambda *arguments: pytest.fail("the training images are read"))
+    with pytest.raises(
+        FileNotFoundError, match=r'no split "val".* name annotated images on this machine with --val FILE'
+    ):
+        stream(folder, needs=["val"])
+
+
+def test_a_broken_connection_is_no_shorter_shard(sharded, stream):
+    streamed = stream(sharded("webdataset"))
+    rows, fail = streamed.reader.rows, [True]
+
+    class Breaking:
+        num_shards = rows.num_shards
+
+        def shard(self, *arguments):
+            for number, row in enumerate(rows.shard(*arguments)):
+                if number == 3 and fail.pop():
+                    fail.append(False)
+                    raise ConnectionError("lost")
+                yield row
+
+    reader = ShardReader(Breaking())
+    with pytest.raises(ConnectionError):
+        list(streamed.read(range(6), reader))
+    assert len(list(streamed.read(range(6), reader))) == 6
+
+
+def test_an_epoch_that_is_left_stops_reading(sharded, stream):
+    streamed = stream(sharded("parquet"))
+    planned = ShardedBatches(streamed.places(), None, 2, shuffle_buffer=10)
+    read, may_go_on = [], Event()
+
+    class Slow(StreamedDataset):
+        def read(self, indices, reader=None):
+            for index, image in zip(indices, super().read(indices, reader), strict=True):
+                if len(read) >= 10:  # the second block
+                    may_go_on.wait(10)
+                read.append(index)
+                yield image
+
+    feed = iter(ImageFeed(planned, Slow(streamed.annotations, streamed.reader)))
+    next(feed)
+    feed.close()
+    may_go_on.set()
+    time.sleep(0.5)
+    assert len(read) <= 11
+
+
+def cut(share):
+    return lambda content: content[: int(len(content) * share)]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(cut(share) for share in (0.1, 0.3, 0.5, 0.75, 0.9)),
+        lambda content: content[: content.index(b"00000004.json")],  # at the header of a file
+        lambda content: content.replace(content[content.index(b"00000004.jpg") :][:512], b"x" * 512),
+        lambda content: b"<html>not found</html>" * 100,
+        lambda content: b"",
+    ],
+    ids=["10 %", "30 %", "50 %", "75 %", "90 %", "at a header", "a header", "a page", "nothing"],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_archive_that_is_cut_off_or_damaged_is_named(damage, streaming, sharded, stream, load):
+    folder = sharded("webdataset")
+    file = folder / "train-0000.tar"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=r"train-0000\.tar is cut off or damaged.*Copy or write it again"):
+        stream(folder) if streaming else load(folder)
+    result = check_dataset(folder, streaming=True, progress=False)
+    assert any("train-0000.tar is cut off or damaged" in str(finding) for finding in result.errors)
+
+
+@pytest.mark.parametrize("shard", [0, 2])
+def test_a_parquet_file_that_is_cut_off_is_an_error(shard, sharded, stream, load):
+    folder = sharded("parquet")
+    file = sorted((folder / "data").glob("train*"))[shard]
+    file.write_bytes(file.read_bytes()[:-300])
+    for read in (stream, load):
+        with pytest.raises(ValueError, match=r"cannot be read|cut off or damaged"):
+            read(folder)
+
+
+def test_shards_with_paths_of_images_are_told(sharded, stream, tmp_path):
+    folder = sharded(
+        "parquet", changed=lambda rows: [row["image"].update(bytes=None, path="raw/a.jpg") for row in rows]
+    )
+    with pytest.raises(ValueError, match=r"only names raw/a\.jpg, and there is no such file\. Write shards with the"):
+        stream(folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("train.tar.gz", b"", r"unpack its \.tar\.gz files"),
+        ("train.tar", b"", r"its \.tar files do not begin with an image"),
+        ("a.jpg", b"", r"omit --streaming"),
+    ],
+)
+def test_it_is_told_why_a_folder_has_no_shards(name, content, reason, stream, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=reason):
+        stream(tmp_path / "folder")

@@ -3,78 +3,27 @@ segments with `segments_info`, COCO's panoptic format; and WebDataset archives, 
 the objects."""
 
 import json
-import re
-import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, Image, IterableDataset
+from datasets import Dataset, Image, IterableDataset
 
 from ..model.image_io import ImageHeader, read_image_header
 from .checks import box_problems
-from .formats.imagefolder import FIELD_NAMES, METADATA, number_categories, read_objects
-from .image_files import is_litter
+from .formats.imagefolder import FIELD_NAMES, number_categories, read_objects
+from .hub_access import MAP_NAMES, find_split_name, open_rows
 from .mask_checks import read_image_masks
 from .masks import SegmentMap
 from .records import AnnotatedSplit, ImageRecord, numbered
 from .rows import match_classes, reinterpret, to_row
 from .schema import DetectionDataset, describe_source, loaded_features
-from .split_names import name_rank
 from .split_source import Progress
-
-# names of the column that has the image of segments, beside `segments_info`
-MAP_NAMES = ("segmentation_map", "panoptic_map", "panoptic", "segmentation", "mask", "label", "annotation")
-
-
-# what the `.json` of a WebDataset sample calls its objects
-JSON_NAMES = ("objects", "annotations")
-
-
-def is_hub_format(folder: Path) -> bool:
-    """Whether a folder was saved by `save_to_disk`, or holds Parquet files as on the Hub or WebDataset archives."""
-    if is_saved(folder) or any(is_webdataset(file) for file in islice(archives_in(folder), 3)):
-        return True
-    files = [file for place in (folder, folder / "data") for file in place.glob("*.parquet")]
-    return any(
-        "image" in _columns(file) for file in files if file.name.lower() not in METADATA and not is_litter(file.name)
-    )
-
-
-def archives_in(folder: Path) -> Iterator[Path]:
-    """The `.tar` files of a folder and of its folders, such as `train/`."""
-    found = sorted(file for pattern in ("*.tar", "*/*.tar") for file in folder.glob(pattern))
-    return (file for file in found if not is_litter(file.name))
-
-
-def is_webdataset(archive: Path) -> bool:
-    """Whether the first sample of an archive is an image with a `.json` of the same name."""
-    try:
-        with tarfile.open(archive) as tar:
-            members = [Path(member.name) for member in islice((m for m in tar if m.isfile()), 2)]
-    except (OSError, tarfile.TarError):
-        return False
-    suffixes = {name.suffix.lower() for name in members}
-    return len(members) == 2 and len({m.with_suffix("") for m in members}) == 1 and ".json" in suffixes
-
-
-def is_saved(folder: Path) -> bool:
-    """Whether a folder was written by `save_to_disk`."""
-    is_dataset = all((folder / name).is_file() for name in ("state.json", "dataset_info.json"))
-    return is_dataset or (folder / "dataset_dict.json").is_file()
-
-
-def _columns(file: Path) -> list[str]:
-    try:
-        names: list[str] = pq.read_schema(file).names
-    except (OSError, ValueError):
-        return []
-    return names
+from .webdataset import FEATURES as WEBDATASET
+from .webdataset import unpack_row
 
 
 class RowsSource:
@@ -147,61 +96,25 @@ def read_split(
         objects, maps: see [`objects_column`].
     """
     found = AnnotatedSplit("datasets", split, Path(source), [], [], [], Path(source))
-    for index, (row, read) in enumerate(rows):
+    for index, (given, read) in enumerate(rows):
+        row, problem = given, None
+        if objects == "json":
+            try:
+                row = unpack_row(given)
+            except ValueError as error:
+                row, problem = dict(given) | {"objects": []}, error
         image = image_record(row, index, partial(read, "image"))
         found.images.append(image)
         try:
-            _add_objects(image, row, index, objects, maps, read)
+            _add_objects(image, row, index, "objects" if objects == "json" else objects, maps, read)
         except ValueError as error:
-            found.orphans.append(("annotation-unreadable", f"row {index}", str(error)))
+            problem = error
+        if problem is not None:
+            record = image.record if objects == "json" else f"row {index}"
+            found.orphans.append(("annotation-unreadable", record, str(problem)))
     names, ids, has_names = number_categories(found.images, _class_names(dataset, objects))
     found.names, found.category_ids, found.has_names = names, ids, has_names
     return found
-
-
-def open_rows(path: str, cache_dir: str | Path | None, *, streaming: bool, **kwargs: Any) -> Mapping[str, Any]:
-    """The splits of a dataset by their names. Streams give the files of images, see [`undecoded`].
-
-    Raises:
-        FileNotFoundError: there is no such dataset, or it cannot be reached.
-    """
-    folder = Path(path)
-    if not folder.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-        raise FileNotFoundError(f"{path} does not exist.")
-    if is_saved(folder):
-        loaded = datasets.load_from_disk(path)
-        loaded = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
-        return {n: undecoded(rows.to_iterable_dataset()) for n, rows in loaded.items()} if streaming else loaded
-    cache = None if cache_dir is None else str(cache_dir)
-    try:
-        loaded = datasets.load_dataset(path, streaming=streaming, cache_dir=cache, **kwargs)
-        return {name: with_image_column(undecoded(rows) if streaming else rows) for name, rows in loaded.items()}
-    except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"{path} is no folder, and no dataset on the Hub that can be reached: {error}"
-        ) from error
-
-
-def undecoded(rows: IterableDataset) -> IterableDataset:
-    """A stream that gives the files of its images. This comes first: any other change of a stream, such as a new name
-    of a column, decodes images and encodes them once more, which costs time and, for JPEG, quality."""
-    for name, feature in (rows.features or {}).items():
-        if isinstance(feature, Image):
-            rows = rows.cast_column(name, Image(decode=False))
-    return rows
-
-
-def with_image_column(rows: DetectionDataset) -> DetectionDataset:
-    """The dataset, whose only column of images is called `image`, whatever its name was (`jpg`, in a WebDataset)."""
-    features = rows.features or {}
-    images = [name for name, feature in features.items() if isinstance(feature, Image) and name not in MAP_NAMES]
-    return rows.rename_column(images[0], "image") if "image" not in features and len(images) == 1 else rows
-
-
-def find_split_name(loaded: Mapping[str, Any], split: str) -> str | None:
-    """The name that fits a split best."""
-    ranked = [(rank, name) for name in loaded if (rank := name_rank(name, split)) is not None]
-    return min(ranked)[1] if ranked else None
 
 
 def stream_rows(
@@ -241,10 +154,12 @@ def stream_rows(
     classes = match_classes(template, id2label, [])
     features = loaded_features(classes.names, masks)
 
-    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
-        image = image_record(row, index, lambda: b"")
+    def convert(original: dict[str, Any], index: int) -> dict[str, Any]:
         try:
-            _add_objects(image, row, index, objects, maps, lambda column: row[column]["bytes"])
+            row = unpack_row(original) if objects == "json" else original
+            image = image_record(row, index, lambda: b"")
+            column = "objects" if objects == "json" else objects
+            _add_objects(image, row, index, column, maps, lambda column: original[column]["bytes"])
         except ValueError as error:
             raise ValueError(f"{source}, row {index}: {error}") from error
         template.images = [image]
@@ -281,7 +196,7 @@ def objects_column(rows: DetectionDataset, source: str) -> str:
         return "objects"
     if {"image", "segments_info"} <= set(rows.features) and _map_column(rows) is not None:
         return "segments_info"
-    if {"image", "json"} <= set(rows.features):
+    if set(rows.features) == set(WEBDATASET):
         return "json"
     raise ValueError(
         f"{source} has the columns {sorted(rows.features)}; a detection dataset must have image and objects."
@@ -298,8 +213,6 @@ def _add_objects(
 ) -> None:
     """The objects of a row; `read` reads the bytes of an image in a column, such as that of segments in `maps`."""
     entries = row[column]
-    if column == "json":
-        entries = _objects_of_json(entries)
     if maps is None:
         image.boxes = read_objects(entries, f"row {index}")
         return
@@ -313,21 +226,6 @@ def _add_objects(
     has_bytes = stored is not None and stored.get("bytes") is not None
     path = Path((stored or {}).get("path") or f"{maps} of row {index}")
     image.segment_map = SegmentMap(path, partial(read, maps) if has_bytes else None)
-
-
-def _objects_of_json(content: Any) -> Any:
-    """The objects in the `.json` of a WebDataset sample: under one of `JSON_NAMES`, or all of it.
-
-    Raises:
-        ValueError: it has none; an image without objects has an empty list of them.
-    """
-    if isinstance(content, Mapping):
-        for name in JSON_NAMES:
-            if content.get(name) is not None:
-                return content[name]
-    if isinstance(content, list) or (isinstance(content, Mapping) and content.get("bbox") is not None):
-        return content
-    raise ValueError(f"its .json has none of the keys {', '.join(JSON_NAMES)}, nor is it a list of objects")
 
 
 def _stuff(split: AnnotatedSplit, rows: Dataset) -> list[str]:
@@ -344,8 +242,6 @@ def _stuff(split: AnnotatedSplit, rows: Dataset) -> list[str]:
 def image_record(row: Mapping[str, Any], index: int, read: Callable[[], bytes]) -> ImageRecord:
     """The record of a row with the header of its image, without objects."""
     image = row.get("image")
-    if isinstance(row.get("json"), Mapping):  # of a WebDataset
-        row = {name: row["json"].get(name) for name in ("file_name", "image_id")} | {"image": image}
     name = row.get("file_name") or (image.get("path") if isinstance(image, dict) else None)
     file_name = Path(name).name if name else f"{index}.png"
     source_id = index if row.get("image_id") is None else row["image_id"]

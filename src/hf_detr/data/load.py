@@ -1,14 +1,16 @@
 """Any annotated folder, or a Hugging Face dataset, to one schema."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 from datasets import Dataset
+from transformers.utils import logging
 
 from .dataset_folder import DatasetFolder
-from .hub_datasets import RowsSource, is_hub_format, stream_rows
+from .hub_access import is_hub_format
+from .hub_datasets import RowsSource, stream_rows
 from .schema import DetectionDataset
 from .schema import id2label as names_of
 from .shard_source import ShardSource
@@ -16,6 +18,8 @@ from .split_cache import SplitCache
 from .split_source import FolderSource, SplitSource
 from .streaming import StreamedDataset
 from .validation_cut import cut_validation, hold_out_fold
+
+logger = logging.get_logger(__name__)
 
 
 def load_detection_dataset(
@@ -38,9 +42,10 @@ def load_detection_dataset(
 ) -> DetectionDataset:
     """Images and boxes of one split, with the columns of `hf_detr.data.schema`.
 
-    The format of a folder is detected (COCO, YOLO, Pascal VOC, imagefolder, labelme or VIA; docs/layouts.md has the
-    layouts). Anything else is a dataset that `datasets` can load, saved or on the Hub, with an `objects` column. The
-    records are checked; the result is an Arrow file in the cache, which is used until a file of the source changes.
+    The format of a folder is detected (COCO, YOLO, Pascal VOC, imagefolder, labelme, VIA or WebDataset; docs/layouts.md
+    has the layouts). Anything else is a dataset that `datasets` can load, saved or on the Hub, with an `objects`
+    column. The records are checked; the result is an Arrow file in the cache, which is used until a file of the source
+    changes.
 
     Args:
         path: folder, annotation file or Hub id.
@@ -103,6 +108,8 @@ def load_detection_dataset(
         complete = cache.read("train")
         if complete is None:
             raise FileNotFoundError(cache.source.describe_missing("train"))
+        if cache.has("val"):
+            logger.warning_once(f"{cache.source.name} has a validation split, which is not used with folds.")
         outside, inside = hold_out_fold(complete, cache.copies(complete), fold, seed)
         return outside if split == "train" else inside
     if names is None and split != "train":
@@ -125,6 +132,7 @@ def load_streamed_dataset(
     split: str = "train",
     *,
     keep_images: bool = False,
+    needs: Sequence[str] = (),
     id2label: Mapping[int, str] | Mapping[str, str] | None = None,
     bbox_format: Literal["xywh", "xyxy"] | None = None,
     crowds_as_objects: bool = False,
@@ -140,6 +148,7 @@ def load_streamed_dataset(
 
     Args:
         keep_images: also copy the images of this split, and only of this one, to the cache, for validation.
+        needs: other splits that have to be there, too, before any is read.
         path, split, options: see [`load_detection_dataset`].
 
     Returns:
@@ -150,6 +159,9 @@ def load_streamed_dataset(
         ValueError: it is not in shards, or the data would break training.
     """
     source = ShardSource(str(path), cache_dir, keeps_images=keep_images, **kwargs)
+    for name in (split, *needs):
+        if not source.has(name):
+            raise FileNotFoundError(source.describe_missing(name))
     cache = SplitCache(
         source,
         Path(cache_dir or datasets.config.HF_DATASETS_CACHE),

@@ -1,34 +1,26 @@
 """Datasets in shards (Parquet files, WebDataset archives), of which only annotations are kept on this machine."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, Features, Image, IterableDataset
+import pyarrow as pa
+from datasets import Dataset, Features, Image, IterableDataset, Value
 
-from .hub_datasets import (
-    find_split_name,
-    is_hub_format,
-    is_saved,
-    objects_column,
-    read_split,
-    undecoded,
-    with_image_column,
-)
+from .hub_access import find_split_name, is_hub_format, is_saved, open_archives, undecoded, with_image_column
+from .hub_datasets import objects_column, read_split
 from .records import AnnotatedSplit
 from .split_source import Progress
-
-SIZES = {"width", "height"}
 
 
 class ShardSource:
     """Shards on the Hub, on a server or in a folder, as `datasets` reads them.
 
-    All annotations are read once, shard by shard. Parquet files with `width` and `height` give them without the images;
-    of others, the images are read, too, and forgotten.
+    All annotations are read once, shard by shard. Where Parquet files have `width` and `height`, that is all that is
+    read of them; other shards are read as a whole, for the sizes of the images.
 
     Args:
         keeps_images: copy the images of the splits that are used to the cache, and give rows with them. Otherwise rows
@@ -45,15 +37,14 @@ class ShardSource:
     def __init__(self, path: str, cache_dir: str | Path | None, *, keeps_images: bool, **kwargs: Any) -> None:
         folder = Path(path)
         if folder.exists() and (is_saved(folder) or not is_hub_format(folder)):
-            raise ValueError(
-                f"{path} holds no shards (Parquet files or WebDataset archives). Its images are read one by one when "
-                "they are needed, so nothing is gained by streaming: omit streaming."
-            )
+            raise ValueError(f"{path} holds no shards: {_why_no_shards(folder)}")
         self.name, self.keeps_images = path, keeps_images
         self.cache_dir, self.kwargs = None if cache_dir is None else str(cache_dir), kwargs
         try:
             self.builder = self._build()
-            self.streams = self._streams(self.builder)
+            self.streams = self._streams()
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path} has a Parquet file that is cut off or damaged: {error}") from error
         except (FileNotFoundError, ConnectionError) as error:
             raise FileNotFoundError(
                 f"{path} is no folder, and no dataset on the Hub that can be reached: {error}"
@@ -66,15 +57,25 @@ class ShardSource:
     def _build(self, **kwargs: Any) -> Any:
         return datasets.load_dataset_builder(self.name, cache_dir=self.cache_dir, **self.kwargs, **kwargs)
 
-    @staticmethod
-    def _streams(builder: Any) -> dict[str, IterableDataset]:
-        return {str(name): with_image_column(undecoded(rows)) for name, rows in builder.as_streaming_dataset().items()}
+    def _streams(self) -> dict[str, IterableDataset]:
+        if self.builder.name == "webdataset":
+            return open_archives(self.builder, self.cache_dir, streaming=True)
+        streams = {}
+        for name, stream in self.builder.as_streaming_dataset().items():
+            rows = with_image_column(undecoded(stream))
+            kept = set(rows.features or ()) - set(_images_in(rows)) | {"image"}
+            rows = rows.select_columns([name for name in rows.features or () if name in kept])
+            if "image" in (rows.features or ()):  # which may be stored as bytes or as a struct of bytes and path
+                rows = rows.cast_column("image", Image(decode=False))
+            streams[str(name)] = rows
+        return streams
 
     def state(self) -> str:
-        """The files with their revisions or times of change."""
+        """The files with their revisions or times of change, and how they are read."""
         files = self.builder.config.data_files or {}
         known = {str(split): [list(of_split), of_split.origin_metadata] for split, of_split in files.items()}
-        return json.dumps([self.name, self.keeps_images, known], sort_keys=True, default=str)
+        how = datasets.fingerprint.Hasher.hash(sorted(self.kwargs.items()))
+        return json.dumps([self.name, self.keeps_images, how, known], sort_keys=True, default=str)
 
     def has(self, split: str) -> bool:
         return find_split_name(self.streams, split) is not None
@@ -100,16 +101,20 @@ class ShardSource:
     def _records(self, name: str, places: list[tuple[int, int]]) -> Iterator[Any]:
         """Rows of all shards, without decoding images; `places` grows with them."""
         rows = self.streams[name]
-        if self.builder.name == "parquet" and set(rows.features or {}) >= SIZES and not self.keeps_images:
-            columns = [column for column in self.builder.info.features if column != self._image_column()]
+        sizes = [(rows.features or {}).get(size) for size in ("width", "height")]
+        has_sizes = all(isinstance(size, Value) and "int" in size.dtype for size in sizes)
+        if self.builder.name == "parquet" and has_sizes and not self.keeps_images:
+            columns = [column for column in rows.features if column != "image"]
             rows = self._build(columns=columns).as_streaming_dataset()[name]
+        files = list((self.builder.config.data_files or {}).get(name, ()))
         for shard in range(rows.num_shards):
-            for number, row in enumerate(rows.shard(rows.num_shards, shard)):
-                places.append((shard, number))
-                yield row, partial(_cannot_read, self.name)
-
-    def _image_column(self) -> str:
-        return next(name for name, feature in self.builder.info.features.items() if isinstance(feature, Image))
+            try:
+                for number, row in enumerate(rows.shard(rows.num_shards, shard)):
+                    places.append((shard, number))
+                    yield row, partial(_cannot_read, self.name)
+            except (pa.ArrowException, OSError) as error:
+                file = files[shard] if len(files) == rows.num_shards else f"shard {shard + 1} of {self.name}"
+                raise ValueError(f"{file} cannot be read: {error}") from error
 
     def images(self, split: str) -> Dataset | None:
         name = find_split_name(self.streams, split)
@@ -122,10 +127,9 @@ class ShardSource:
         )  # fmt: skip
 
     def describe_missing(self, split: str) -> str:
-        return (
-            f'{self.name} has no split "{split}", only {sorted(self.streams)}; no validation split can be split off '
-            "while streaming. Name annotated images on this machine with --val FILE."
-        )
+        told = f'{self.name} has no split "{split}", only {sorted(self.streams)}.'
+        val = " None is split off while streaming: name annotated images on this machine with --val FILE."
+        return told + val * (split == "val")
 
     def reader(self, split: str) -> "ShardReader":
         """Of the images of a split."""
@@ -135,12 +139,35 @@ class ShardSource:
         return ShardReader(self.streams[name].select_columns(["image"]))
 
 
+def _why_no_shards(folder: Path) -> str:
+    names = [path.name.lower() for path in (*folder.glob("*"), *folder.glob("*/*"))]
+    if any(name.endswith((".tar.gz", ".tgz")) for name in names):
+        return "unpack its .tar.gz files to .tar."
+    if any(name.endswith(".tar") for name in names):
+        return "its .tar files do not begin with an image and a .json of the same name that has objects."
+    return (
+        "it has no Parquet files with a column image, and no WebDataset archives. Images that are files are read one "
+        "by one when they are needed, so they need no streaming: omit --streaming."
+    )
+
+
 def read_image(reader: "ShardReader", place: tuple[int, int]) -> bytes:
     """One image file, which is searched in its shard."""
-    [image] = reader.read([place])
-    reader.close()
-    content: bytes = image["bytes"]
-    return content
+    try:
+        [image] = reader.read([place])
+        return content_of(image)
+    finally:
+        reader.close()
+
+
+def content_of(image: Mapping[str, Any]) -> bytes:
+    """The file of an image, which is in the shard or named there."""
+    content: bytes | None = image["bytes"]
+    return Path(image["path"]).read_bytes() if content is None else content
+
+
+def _images_in(rows: IterableDataset) -> list[str]:
+    return [name for name, feature in (rows.features or {}).items() if isinstance(feature, Image)]
 
 
 def _cannot_read(name: str, column: str) -> bytes:
@@ -175,13 +202,13 @@ class ShardReader:
             if self._open is None or shard != self._shard or row < self._next:
                 self._open, self._shard, self._next = iter(self.rows.shard(self.rows.num_shards, shard)), shard, 0
             try:
-                while True:
+                while self._next <= row:
                     content = next(self._open)
                     self._next += 1
-                    if self._next > row:
-                        break
-            except StopIteration:
+            except Exception as error:
                 self._open = None
+                if not isinstance(error, StopIteration):
+                    raise
                 raise ValueError(
                     f"Shard {shard + 1} has only {self._next} images now; its annotations were read when it had more. "
                     "Start again, and they are read once more."

@@ -133,7 +133,11 @@ def appearances(
     """
 
     def one(file: str | Path | Callable[[], bytes]) -> Appearance:
-        return appearance_of(file() if callable(file) else file, image_range)
+        try:
+            content = file() if callable(file) else file
+        except OSError as error:
+            return Appearance(str(error))
+        return appearance_of(content, image_range)
 
     with ThreadPoolExecutor(num_workers or available_cores()) as pool:
         return list(progress(pool.map(one, files)))

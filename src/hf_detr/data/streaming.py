@@ -8,6 +8,8 @@ batches done: a run continues in the middle of an epoch without a state of the s
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from .batching import AspectRatioBatches, Size
 from .shard_source import ShardReader
 
 SHUFFLE_BUFFER = 1000
+FIX = "Correct or remove it in its shard; check_dataset.py --streaming lists all such images."
 NUM_FIRST = 64  # images at the beginning of the first shard, to measure with
 
 
@@ -75,15 +78,20 @@ class StreamedDataset:
     def _row(self, index: int, image: dict[str, Any]) -> dict[str, Any]:
         row = dict(self.annotations[index])
         where = f"{row['file_name']} (shard {row['shard'] + 1}, row {row['shard_row']})"
+        if image["bytes"] is None and not Path(image["path"]).is_file():
+            raise ValueError(
+                f"{where} is not in its shard, which only names {image['path']}, and there is no such file. Write "
+                "shards with the images in them, as Dataset.push_to_hub does."
+            )
         try:
             row["image"] = Image().decode_example(image)
             size = row["image"].size
         except (OSError, ValueError, SyntaxError) as error:
-            raise ValueError(f"{where} cannot be read: {error}. Replace the image, or remove it.") from error
+            raise ValueError(f"{where} cannot be read: {error}. {FIX}") from error
         if size != (row["width"], row["height"]):
             raise ValueError(
                 f"{where} is recorded as {row['width']} x {row['height']}, but the image has {size[0]} x {size[1]} as "
-                "shown, so that its boxes may be misplaced. Correct the record or the image."
+                f"shown, so that its boxes may be misplaced. {FIX}"
             )
         return row
 
@@ -127,11 +135,6 @@ class StreamedDataset:
         return {"annotations": self.annotations, "reader": self.reader, "_first": None}
 
 
-def annotations_of(dataset: Any) -> Dataset:
-    """The rows of a dataset, without images if they are streamed."""
-    return dataset.annotations if isinstance(dataset, StreamedDataset) else dataset
-
-
 class ShardedBatches(AspectRatioBatches):
     """Batches of images in shards. Shards are shuffled, each process gets an equal part of their images in a row, and
     this part is shuffled in blocks of `shuffle_buffer` images. Over all processes, each image occurs exactly once per
@@ -153,8 +156,8 @@ class ShardedBatches(AspectRatioBatches):
         **options: Any,
     ) -> None:
         super().__init__(sizes or [(1, 1)] * len(places), batch_size, shuffle=True, **options)
-        if shuffle_buffer < 1:
-            raise ValueError(f"shuffle_buffer must be at least 1, got {shuffle_buffer}.")
+        if shuffle_buffer < batch_size:
+            raise ValueError(f"A shuffle_buffer of {shuffle_buffer} images is smaller than a batch of {batch_size}.")
         self.places = places
         self._per_block = max(1, shuffle_buffer // batch_size)
         self._is_grouped = sizes is not None
@@ -222,9 +225,17 @@ class ImageFeed(Sampler[list[StreamedRow]]):
         turn = np.empty_like(order)  # of each image
         turn[order] = np.arange(len(order))
 
+        stopped = Event()
+
         def read(block: list[list[int]]) -> dict[int, dict[str, Any]]:
             indices = sorted((index for batch in block for index in batch), key=turn.__getitem__)
-            return dict(zip(indices, self._dataset.read(indices, reader), strict=True))
+            images = {}
+            for index, image in zip(indices, self._dataset.read(indices, reader), strict=True):
+                images[index] = image
+                if stopped.is_set():  # nobody waits for the block
+                    reader.close()
+                    break
+            return images
 
         pool = ThreadPoolExecutor(1, thread_name_prefix="shards")
         try:
@@ -237,5 +248,5 @@ class ImageFeed(Sampler[list[StreamedRow]]):
                         yield [StreamedRow(index, images[index]) for index in batch]
                 reading = coming
         finally:
+            stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            reader.close()

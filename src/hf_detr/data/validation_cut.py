@@ -110,7 +110,14 @@ def hold_out_fold(
     number, count = fold
     if count < 2 or not 1 <= number <= count:
         raise ValueError(f"Folds are at least 2, and numbered from 1: there is no fold {number} of {count}.")
-    parts = _parts(groups, max(1, len(dataset) // (2 * count)))
+    largest = max(1, len(dataset) // (2 * count))
+    parts = _parts(groups, largest)
+    copies, longest = len(dataset) - len(groups), max(map(len, groups), default=0)
+    if copies:
+        divided = f", but for groups of more than {largest}, which are divided in their order" * (longest > largest)
+        logger.warning_once(
+            f"{source_of(dataset)}: {copies} images look like another one; they stay in one fold{divided}."
+        )
     if len(parts) < count:
         raise ValueError(f"{source_of(dataset)} has {len(dataset)} images, too few for {count} folds.")
     folds: list[list[int]] = [[] for _ in range(count)]

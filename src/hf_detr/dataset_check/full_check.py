@@ -11,9 +11,8 @@ from tqdm.auto import tqdm
 
 from ..data.checks import numeric_boxes, quick_checks
 from ..data.findings import KINDS, Finding
-from ..data.hub_datasets import RowsSource
 from ..data.image_files import image_files
-from ..data.load import find_source
+from ..data.load import find_source, is_rows
 from ..data.mask_checks import mask_checks, read_masks
 from ..data.records import AnnotatedSplit
 from ..data.rows import reinterpret
@@ -21,8 +20,9 @@ from ..data.shard_source import ShardSource
 from ..data.similarity import Appearance, appearances
 from ..data.split_source import Progress, SplitSource
 from ..model.processor_size import resized_size
+from ..runtime import import_extra
 from .duplicates import find_duplicates
-from .image_pass import look_at_parts, look_with_ray, parts_of
+from .image_parts import appearances_here, appearances_on_ray, parts_of
 
 SPLITS = ("train", "val", "test")
 RARE = 0.02  # fraction of the boxes of the most frequent class
@@ -95,11 +95,17 @@ def check_dataset(
         ValueError: the annotations of no split can be read; the message names the file.
     """
     started = time.perf_counter()
-    source = find_source(path, files=files, images=images, masks=masks, streaming=streaming, **kwargs)
     if engine not in (None, "ray"):
         raise ValueError(f'engine must be "ray" or None, got {engine!r}.')
-    if engine == "ray" and isinstance(source, RowsSource):
-        raise ValueError(f"{path} is in the cache of this machine, which a cluster does not see. Add streaming.")
+    if engine == "ray":
+        import_extra("ray.data", "ray")
+        if num_workers is not None:
+            raise ValueError("On Ray, each part of the images gets a core: omit num_workers.")
+        if not streaming and files is None and is_rows(path):
+            raise ValueError(
+                f"{path} would be in the cache of this machine, which a cluster does not see: add streaming."
+            )
+    source = find_source(path, files=files, images=images, masks=masks, streaming=streaming, **kwargs)
 
     def bar(iterable: Iterable[Any], total: int | None, text: str) -> Any:
         return tqdm(iterable, desc=text, total=total, disable=not progress, leave=False)
@@ -165,8 +171,8 @@ def _look(
         return appearances(files, progress, num_workers=num_workers, image_range=image_range)
     parts = parts_of(split, source.reader(name) if isinstance(source, ShardSource) else None)
     if engine is None:
-        return look_at_parts(parts, progress, num_workers=num_workers, image_range=image_range)
-    return look_with_ray(parts, progress, image_range=image_range)
+        return appearances_here(parts, progress, num_workers=num_workers, image_range=image_range)
+    return appearances_on_ray(parts, progress, image_range=image_range)
 
 
 def _image_problems(split: AnnotatedSplit, looks: list[Appearance]) -> Iterator[Finding]:

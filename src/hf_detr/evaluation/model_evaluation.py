@@ -77,10 +77,12 @@ class ModelEvaluation:
 
 def format_evaluation(metrics: Mapping[str, Any]) -> str:
     """The result of [`ModelEvaluation.compute`] as tables to print."""
-    if "mask_AP" not in metrics:
+    if "mask_AP" not in metrics and "PQ" not in metrics:
         return format_metrics(metrics)
-    of_masks = {name.removeprefix("mask_"): value for name, value in metrics.items() if name.startswith("mask_")}
-    parts = [f"Boxes\n{format_metrics(metrics)}", f"Masks\n{format_metrics(of_masks)}"]
+    parts = [f"Boxes\n{format_metrics(metrics)}"]
+    if "mask_AP" in metrics:
+        of_masks = {name.removeprefix("mask_"): value for name, value in metrics.items() if name.startswith("mask_")}
+        parts.append(f"Masks\n{format_metrics(of_masks)}")
     if "PQ" in metrics:
         of_segments = {**metrics, "per_class": metrics["panoptic_per_class"]}
         parts.append(f"Panoptic segments, in percent\n{format_panoptic(of_segments)}")

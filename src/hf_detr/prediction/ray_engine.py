@@ -110,7 +110,7 @@ def predict_with_ray(
         workers = max(1, int(min(room, default=1)))
     attempts = job.shards.parent / ATTEMPTS
     shutil.rmtree(attempts, ignore_errors=True)
-    attempts.mkdir()
+    attempts.mkdir(exist_ok=True)
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         ShardPredictor,
         fn_constructor_args=(predictor, str(job.image_folder), str(job.shards)),
@@ -122,4 +122,4 @@ def predict_with_ray(
     )
     for row in data.iter_rows():
         progress(row["images"])
-    shutil.rmtree(attempts)
+    shutil.rmtree(attempts, ignore_errors=True)

@@ -64,9 +64,12 @@ def require_source(source: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: it is a path, and nothing is there.
+        ValueError: it is a folder of several models.
     """
     text = os.fspath(source)
     path = Path(text)
+    if (path / "folds.json").is_file():
+        raise ValueError(f"{text} is a cross-validation. Name one of its models, such as {path / 'fold-1'}.")
     if path.exists() or text.startswith(("http://", "https://")):
         return
     is_id = re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", text) and not ("/" in text and Path(path.parts[0]).is_dir())

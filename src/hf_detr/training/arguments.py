@@ -77,7 +77,9 @@ class DataArguments:
         if self.streaming:
             self._check_streaming()
         elif self.shuffle_buffer:
-            raise ValueError("--shuffle_buffer is of --streaming; other images are shuffled as a whole")
+            raise ValueError("--shuffle_buffer needs --streaming; other images are all shuffled")
+        if self.fold and self.overfit:
+            raise ValueError("--overfit measures the images that it trains on; omit --fold")
         if self.fold and self.val:
             raise ValueError("--fold validates on some of the training images; omit --val")
         self.held_out()
@@ -303,6 +305,8 @@ class FinetuneArguments:
     def __post_init__(self) -> None:
         if self.data.overfit and self.run.push_to_hub:
             raise ValueError("--overfit memorizes a few images; there is nothing to push")
+        if self.data.streaming and self.run.auto_batch_size:
+            raise ValueError("--auto_batch_size tries the largest images, which lie all over the shards; omit it")
         if self.model.freeze_detector and not self.data.masks:
             raise ValueError("--freeze_detector trains the mask head only: add --masks")
         for option, several in (("--learning_curve", self.run.learning_curve), ("--folds", bool(self.run.folds))):
@@ -419,7 +423,17 @@ def _check_unchanged(args: FinetuneArguments) -> None:
         for name in ("ema", "freeze_backbone", "freeze_detector", "masks", "overfit", "streaming", "stuff")
         if bool(saved.get(name)) != bool(now[name])
     ]
-    fixed = ("backbone", "backbone_weights", "lora_rank", "metric", "minutes", "model", "recipe", "repeat_threshold")
+    fixed = (
+        "backbone",
+        "backbone_weights",
+        "fold",
+        "lora_rank",
+        "metric",
+        "minutes",
+        "model",
+        "recipe",
+        "repeat_threshold",
+    )
     changed += [name for name in fixed if saved.get(name) != now[name]]
     before = DetrConfig().to_dict() | saved.get("set", {})
     fields_now = args.model.config_fields()

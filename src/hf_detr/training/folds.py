@@ -3,6 +3,7 @@ model that has not seen it."""
 
 import hashlib
 import json
+import shlex
 import statistics
 from dataclasses import replace
 from functools import cached_property
@@ -38,6 +39,9 @@ class CrossValidation:
                 "--folds trains its models in one process: run it with --num_processes 1, or start each fold with "
                 f"--fold 1/{self.count}."
             )
+        before = self.folder / FILE
+        if before.is_file() and (known := json.loads(before.read_text())["folds"]) != self.count:
+            raise ValueError(f"{self.folder} has a cross-validation with {known} folds. Name another --output_dir.")
         outside, inside = load_data(self.parts[0], accelerator)
         remember_data(self.folder, identify(outside, inside))
         held_out = [held_out_images(self._load_fold(number, id2label(outside))) for number in self._numbers]
@@ -76,18 +80,24 @@ class CrossValidation:
     def finish(self) -> dict[str, Any]:
         """Print the scores and write them to `folds.json`."""
         metrics = [json.loads((folder_of_fold(self.folder, n) / "metrics.json").read_text()) for n in self._numbers]
-        scores = {name: [float(of_fold[name]) for of_fold in metrics] for name in ("AP", "AP50")}
+        names = ["AP", "AP50", *(["mask_AP"] if self.args.data.masks else []), self.args.run.metric or "AP"]
+        scores = {name: [float(of_fold[name]) for of_fold in metrics] for name in dict.fromkeys(names)}
         self._result["scores"] = scores
         self._write()
         print()
         for name, values in scores.items():
             listed = "  ".join(f"{value:.3f}" for value in values)
-            print(f"{name:<6}{listed}   mean {statistics.mean(values):.3f}, deviation {statistics.stdev(values):.3f}")
+            print(f"{name:<9}{listed}   mean {statistics.mean(values):.3f}, deviation {statistics.stdev(values):.3f}")
         data = self.args.data
-        source = f"--dataset {data.dataset or data.location}" if not data.train else f"--annotations {data.train}"
+        options = [("--dataset", data.dataset), ("--annotations", data.train), ("--images", data.images)]
+        options += [("--bbox_format", data.bbox_format)]
+        command = ["hf-detr", "label-errors", "--model", str(self.folder)]
+        command += [text for name, value in options if value for text in (name, value)]
+        command += ["--crowds_as_objects"] if data.crowds_as_objects else []
+        command += ["--dataset", data.location] if data.is_drawn else []
         print(
             f"Saved in {self.folder}. To check all annotations, each with the model that has not seen it:\n"
-            f"  hf-detr label-errors --model {self.folder} {source}",
+            f"  {shlex.join(command)}",
             flush=True,
         )
         return self._result

@@ -96,12 +96,19 @@ def load_data(args: FinetuneArguments, accelerator: Accelerator) -> tuple[Any, A
 def _load_streamed(args: FinetuneArguments, progress: bool) -> tuple[Any, Any]:
     """Training images in shards, and validation images on this machine: a split of the shards, or `--val`."""
     data = args.data
-    train_set: Any = load_streamed_dataset(split="train", progress=progress, **data.streamed_source)
+    if data.val and not Path(data.val).exists():
+        raise FileNotFoundError(f"There is no {data.val}.")
+    needs = () if data.val else ("val",)
+    train_set: Any = load_streamed_dataset(split="train", needs=needs, progress=progress, **data.streamed_source)
+    for index in train_set.first():
+        train_set[index]  # so that sizes that are not those of the images are refused now
     names = id2label(train_set)
     if data.train_images is not None:
         train_set = nested_subset(train_set, data.train_images, args.run.seed, data.location)
     if data.val:
-        source = data.source | {"path": str(Path(data.val).parent), "files": {"val": data.val}}
+        beside = Path(data.val).parent
+        folder = beside.parent if beside.name == "annotations" else beside
+        source = data.source | {"path": str(folder), "files": {"val": data.val}}
         val_set: Any = load_detection_dataset(split="val", id2label=names, progress=progress, **source)
     else:
         val_set = load_streamed_dataset(

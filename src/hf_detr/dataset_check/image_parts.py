@@ -1,14 +1,15 @@
-"""One look at every image of a split: where files are, in shards, or spread over a Ray cluster."""
+"""What every image of a split looks like: where files are, in shards, or spread over a Ray cluster."""
 
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..data.records import AnnotatedSplit
-from ..data.shard_source import ShardReader
+from ..data.shard_source import ShardReader, content_of
 from ..data.similarity import Appearance, appearances
 from ..runtime.ray_cluster import connect_to_ray
 
@@ -23,7 +24,7 @@ class FilePart:
     numbers: list[int]
     files: list[str]
 
-    def look(self, num_workers: int | None, image_range: tuple[float, float] | None) -> Iterator[Appearance]:
+    def appearances(self, num_workers: int | None, image_range: tuple[float, float] | None) -> Iterator[Appearance]:
         """What the images look like, in the order of `numbers`."""
         yield from appearances(self.files, iter, num_workers=num_workers, image_range=image_range)
 
@@ -36,10 +37,10 @@ class ShardPart:
     places: list[tuple[int, int]]
     reader: ShardReader
 
-    def look(self, num_workers: int | None, image_range: tuple[float, float] | None) -> Iterator[Appearance]:
+    def appearances(self, num_workers: int | None, image_range: tuple[float, float] | None) -> Iterator[Appearance]:
         contents = self.reader.read(self.places)
         while some := list(islice(contents, IN_MEMORY)):
-            files = [partial(image.__getitem__, "bytes") for image in some]
+            files = [partial(content_of, image) for image in some]
             yield from appearances(files, iter, num_workers=num_workers, image_range=image_range)
         self.reader.close()
 
@@ -56,7 +57,7 @@ def parts_of(split: AnnotatedSplit, reader: ShardReader | None) -> list[Part]:
     numbers = range(len(split.images))
     if reader is None:
         some = (list(numbers[start : start + FILES_TOGETHER]) for start in range(0, len(numbers), FILES_TOGETHER))
-        return [FilePart(part, [str(split.images[number].path) for number in part]) for part in some]
+        return [FilePart(part, [str(split.images[number].path.resolve()) for number in part]) for part in some]
     shards: dict[int, ShardPart] = {}
     for number, image in enumerate(split.images):
         if image.place is not None:
@@ -66,7 +67,7 @@ def parts_of(split: AnnotatedSplit, reader: ShardReader | None) -> list[Part]:
     return list(shards.values())
 
 
-def look_at_parts(
+def appearances_here(
     parts: Sequence[Part],
     progress: Callable[[Iterable[Appearance]], Iterable[Appearance]],
     *,
@@ -75,18 +76,18 @@ def look_at_parts(
 ) -> list[Appearance]:
     """What all images look like, by their number, one part after the other, in threads."""
     numbers = [number for part in parts for number in part.numbers]
-    found = progress(look for part in parts for look in part.look(num_workers, image_range))
-    return [look for _, look in sorted(zip(numbers, found, strict=True), key=lambda pair: pair[0])]
+    found = progress(each for part in parts for each in part.appearances(num_workers, image_range))
+    return [each for _, each in sorted(zip(numbers, found, strict=True), key=lambda pair: pair[0])]
 
 
-def look_with_ray(
+def appearances_on_ray(
     parts: Sequence[Part],
     progress: Callable[[Iterable[Appearance]], Iterable[Appearance]],
     *,
     image_range: tuple[float, float] | None,
 ) -> list[Appearance]:
     """The same on a Ray cluster, see [`connect_to_ray`]: each part on one core of a node, which has to see the same
-    files or shards. Ray looks at a part once more if its node is lost.
+    files or shards. Ray repeats a part if its node is lost.
 
     Raises:
         ImportError: Ray is not installed.
@@ -94,21 +95,28 @@ def look_with_ray(
     ray = connect_to_ray()
     rows = [{"part": pickle.dumps(part)} for part in parts]
     data = ray.data.from_items(rows, override_num_blocks=max(1, len(rows))).map(
-        partial(_look_at_row, image_range=image_range), num_cpus=1
+        partial(_appearances_of_row, image_range=image_range), num_cpus=1
     )
 
     numbers: list[int] = []
 
-    def looks() -> Iterator[Appearance]:
+    def as_they_come() -> Iterator[Appearance]:
         for row in data.iter_rows():  # in any order
-            for number, look in pickle.loads(row["looks"]):
+            if row["missing"] and Path(row["missing"]).exists():
+                raise ValueError(f"A node of the Ray cluster does not see {row['missing']}, which is here.")
+            for number, appearance in pickle.loads(row["appearances"]):
                 numbers.append(number)
-                yield look
+                yield appearance
 
-    found = list(progress(looks()))
-    return [look for _, look in sorted(zip(numbers, found, strict=True), key=lambda pair: pair[0])]
+    found = list(progress(as_they_come()))
+    return [each for _, each in sorted(zip(numbers, found, strict=True), key=lambda pair: pair[0])]
 
 
-def _look_at_row(row: dict[str, Any], image_range: tuple[float, float] | None) -> dict[str, Any]:
+def _appearances_of_row(row: dict[str, Any], image_range: tuple[float, float] | None) -> dict[str, Any]:
     part: Part = pickle.loads(row["part"])
-    return {"looks": pickle.dumps(list(zip(part.numbers, part.look(1, image_range), strict=True)))}
+    files = part.files if isinstance(part, FilePart) else []
+    missing = next((file for file in files if not Path(file).exists()), "")
+    return {
+        "missing": missing,
+        "appearances": pickle.dumps(list(zip(part.numbers, part.appearances(1, image_range), strict=True))),
+    }
