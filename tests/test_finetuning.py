@@ -19,6 +19,7 @@ from conftest import random_labels, tiny_model
 from safetensors.torch import save_file
 from script_runner import Script, run_script
 from torch import nn
+from torch.utils.data import DataLoader
 
 from hf_detr import DetrForDetection
 from hf_detr.data.batching import DistributedBatches
@@ -499,12 +500,18 @@ def test_signals_are_noted_and_the_second_interrupt_is_obeyed():
         signal.signal(signal.SIGINT, before[signal.SIGINT])
 
 
+def refuse(rows):
+    raise ValueError("x is wrong")
+
+
 def test_errors_of_the_package_are_a_sentence_and_others_keep_their_traceback(capsys):
     with pytest.raises(SystemExit, match="at least 1, got 0") as error, exit_on_error():
         add_lora(None, 0)
     assert isinstance(error.value.code, str), "which Python prints to stderr, with exit code 1"
     with pytest.raises(SystemExit, match=r"invalid literal.*--debug shows where"), exit_on_error():
         int("x")
+    with pytest.raises(SystemExit, match=r"^x is wrong \(--debug shows where\.\)$"), exit_on_error():
+        list(DataLoader([1], num_workers=1, collate_fn=refuse))
     with pytest.raises(RuntimeError, match="must match"), exit_on_error():
         iou(torch.zeros(2, 4), torch.zeros(3, 4))
 

@@ -156,3 +156,18 @@ def test_every_option_has_a_text_in_the_help(script):
     calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
     options = [c for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr == "add_argument"]
     assert [ast.unparse(c.args[0]) for c in options if "help" not in {k.arg for k in c.keywords}] == []
+
+
+def test_an_image_that_a_worker_of_the_loader_cannot_read_is_one_sentence(tmp_path):
+    """And not the traceback that PyTorch puts into the message."""
+    data = draw_shapes_dataset(tmp_path / "data", num_train=6, num_val=3, progress=False)
+    file = data / "train" / "000003.jpg"
+    file.write_bytes(file.read_bytes()[:-300])
+    code, said = run_script(
+        EXAMPLES / "finetune.py", "--dataset", "data", "--backbone", "test_resnet", "--backbone_weights", "none",
+        "--image_size", "64", "--num_workers", "1", "--epochs", "1", "--batch_size", "2", "--set", "encoder_layers=1",
+        "decoder_layers=1", "num_queries=6", cwd=tmp_path,
+    )  # fmt: skip
+    assert code == 1
+    assert "Traceback" not in said
+    assert "truncated" in said

@@ -36,8 +36,12 @@ def exit_on_error() -> Iterator[None]:
 
 
 def _describe(error: Exception) -> str:
-    """The message of an error, for a person: without empty lines, and with its kind where it says nothing else."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """The message of an error, for a person: without empty lines, and with its kind where it says nothing else. A
+    DataLoader puts the traceback of its worker into the message, whose end is the error of the worker."""
+    text = str(error)
+    if of_worker := re.match(r"Caught (\w+) in \w+ worker", text):
+        text = re.split(rf"^(?:[\w.]+\.)?{of_worker[1]}: ", text, flags=re.MULTILINE)[-1]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if isinstance(error, KeyError) or not lines:
         return f"{type(error).__name__}: {' '.join(lines)}"
     return "\n".join(lines)
