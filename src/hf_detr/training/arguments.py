@@ -57,11 +57,11 @@ class DataArguments:
         "show images of classes that are in a smaller fraction of the images more often, such as 0.1",
         metavar="FRACTION",
     )
-    streaming: bool = option("images stay in the shards of --dataset (Parquet, WebDataset), also on the Hub", False)
-    shuffle_buffer: int | None = option("image files that --streaming shuffles in memory, default 1000", metavar="N")
-    overfit: int | None = option("train on N images only, until the model has memorized them", metavar="N")
+    streaming: bool = option("read images from shards (Parquet, WebDataset) as needed", False)
+    shuffle_buffer: int | None = option("images that --streaming shuffles, default 1000", metavar="N")
+    overfit: int | None = option("train on N images, until they are memorized", metavar="N")
     train_images: int | None = option("train on N of the images, drawn by --seed", metavar="N")
-    fold: str | None = option("of N folds of the training images, validate on fold K and train on the others",
+    fold: str | None = option("of N folds, validate on fold K, train on the others",
                               metavar="K/N")  # fmt: skip
     quick: bool = option("2 epochs on 64 images, as a smoke test", False)
     num_workers: int | None = option("processes that load images, default 2 (shapes: 0)")
@@ -164,7 +164,7 @@ class ModelArguments:
     backbone: str | None = option("without --model: timm network to start from, default resnet50")
     backbone_weights: str | None = option('a local file, or "none" for random weights; default: from the Hub')
     set: list[str] | None = field(default=None, metadata={"help": "fields of DetrConfig", "metavar": "FIELD=VALUE"})
-    freeze_backbone: bool = option("train everything but the backbone, whose weights stay as they are", False)
+    freeze_backbone: bool = option("train everything but the backbone", False)
     freeze_detector: bool = option("with --masks: train the mask head only, as the paper does on a box model", False)
     lora_rank: int | None = option("train LoRA adapters of this rank and the heads only", metavar="R")
     gradient_checkpointing: bool = option("recompute activations: less memory, more time", False)
@@ -265,15 +265,15 @@ class RunArguments:
     save_total_limit: int = option("checkpoints to keep, default 1", 1, metavar="N")
     on_nan: str = option("what to do with a step that is not finite", "stop", choices=("stop", "skip"))
     learning_curve: bool = option("forecast what twice as many images would give", False)
-    folds: int | None = option("cross-validation: train N models, each without a fold of the images", metavar="N")
+    folds: int | None = option("cross-validation: N models, each without a fold", metavar="N")
     seed: int = option("of weights, batches and augmentation, default 0", 0)
     report_to: list[str] | None = field(
         default=None, metadata={"help": "tensorboard, wandb, trackio, ... (see Accelerate)", "metavar": "TRACKER"}
     )
-    logging_steps: int = option("optimizer steps between lines to the trackers, default 50", 50)
+    logging_steps: int = option("steps between lines to the trackers, default 50", 50)
     push_to_hub: str | None = option("push the best checkpoint and its model card", metavar="REPO_ID")
     hub_private: bool = option("make the repository private if it is new", False)
-    license: str | None = option("for the model card, an identifier of the Hub such as apache-2.0")
+    license: str | None = option("for the model card, such as apache-2.0")
 
     def __post_init__(self) -> None:
         _check_at_least_one(self, "gradient_accumulation_steps", "save_total_limit", "logging_steps", "early_stopping")
