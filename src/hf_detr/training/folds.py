@@ -39,13 +39,16 @@ class CrossValidation:
                 "--folds trains its models in one process: run it with --num_processes 1, or start each fold with "
                 f"--fold 1/{self.count}."
             )
-        before = self.folder / FILE
-        if before.is_file() and (known := json.loads(before.read_text())["folds"]) != self.count:
-            raise ValueError(f"{self.folder} has a cross-validation with {known} folds. Name another --output_dir.")
+        file = self.folder / FILE
+        before: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+        if before.get("folds", self.count) != self.count:
+            raise ValueError(
+                f"{self.folder} has a cross-validation with {before['folds']} folds. Name another --output_dir."
+            )
         outside, inside = load_data(self.parts[0], accelerator)
         remember_data(self.folder, identify(outside, inside))
         held_out = [held_out_images(self._load_fold(number, id2label(outside))) for number in self._numbers]
-        self._result: dict[str, Any] = {"folds": self.count, "held_out": held_out}
+        self._result = before | {"folds": self.count, "held_out": held_out}  # scores of ended runs stay
         self._write()
         print(
             f"Cross-validation: {self.count} models, each trained without one fold of the "
