@@ -182,7 +182,10 @@ def test_images_that_are_shown_more_often_are_read_once_more(sharded, stream):
 def test_sizes_that_are_not_those_of_the_images_are_refused_where_they_are_read(sharded, stream):
     folder = sharded("parquet", changed=lambda rows: rows[8].update(width=rows[8]["width"] + 7))
     streamed = stream(folder)
-    with pytest.raises(ValueError, match=r"8\.png \(shard 2, row 1\) is recorded as 13\d x 1\d\d, but the image has"):
+    with pytest.raises(
+        ValueError,
+        match=r"8\.png \(row 1 of .*00001-of-00004\.parquet\) is recorded as 13\d x",
+    ):
         streamed[8]
 
 
@@ -208,7 +211,9 @@ def test_an_unreadable_image_is_named(sharded, stream):
         rows[9]["image"]["bytes"] = rows[9]["image"]["bytes"][:-200]
 
     streamed = stream(sharded("parquet", changed=damage))
-    with pytest.raises(ValueError, match=r"9\.png \(shard 2, row 2\) cannot be read: .* Correct or remove it"):
+    with pytest.raises(
+        ValueError, match=r"9\.png \(row 2 of .*00001-of-00004\.parquet\) cannot be read: .* Correct or"
+    ):
         streamed[9]
     with pytest.raises(ValueError, match=r"cannot be opened|cannot identify"):
         stream(sharded("webdataset", changed=lambda rows: rows[9]["image"].update(bytes=b"no image")))
@@ -220,7 +225,7 @@ def test_shards_that_change_are_read_anew(sharded, stream, tmp_path):
     (folder / "train-0003.tar").unlink()
     assert len(stream(folder)) == sum(COUNTS[:3])
     shutil.copy(folder / "train-0002.tar", folder / "train-0001.tar")  # a run that has begun
-    with pytest.raises(ValueError, match="Shard 2 has only 1 images now; its annotations were read when it had more"):
+    with pytest.raises(ValueError, match=r"train-0001\.tar has only 1 images now; its annotations were"):
         list(before.read(range(len(before) - 11)))
 
 

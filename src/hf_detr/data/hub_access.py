@@ -100,7 +100,7 @@ def undecoded(rows: IterableDataset) -> IterableDataset:
 
 
 def with_image_column(rows: DetectionDataset) -> DetectionDataset:
-    """The dataset, whose only column of images is called `image`, whatever its name was (`jpg`, in a WebDataset)."""
+    """The dataset, whose only column of images is called `image`, whatever its name was."""
     features = rows.features or {}
     images = [name for name, feature in features.items() if isinstance(feature, Image) and name not in MAP_NAMES]
     return rows.rename_column(images[0], "image") if "image" not in features and len(images) == 1 else rows

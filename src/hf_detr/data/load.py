@@ -144,7 +144,8 @@ def load_streamed_dataset(
     each with a `.json` of `objects`), on the Hub or in a folder.
 
     All annotations are read once, checked like any others, and kept in the cache until the shards change; images are
-    read while training. Parquet files with the columns `width` and `height` are not read as a whole for that.
+    read while training. Of Parquet files with the columns `width` and `height` only the annotations are read before;
+    other shards are read as a whole.
 
     Args:
         keep_images: also copy the images of this split, and only of this one, to the cache, for validation.

@@ -1,7 +1,7 @@
 """Datasets in shards (Parquet files, WebDataset archives), of which only annotations are kept on this machine."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,15 +106,14 @@ class ShardSource:
         if self.builder.name == "parquet" and has_sizes and not self.keeps_images:
             columns = [column for column in rows.features if column != "image"]
             rows = self._build(columns=columns).as_streaming_dataset()[name]
-        files = list((self.builder.config.data_files or {}).get(name, ()))
+        reader = self._reader_of(name)
         for shard in range(rows.num_shards):
             try:
                 for number, row in enumerate(rows.shard(rows.num_shards, shard)):
                     places.append((shard, number))
                     yield row, partial(_cannot_read, self.name)
             except (pa.ArrowException, OSError) as error:
-                file = files[shard] if len(files) == rows.num_shards else f"shard {shard + 1} of {self.name}"
-                raise ValueError(f"{file} cannot be read: {error}") from error
+                raise ValueError(f"{reader.name_of(shard)} cannot be read: {error}") from error
 
     def images(self, split: str) -> Dataset | None:
         name = find_split_name(self.streams, split)
@@ -136,7 +135,11 @@ class ShardSource:
         name = find_split_name(self.streams, split)
         if name is None:
             raise FileNotFoundError(self.describe_missing(split))
-        return ShardReader(self.streams[name].select_columns(["image"]))
+        return self._reader_of(name)
+
+    def _reader_of(self, name: str) -> "ShardReader":
+        files = [str(file) for file in (self.builder.config.data_files or {}).get(name, ())]
+        return ShardReader(self.streams[name].select_columns(["image"]), files)
 
 
 def _why_no_shards(folder: Path) -> str:
@@ -180,14 +183,19 @@ class ShardReader:
 
     Args:
         rows: with the column `image`, not decoded.
+        files: of the shards, for messages.
     """
 
-    def __init__(self, rows: IterableDataset) -> None:
-        self.rows = rows
+    def __init__(self, rows: IterableDataset, files: Sequence[str] = ()) -> None:
+        self.rows, self.files = rows, files
         self._shard = -1
         self._next = 0  # row of the open shard
         self._open: Iterator[Any] | None = None
         self._last: dict[str, Any] = {}  # the image before, which may be wanted several times
+
+    def name_of(self, shard: int) -> str:
+        """The file of a shard, or its number where shards are not files."""
+        return self.files[shard] if len(self.files) == self.rows.num_shards else f"Shard {shard + 1}"
 
     def read(self, places: Iterable[tuple[int, int]]) -> Iterator[dict[str, Any]]:
         """`{"bytes": ..., "path": ...}` of each image.
@@ -205,14 +213,15 @@ class ShardReader:
                 while self._next <= row:
                     content = next(self._open)
                     self._next += 1
-            except Exception as error:
+            except StopIteration:
                 self._open = None
-                if not isinstance(error, StopIteration):
-                    raise
                 raise ValueError(
-                    f"Shard {shard + 1} has only {self._next} images now; its annotations were read when it had more. "
-                    "Start again, and they are read once more."
+                    f"{self.name_of(shard)} has only {self._next} images now; its annotations were read when it had "
+                    "more. Start again, and they are read once more."
                 ) from None
+            except Exception:  # a connection that breaks leaves no shorter shard
+                self._open = None
+                raise
             self._last = content["image"]
             yield self._last
 
@@ -220,5 +229,5 @@ class ShardReader:
         """Leave the open shard."""
         self._open = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"rows": self.rows, "_shard": -1, "_next": 0, "_open": None, "_last": {}}  # for worker processes
+    def __getstate__(self) -> dict[str, Any]:  # for worker processes
+        return vars(ShardReader(self.rows, self.files))

@@ -77,7 +77,7 @@ class StreamedDataset:
 
     def _row(self, index: int, image: dict[str, Any]) -> dict[str, Any]:
         row = dict(self.annotations[index])
-        where = f"{row['file_name']} (shard {row['shard'] + 1}, row {row['shard_row']})"
+        where = f"{row['file_name']} (row {row['shard_row']} of {self.reader.name_of(row['shard'])})"
         if image["bytes"] is None and not Path(image["path"]).is_file():
             raise ValueError(
                 f"{where} is not in its shard, which only names {image['path']}, and there is no such file. Write "
@@ -110,7 +110,7 @@ class StreamedDataset:
         return (reader or self.reader).read((row["shard"], row["shard_row"]) for row in rows)
 
     def new_reader(self) -> ShardReader:
-        return ShardReader(self.reader.rows)
+        return ShardReader(self.reader.rows, self.reader.files)
 
     def first(self) -> list[int]:
         """Indices of a few images that are at the beginning of the first shard, and in memory once they are used."""

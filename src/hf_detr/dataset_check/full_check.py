@@ -123,7 +123,7 @@ def check_dataset(
             findings += mask_checks(split)
         quick = quick_checks(split, bbox_format=bbox_format)
         findings += quick
-        looks[name] = _look(
+        looks[name] = _appearances_of(
             source,
             name,
             split,
@@ -156,7 +156,7 @@ def _read_splits(source: SplitSource, progress: Progress) -> tuple[dict[str, Ann
     return splits, findings
 
 
-def _look(
+def _appearances_of(
     source: SplitSource,
     name: str,
     split: AnnotatedSplit,
