@@ -14,7 +14,7 @@ from torch import nn
 from hf_detr import DetrForDetection, DetrImageProcessor
 from hf_detr.data import DetectionCollator, build_loader, draw_shapes_dataset, id2label, load_detection_dataset
 from hf_detr.dataset_check import as_records, find_label_errors, write_coco_suggestions, write_label_studio
-from hf_detr.dataset_check.label_errors import compare
+from hf_detr.dataset_check.label_errors import compare, usual_confidence
 from hf_detr.dataset_check.label_errors_files import corrected, write_label_errors_page
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "label_errors.py"
@@ -36,12 +36,17 @@ def predictions(*found):
     return torch.tensor([list(p) for p, _ in found], dtype=torch.float32).reshape(-1, 2), boxes
 
 
+def suspicions(found, objects, image=0, usual=1.0):
+    """Those of one image, by a model of this usual confidence."""
+    return compare(*found, objects, image).errors({CAT: usual, DOG: usual})
+
+
 A, B, FAR = (10, 10, 40, 40), (100, 10, 40, 60), (200, 200, 30, 30)
 
 
 def test_what_the_model_confirms_is_not_suspicious():
     found = predictions(((0.9, 0.05), A), ((0.02, 0.95), (101, 11, 40, 60)), ((0.05, 0.02), FAR))
-    assert compare(*found, objects_of((A, CAT), (B, DOG)), 0) == []
+    assert suspicions(found, objects_of((A, CAT), (B, DOG))) == []
 
 
 @pytest.mark.parametrize(
@@ -56,7 +61,7 @@ def test_what_the_model_confirms_is_not_suspicious():
     ],
 )
 def test_each_kind_of_error_is_found(found, given, kind, suspicion, suggested):
-    [error] = compare(*predictions(*found), objects_of(*given), 3)
+    [error] = suspicions(predictions(*found), objects_of(*given), 3)
     assert (error.kind, error.image) == (kind, 3)
     assert error.suspicion == pytest.approx(suspicion, abs=1e-5)
     assert (error.suggested_label, error.suggested_box) == suggested
@@ -66,34 +71,53 @@ def test_each_kind_of_error_is_found(found, given, kind, suspicion, suggested):
 def test_two_objects_at_one_place_are_not_duplicates_if_the_model_finds_both():
     close = (12, 10, 40, 40)
     found = predictions(((0.9, 0.0), A), ((0.8, 0.0), close))
-    assert compare(*found, objects_of((A, CAT), (close, CAT)), 0) == []
+    assert suspicions(found, objects_of((A, CAT), (close, CAT))) == []
+
+
+def test_an_unsure_model_suspects_only_what_it_finds_less_than_usual():
+    given = objects_of((A, CAT), (B, DOG), (FAR, DOG))
+    found = predictions(((0.45, 0.0), A), ((0.0, 0.5), B), ((0.0, 0.1), FAR))
+    assert {error.annotation for error in suspicions(found, given, usual=1.0)} == {0, 1, 2}
+    [error] = suspicions(found, given, usual=0.5)
+    assert (error.kind, error.annotation) == ("not an object", 2)
+    assert error.suspicion == pytest.approx(1 - 0.1 / 0.5)
+
+
+def test_usual_confidence_is_the_median_of_a_class_or_of_all_where_it_has_few_annotations():
+    cats = [compare(*predictions(((p / 20, 0.0), A)), objects_of((A, CAT)), 0) for p in range(1, 12)]  # 0.05 to 0.55
+    dogs = [compare(*predictions(((0.0, 0.9), B)), objects_of((B, DOG)), 0) for _ in range(9)]
+    usual = usual_confidence([*cats, *dogs])
+    assert usual == pytest.approx({CAT: 0.3, DOG: 0.525}), "20 annotations: the mean of the tenth, 0.5, and 0.55"
+    dogs.append(dogs[0])
+    assert usual_confidence([*cats, *dogs])[DOG] == pytest.approx(0.9)
+    assert usual_confidence([]) == {}
 
 
 def test_crowds_are_neither_checked_nor_missed():
     found = predictions(((0.9, 0.0), (20, 20, 30, 30)))
-    assert compare(*found, objects_of(((0, 0, 300, 300), CAT), crowd=[0]), 0) == []
+    assert suspicions(found, objects_of(((0, 0, 300, 300), CAT), crowd=[0])) == []
 
 
 def test_an_object_with_an_annotation_of_its_own_contradicts_no_other():
     rider, horse = (10, 10, 40, 40), (10, 15, 40, 45)
     found = predictions(((0.6, 0.0), rider), ((0.0, 0.95), horse))
-    assert compare(*found, objects_of((rider, CAT), (horse, DOG)), 0) == []
+    assert suspicions(found, objects_of((rider, CAT), (horse, DOG))) == []
 
 
 def test_several_predictions_of_a_forgotten_object_are_one_suspicion():
     found = predictions(((0.9, 0.0), FAR), ((0.6, 0.1), (202, 200, 30, 30)))
-    [error] = compare(*found, objects_of((A, CAT), crowd=[0]), 0)
+    [error] = suspicions(found, objects_of((A, CAT), crowd=[0]))
     assert (error.kind, error.suspicion) == ("missing", pytest.approx(0.9))
 
 
 def test_images_without_annotations_or_predictions_are_compared():
-    assert compare(*predictions(((0.01, 0.01), A)), objects_of(), 0) == []
+    assert suspicions(predictions(((0.01, 0.01), A)), objects_of()) == []
 
 
 def test_corrected_annotations_have_all_suggestions():
     given = objects_of((A, CAT), (B, DOG), (FAR, DOG), ((0, 0, 9, 9), CAT), crowd=[3])
     found = predictions(((0.1, 0.9), A), ((0.0, 0.9), (120, 10, 40, 60)), ((0.9, 0.0), (60, 100, 30, 20)))
-    errors = compare(*found, given, 0)
+    errors = suspicions(found, given)
     assert sorted(error.kind for error in errors) == ["misplaced", "missing", "not an object", "wrong class"]
     assert corrected(given, errors) == [(DOG, A), (DOG, (120, 10, 40, 60)), (CAT, (60, 100, 30, 20))]
 
@@ -185,6 +209,17 @@ def test_a_model_of_other_classes_is_refused(drawn):
     model.config.id2label = {0: "cat"}
     with pytest.raises(ValueError, match=r"The model has the classes \['cat'\]"):
         find_label_errors(model, loader_of(clean), clean)
+
+
+def test_classes_that_the_model_does_not_find_are_named(drawn, warnings):
+    _, clean = drawn
+    model = Oracle(clean)
+    model.rows = [(objects | {"bbox": [], "category": []}, width, height) for objects, width, height in model.rows]
+    errors = find_label_errors(model, loader_of(clean), clean, progress=False)
+    assert (
+        "does not find the classes " + ", ".join(f"{name} (0.00)" for name in id2label(clean).values()) in warnings.text
+    )
+    assert errors == []
 
 
 def test_another_order_of_images_is_refused(drawn):
