@@ -61,7 +61,9 @@ from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
 from hf_detr.data import (
     Augmentation,
     AugmentedDataset,
+    CopyPaste,
     DetectionCollator,
+    Mosaic,
     build_loader,
     draw_shapes_dataset,
     flip_rotate_augmentation,
@@ -69,6 +71,7 @@ from hf_detr.data import (
     load_detection_dataset,
     paper_augmentation,
 )
+from hf_detr.data.augmentation import with_color_jitter
 from hf_detr.evaluation import CocoEvaluator, evaluate_detection
 from hf_detr.speed import prepare_for_training
 from hf_detr.training import (
@@ -99,6 +102,7 @@ class Data:
     size: dict[str, int]
     model: dict[str, Any]  # fields of our config that the recipe chooses; the other sides take the same sizes
     training: dict[str, Any]  # rates and batch size of the recipe
+    variety: dict[str, float]  # its probabilities of mosaics, pasted objects and other colors
     weights: Path | None  # of the backbone; None: random
 
 
@@ -137,11 +141,13 @@ def load_data(name: str, folder: Path, images: int | None) -> Data:
     )  # fmt: skip
     chosen = ("learning_rate", "backbone_learning_rate", "weight_decay", "batch_size", "ema")
     training = {k: recipe.training[k].value for k in chosen}
+    variety = {k: recipe.training[k].value for k in ("mosaic", "copy_paste", "color_jitter")}
     train_rows: list[Any] = list(train_set)
     if "height" in size:
         resize = Augmentation(v2.Resize(list(size.values())))  # once, as examples/finetune.py does with small images
         train_rows = [resize(row) for row in train_rows]
-    return Data(name, train_rows, list(val_set), val_set, names, size, recipe.values("model", fixed), training, weights)
+    model = recipe.values("model", fixed)
+    return Data(name, train_rows, list(val_set), val_set, names, size, model, training, variety, weights)
 
 
 def imagenet_weights(file: Path) -> Path:
@@ -158,9 +164,18 @@ def imagenet_weights(file: Path) -> Path:
     return file
 
 
-def augmentation(data: str) -> Augmentation:
-    """The same for all variants of a data set: what the recipe chooses."""
-    return flip_rotate_augmentation() if kind_of(data) == "turns" else paper_augmentation(SIZES[data], rounded=True)
+def augmentation(data: Data) -> Augmentation:
+    """The same for all variants of a data set but YOLO: what the recipe chooses."""
+    turns, color = kind_of(data.name) == "turns", data.variety["color_jitter"]
+    chosen = flip_rotate_augmentation() if turns else paper_augmentation(data.size, rounded=True)
+    return with_color_jitter(chosen, color) if color else chosen
+
+
+def mixers(data: Data) -> list[Any]:
+    """The same for all variants, too."""
+    mosaic, pasted = data.variety["mosaic"], data.variety["copy_paste"]
+    mixed: list[Any] = [Mosaic(mosaic)] if mosaic else []
+    return [*mixed, CopyPaste([row["objects"] for row in data.train_rows], pasted)] if pasted else mixed
 
 
 def kind_of(data: str) -> str:
@@ -332,7 +347,7 @@ def train(data: Data, variant: str, seed: int, minutes: float) -> Iterator[Line]
     if recipe.side == "ours":
         prepare_for_training(model)  # as examples/finetune.py does
     loader = build_loader(
-        AugmentedDataset(data.train_rows, augmentation(data.name), seed=seed),
+        AugmentedDataset(data.train_rows, augmentation(data), seed=seed, mixers=mixers(data)),
         DetectionCollator(processor),
         batch_size=recipe.batch_size,
         seed=seed,
@@ -391,8 +406,9 @@ def run(args: argparse.Namespace) -> None:
             path = args.folder / f"{args.data}-{variant}-{seed}.jsonl"
             about = describe(data, variant, seed, args)
             if path.exists() and is_complete(lines := read_lines(path)):
-                compared = ("minutes", "images", "recipe", "augmentation")
-                different = [k for k in compared if lines[0].get(k) != about[k]]
+                compared = ("minutes", "images", "recipe", "augmentation", "variety")
+                before = {"variety": about["variety"] and dict.fromkeys(about["variety"], 0.0)} | lines[0]  # once none
+                different = [k for k in compared if before.get(k) != about[k]]
                 if different:
                     raise SystemExit(f"{path} is of another run ({', '.join(different)}). Name another --folder.")
                 print(f"{path}: complete")
@@ -433,6 +449,7 @@ def describe(data: Data, variant: str, seed: int, args: argparse.Namespace) -> L
         "precision": "no" if yolo else preferred_precision(),
         "recipe": settings,
         "augmentation": "ultralytics'" if yolo else kind_of(data.name),
+        "variety": {} if yolo else data.variety,
         "machine": machine(),
         "date": date.today().isoformat(),
     }

@@ -57,7 +57,8 @@ def main() -> None:
     about, edges = training.summarize(train_set), tuple(size.values())
     strides = training.feature_strides(backbone)
     recipe = training.choose_recipe("auto", about, start, edges, strides=strides, upright=args.dataset is not None)
-    given = {"ema": 0.0} | ({"epochs": args.epochs} if args.epochs else {})  # the Trainer has no averaged weights
+    unused = dict.fromkeys(("ema", "mosaic", "copy_paste", "color_jitter"), 0.0)  # finetune.py has them
+    given = unused | ({"epochs": args.epochs} if args.epochs else {})
     print(recipe.describe(given))
     values = recipe.values("training", given)
     config = DetrConfig(**recipe.values("model", {"backbone": backbone, "id2label": names}))

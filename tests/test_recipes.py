@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from hf_detr.training import (
     summarize,
 )
 from hf_detr.training.recipes import DataSummary, choose_stride
+from hf_detr.training.setup import build_mixers
 from hf_detr.training.training_advice import describe_overfit, explain_overfit, has_memorized, training_advice
 from hf_detr.training.training_probe import TrainingProbe, count_duplicates
 
@@ -54,6 +56,7 @@ def test_the_summary_is_of_the_annotations(drawn):
     assert summary.num_objects == len(sides)
     assert summary.max_objects == max(len(objects["bbox"]) for *_, objects in rows)
     assert sum(side < summary.object_side for side in sides) == pytest.approx(len(sides) / 4, abs=1)
+    assert summary.megapixels == pytest.approx(statistics.median(w * h for w, h, _ in rows) / 1e6)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,7 @@ def test_what_is_chosen(name, start, expected):
     assert ("query_type" in model) == (expected == "small-data")
     assert set(recipe.values("training", {})) == {
         "epochs", "batch_size", "learning_rate", "backbone_learning_rate", "weight_decay", "schedule", "warmup",
-        "decay", "ema", "augmentation", "eval_every",
+        "decay", "ema", "augmentation", "mosaic", "copy_paste", "color_jitter", "eval_every",
     }  # fmt: skip
 
 
@@ -371,6 +374,54 @@ def test_weights_are_averaged_unless_they_are_sharded(drawn, monkeypatch):
     assert resolve(drawn, [])[1].ema == 0
 
 
+def test_images_are_mixed_where_classes_have_few_objects(drawn):
+    few = dataclasses.replace(SMALL, num_objects=300)  # 25 of each of 12 classes
+
+    def mixed(*args, **options):
+        training = choose_recipe(*args, **options).training
+        return tuple(training[name].value for name in ("mosaic", "copy_paste", "color_jitter"))
+
+    assert mixed("auto", few, "scratch", (160, 160)) == (0.5, 0.7, 0.7)
+    assert mixed("auto", few, "backbone", (160, 160)) == (0.5, 0.7, 0.7)
+    assert mixed("auto", few, "backbone", (160, 160), in_color=False) == (0.5, 0.7, 0)
+    assert mixed("auto", SMALL, "scratch", (160, 160)) == (0, 0.7, 0), "83 of each"
+    assert mixed("auto", PHOTOS, "backbone", (160, 160)) == (0, 0, 0)
+    assert mixed("auto", few, "checkpoint", (160, 160)) == (0, 0, 0)
+    assert mixed("auto", dataclasses.replace(few, megapixels=12.0), "backbone", (800, 1333)) == (0, 0, 0.7)
+    assert mixed("paper", few, "backbone", (160, 160)) == (0, 0, 0)
+    assert mixed("auto", few, "scratch", (160, 160), unmixable="no") == (0, 0, 0.7)
+    assert mixed("auto", dataclasses.replace(SMALL, num_objects=0, num_classes=0), "scratch", (160, 160)) == (
+        0.5,
+        0.7,
+        0.7,
+    )
+    _, recipe = resolve(drawn, ["--mosaic", "0", "--copy_paste", "0.2"])
+    assert (recipe.mosaic, recipe.copy_paste) == (0, 0.2)
+    [mixer] = build_mixers(recipe, drawn)
+    assert mixer.probability == 0.2
+    assert sum(map(len, mixer.by_class.values())) > 0
+    assert build_mixers(resolve(drawn, ["--overfit", "4"])[1], drawn) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--mosaic", "1.5"], "--mosaic is a probability, between 0 and 1"),
+        (["--copy_paste", "-1"], "--copy_paste is a probability, between 0 and 1"),
+        (["--color_jitter", "2"], "--color_jitter is a probability"),
+        (["--mosaic", "0.5", "--masks"], "images with masks (--masks, --stuff) cannot be mixed"),
+        (
+            ["--copy_paste", "0.5", "--dataset", "x", "--streaming"],
+            "--copy_paste mixes images, which is not possible: streamed images",
+        ),
+    ],
+)
+def test_images_that_cannot_be_mixed_are_refused(options, reason, capsys):
+    with pytest.raises(SystemExit):
+        parse_finetune_args("", options)
+    assert reason in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("side", "objects", "expected"), [(96, 0.5, 32), (96, 0.1, 16), (128, 0.1, 8), (192, 0.1, 8)])
 def test_small_images_with_more_locations_come_in_smaller_batches(side, objects, expected):
     data = dataclasses.replace(SMALL, object_side=objects)
@@ -380,11 +431,14 @@ def test_small_images_with_more_locations_come_in_smaller_batches(side, objects,
     assert f"{locations} locations" in recipe.training["batch_size"].reason
 
 
-def test_a_run_of_version_0_1_is_resumed_without_averaged_weights(tmp_path, drawn):
+def test_a_run_of_version_0_1_is_resumed_without_averaged_weights_and_mixed_images(tmp_path, drawn):
     args, recipe = resolve(drawn, ["--ema", "0"])
     saved = recipe.settings(args) | {"ema": None}
+    for name in ("mosaic", "copy_paste", "color_jitter"):
+        del saved[name]
     (tmp_path / "args.json").write_text(json.dumps(saved))
-    assert resolve(drawn, ["--output_dir", str(tmp_path), "--resume"])[1].ema == 0
+    resumed = resolve(drawn, ["--output_dir", str(tmp_path), "--resume"])[1]
+    assert (resumed.ema, resumed.mosaic, resumed.copy_paste, resumed.color_jitter) == (0, 0, 0, 0)
 
 
 def test_a_checkpoint_with_a_fine_feature_map_gets_small_batches(tmp_path, drawn):

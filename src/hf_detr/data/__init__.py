@@ -9,6 +9,7 @@ from .collate import DetectionCollator
 from .load import load_detection_dataset, load_streamed_dataset
 from .loader import build_loader
 from .mask_results import mask_results
+from .mixing import CopyPaste, Mosaic
 from .panoptic_export import PanopticWriter, export_panoptic
 from .schema import category_ids, detection_features, id2label, require_objects, source_of, stuff_labels
 from .shapes import draw_shapes_dataset
@@ -17,7 +18,9 @@ from .streaming import StreamedDataset
 __all__ = [
     "Augmentation",
     "AugmentedDataset",
+    "CopyPaste",
     "DetectionCollator",
+    "Mosaic",
     "PanopticWriter",
     "StreamedDataset",
     "build_loader",

@@ -121,6 +121,22 @@ def paper_augmentation(size: Mapping[str, int | None] | None = None, *, rounded:
     return Augmentation(v2.Compose(steps), resizes=bool(shortest), few_sizes=rounded or not shortest)
 
 
+def with_color_jitter(augmentation: "Augmentation", probability: float) -> "Augmentation":
+    """The same, with random brightness and contrast (each times 0.6 to 1.4) and saturation (0.3 to 1.7) afterwards.
+
+    Args:
+        augmentation: of torchvision.
+        probability: of an image to be changed.
+    """
+    jitter = v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.7)], p=probability)
+    return Augmentation(
+        v2.Compose([augmentation.transform, jitter]),
+        resizes=augmentation.resizes,
+        min_side=augmentation.min_side,
+        few_sizes=augmentation.few_sizes,
+    )
+
+
 class _Resize(v2.Transform):
     """To a shortest edge, or less where the longest would exceed its limit, but at least 1 pixel. Pixels of masks are
     those nearest to their centre; torchvision's own resize moves masks by up to half a pixel to the bottom right.
@@ -227,14 +243,9 @@ class Augmentation:
             self.transform.set_random_seed(seed)  # type: ignore[attr-defined]
 
     def __call__(self, row: Row) -> Row:
-        image = row["image"] if isinstance(row["image"], tv_tensors.Image) else to_image_tensor(row["image"])
-        objects = row["objects"]
+        image, objects = image_of(row), row["objects"]
         height, width = image.shape[-2:]
-        for number, bbox in enumerate(objects["bbox"]):
-            problem = box_problem(bbox, (height, width))
-            if problem:
-                raise ValueError(f"Image {row.get('image_id')}, object {number}, bbox {bbox}: {problem[1]}.")
-        before = _clip(torch.tensor(objects["bbox"], dtype=torch.float64).reshape(-1, 4), height, width)
+        before = clip_boxes(torch.tensor(objects["bbox"], dtype=torch.float64).reshape(-1, 4), height, width)
         masks = decode_masks(objects["mask"], (height, width)) if "mask" in objects else None
         apply = self._apply_albumentations if self._albumentations else self._apply_torchvision
         image, after, indices, masks = apply(image, before, masks)
@@ -244,7 +255,7 @@ class Augmentation:
                 "must drop and reorder both in the same way, as v2.SanitizeBoundingBoxes does."
             )
         height, width = F.get_size(image)
-        after = _clip(after, height, width)
+        after = clip_boxes(after, height, width)
         if masks is not None:
             if masks.shape != (len(indices), height, width):
                 raise ValueError(
@@ -320,6 +331,20 @@ class Augmentation:
         return new, box_convert(out, box_format, "xywh"), kept, masks
 
 
+def image_of(row: Row) -> Tensor:
+    """The image of a row as a tensor (C, H, W): RGB, unless it is a `tv_tensors.Image`, which stays as it is.
+
+    Raises:
+        ValueError: a box of the row is invalid or outside its image.
+    """
+    image: Tensor = row["image"] if isinstance(row["image"], tv_tensors.Image) else to_image_tensor(row["image"])
+    for number, bbox in enumerate(row["objects"]["bbox"]):
+        problem = box_problem(bbox, (image.shape[-2], image.shape[-1]))
+        if problem:
+            raise ValueError(f"Image {row.get('image_id')}, object {number}, bbox {bbox}: {problem[1]}.")
+    return image
+
+
 def _boxes_of_visible_parts(boxes: Tensor, counts: list[str], areas: list[int], size: tuple[int, int]) -> Tensor:
     """Boxes (N, 4) xywh in which those that reach the edge of the image of this (height, width) are replaced by the
     boxes of their masks, and those of masks without pixels by boxes without area."""
@@ -331,7 +356,7 @@ def _boxes_of_visible_parts(boxes: Tensor, counts: list[str], areas: list[int], 
     return torch.where((visible & ~at_edge)[:, None], boxes, of_masks)
 
 
-def _clip(boxes: Tensor, height: int, width: int) -> Tensor:
+def clip_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
     """Boxes (N, 4) xywh clipped to the image; boxes inside are returned without rounding errors."""
     corners = torch.cat((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), dim=1)
     if (corners >= 0).all() and (corners <= torch.tensor([width, height] * 2)).all():  # by far the most frequent

@@ -1,7 +1,7 @@
 """Rows of a dataset with a new augmentation each epoch, reproducible by seed."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from .augmentation import Row
-from .streaming import StreamedRow
+from .mixing import Mixer
+from .streaming import StreamedDataset, StreamedRow
 
 
 class AugmentedDataset(Dataset[Row]):
@@ -27,6 +28,10 @@ class AugmentedDataset(Dataset[Row]):
         seed: not negative.
         to_tensor: reads the image of a row, such as `DetrImageProcessor.to_tensor`; the augmentation then gets a
             `tv_tensors.Image` (C, H, W). None leaves that to the augmentation, which makes RGB of all images.
+        mixers: change rows with the help of others, one after the other, before the augmentation.
+
+    Raises:
+        ValueError: the seed is negative; mixers of a `StreamedDataset`, whose images cannot be read in random order.
     """
 
     def __init__(
@@ -36,13 +41,18 @@ class AugmentedDataset(Dataset[Row]):
         seed: int = 0,
         *,
         to_tensor: Callable[[Any], torch.Tensor] | None = None,
+        mixers: Sequence[Mixer] = (),
     ) -> None:
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}.")
+        if mixers and isinstance(dataset, StreamedDataset):
+            raise ValueError("Mixing needs images in random order, and streamed ones come as they are stored.")
         self.dataset = dataset
         self.augmentation = augmentation
         self.seed = seed
         self.to_tensor = to_tensor
+        self.mixers = tuple(mixers)
+        self._rows = _Rows(self._read, len(dataset))
         # in shared memory, so that persistent workers, which have a copy of this object, see changes
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -57,13 +67,32 @@ class AugmentedDataset(Dataset[Row]):
         key = key if isinstance(key, StreamedRow) else int(key)
         index = key.index if isinstance(key, StreamedRow) else key
         seeds = np.random.SeedSequence([self.seed, int(self._epoch), index % len(self)]).generate_state(4)
-        row = self.dataset[key]
-        if self.to_tensor is not None:
-            row = row | {"image": tv_tensors.Image(self.to_tensor(row["image"]))}
+        row = self._read(key)
         with _seeded(int(seeds[0]), int(seeds[1]), int(seeds[2])):
+            for mixer in self.mixers:
+                row = mixer(row, self._rows)
             if hasattr(self.augmentation, "set_random_seed"):
                 self.augmentation.set_random_seed(int(seeds[3]))
             return self.augmentation(row)
+
+    def _read(self, key: int | StreamedRow) -> Row:
+        row: Row = self.dataset[key]
+        if self.to_tensor is None:
+            return row
+        return row | {"image": tv_tensors.Image(self.to_tensor(row["image"]))}
+
+
+class _Rows(Sequence[Row]):
+    """Rows that are read whenever they are indexed."""
+
+    def __init__(self, read: Callable[[int], Row], count: int) -> None:
+        self._read_row, self._count = read, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]
+        return self._read_row(index)
 
 
 @contextmanager

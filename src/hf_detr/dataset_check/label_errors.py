@@ -37,7 +37,6 @@ NEAR = 0.1  # IoU from which an annotation may belong to a predicted object
 SAME_BOX = 0.7  # IoU from which two annotations of a class are duplicates, and a box is well placed
 CONFIDENT = 0.5  # probability from which a second prediction at one place is a second object
 MIN_SUSPICION = 0.15  # weaker ones are not reported
-MIN_ANNOTATIONS = 10  # a class with fewer is measured by the confidence of all classes
 MIN_CONFIDENCE = 0.1  # usual confidence below which a model does not find a class
 
 
@@ -164,26 +163,17 @@ def find_label_errors(
 
 
 def usual_confidence(images: Iterable[ComparedImage]) -> dict[int, float]:
-    """The median probability of each class at its annotations; with fewer than 10 of them, that of all annotations.
-
-    A median stays right with up to half of the annotations wrong.
-    """
+    """The median probability of each class at its annotations, of which up to half may be wrong."""
     by_class: dict[int, list[float]] = {}
     for annotation in chain.from_iterable(image.annotations.values() for image in images):
         by_class.setdefault(annotation.label, []).append(annotation.support)
-    if not by_class:
-        return {}
-    overall = statistics.median(chain.from_iterable(by_class.values()))
-    return {
-        label: statistics.median(supports) if len(supports) >= MIN_ANNOTATIONS else overall
-        for label, supports in by_class.items()
-    }
+    return {label: statistics.median(supports) for label, supports in by_class.items()}
 
 
 def _strongest(annotation: ComparedAnnotation, usual: float) -> LabelError:
     """The strongest suspicion against an annotation of a class in which the model has this confidence."""
-    found, contradicted = max(annotation.presence, annotation.support), annotation.contradicted
-    absence = 1 - found / usual if usual >= MIN_CONFIDENCE else 0.0
+    contradicted = annotation.contradicted
+    absence = 1 - annotation.presence / usual if usual >= MIN_CONFIDENCE else 0.0
     if absence <= contradicted.suspicion:
         return contradicted
     return LabelError(

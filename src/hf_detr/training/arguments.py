@@ -116,6 +116,13 @@ class DataArguments:
         return not (self.dataset or self.train)
 
     @property
+    def unmixable(self) -> str | None:
+        """Why training images cannot be mixed with others, or None."""
+        if self.streaming:
+            return "streamed images come in the order in which they are stored"
+        return "images with masks (--masks, --stuff) cannot be mixed" if self.reads_masks else None
+
+    @property
     def reads_masks(self) -> bool:
         """Whether masks are read: panoptic annotations, which have stuff, are found with them."""
         return self.masks or self.stuff
@@ -220,6 +227,9 @@ class RecipeArguments:
     decay: float | None = option("fraction of all steps, at the end, in which the rate falls (step: is a tenth)")
     ema: float | None = option("decay of the averaged weights, which are evaluated and saved; 0: none", metavar="DECAY")
     augmentation: str | None = option("of the training images", choices=AUGMENTATIONS)
+    mosaic: float | None = option("probability of an image to be a mosaic of four", metavar="P")
+    copy_paste: float | None = option("probability of an image to get objects of others pasted", metavar="P")
+    color_jitter: float | None = option("probability of random brightness, contrast and saturation", metavar="P")
     eval_every: int | None = option("epochs between evaluations; the last epoch is always evaluated")
 
     def __post_init__(self) -> None:
@@ -230,6 +240,9 @@ class RecipeArguments:
         for name in ("warmup", "decay"):
             if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise ValueError(f"--{name} is a fraction of all steps, between 0 and 1")
+        for name in ("mosaic", "copy_paste", "color_jitter"):
+            if not 0 <= (getattr(self, name) or 0) <= 1:
+                raise ValueError(f"--{name} is a probability, between 0 and 1")
         if not 0 <= (self.ema or 0) < 1:
             raise ValueError(
                 "--ema must be at least 0 and below 1: a decay such as 0.99, or 0 to not average the weights"
@@ -307,16 +320,14 @@ class FinetuneArguments:
             raise ValueError("--overfit memorizes a few images; there is nothing to push")
         if self.data.streaming and self.run.auto_batch_size:
             raise ValueError("--auto_batch_size tries the largest images, which lie all over the shards; omit it")
-        if self.model.freeze_detector and not self.data.masks:
-            raise ValueError("--freeze_detector trains the mask head only: add --masks")
+        mixing = [name for name in ("mosaic", "copy_paste") if getattr(self.recipe, name)]
+        if mixing and self.data.unmixable:
+            raise ValueError(f"--{mixing[0]} mixes images, which is not possible: {self.data.unmixable}")
         for option, several in (("--learning_curve", self.run.learning_curve), ("--folds", bool(self.run.folds))):
             if several:
                 self._check_several_models(option)
-        if self.run.metric in METRICS_OF_MASKS and not self.data.masks:
-            raise ValueError(f"--metric {self.run.metric} measures masks: add --masks")
-        unused = sorted(set(self.model.config_fields()) & set(FIELDS_OF_MASKS)) if not self.data.masks else []
-        if unused:
-            raise ValueError(f"--set {unused[0]}=... is for masks: add --masks")
+        if not self.data.masks:
+            self._check_without_masks()
         if self.model.freeze_detector and self.recipe.backbone_learning_rate and not self.saved:
             raise ValueError("--backbone_learning_rate is for a backbone that trains; omit --freeze_detector")
         if self.model.freeze_backbone and self.recipe.backbone_learning_rate and not self.saved:
@@ -325,6 +336,15 @@ class FinetuneArguments:
             raise ValueError("--minutes chooses the number of epochs; omit --epochs and --quick")
         if self.embedded and self.model.freeze_backbone:
             raise ValueError("--freeze_backbone needs trained weights: name --model, or --dataset or --backbone")
+
+    def _check_without_masks(self) -> None:
+        if self.model.freeze_detector:
+            raise ValueError("--freeze_detector trains the mask head only: add --masks")
+        if self.run.metric in METRICS_OF_MASKS:
+            raise ValueError(f"--metric {self.run.metric} measures masks: add --masks")
+        unused = sorted(set(self.model.config_fields()) & set(FIELDS_OF_MASKS))
+        if unused:
+            raise ValueError(f"--set {unused[0]}=... is for masks: add --masks")
 
     def _check_several_models(self, option: str) -> None:
         run, data = self.run, self.data

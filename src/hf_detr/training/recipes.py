@@ -24,6 +24,9 @@ ENOUGH_QUERIES = 50  # more locations than objects find something, until scores 
 SMALL_WIDTH = 128  # of that transformer otherwise
 SMALL_IMAGE = 200  # pixels of the longest side up to which batches of 32 fit anywhere
 BATCH_TOKENS = 2048  # locations per batch of small images; larger batches learn more slowly in the same time
+FEW_OBJECTS = 100  # per class, up to which objects are pasted
+VERY_FEW_OBJECTS = 50  # per class, up to which there are mosaics and color jitter as well
+MIXED_MEGAPIXELS = 2  # median image size up to which images are mixed; each then reads about three others
 EMA_DECAY = 0.99  # averages about the last 100 steps
 
 
@@ -35,6 +38,7 @@ class DataSummary:
         max_objects: largest number of objects in one image.
         object_side: first quartile of the side of the objects, relative to the shorter side of their image. The side of
             a box is the square root of its area.
+        megapixels: of the image of median size, as it is stored.
     """
 
     num_images: int
@@ -42,6 +46,7 @@ class DataSummary:
     num_classes: int
     max_objects: int
     object_side: float
+    megapixels: float = 0.0
 
 
 def summarize(dataset: Any) -> DataSummary:
@@ -49,6 +54,7 @@ def summarize(dataset: Any) -> DataSummary:
     opened."""
     objects = [learned_objects(of_image) for of_image in dataset["objects"]]
     counts = [len(of_image["bbox"]) for of_image in objects]
+    pixels = np.array(dataset["width"][:]) * np.array(dataset["height"][:])
     sides = [
         math.sqrt(width * height) / min(image_width, image_height)
         for of_image, image_width, image_height in zip(objects, dataset["width"], dataset["height"], strict=True)
@@ -60,6 +66,7 @@ def summarize(dataset: Any) -> DataSummary:
         num_classes=len({label for of_image in objects for label in of_image["category"]}),
         max_objects=max(counts, default=0),
         object_side=float(np.quantile(sides, 0.25)) if sides else 1.0,
+        megapixels=float(np.median(pixels)) / 1e6 if len(pixels) else 0.0,
     )
 
 
@@ -81,7 +88,8 @@ class Recipe:
         training: `epochs`, `batch_size` (images per process and batch), `learning_rate`, `backbone_learning_rate`,
             `weight_decay`, `schedule` (`"wsd"`: warm-up, stable, decay to 0; `"step"`: a tenth after two thirds),
             `warmup` and `decay` (fractions of all steps), `ema` (decay of averaged weights, 0 for none),
-            `augmentation`, `eval_every` (epochs).
+            `augmentation`, `mosaic` and `copy_paste` (probabilities of an image to be mixed with others, see
+            `hf_detr.data.mixing`), `color_jitter` (probability), `eval_every` (epochs).
     """
 
     name: str
@@ -121,6 +129,8 @@ def choose_recipe(
     d_model: int | None = None,
     new_masks: bool = False,
     freeze_detector: bool = False,
+    unmixable: str | None = None,
+    in_color: bool = True,
 ) -> Recipe:
     """The recipe of this name for this data set and starting point.
 
@@ -141,6 +151,8 @@ def choose_recipe(
         new_masks: whether a mask head is trained from random weights. The paper's recipes have no values for mask
             heads.
         freeze_detector: whether only the mask head is trained.
+        unmixable: why images cannot be mixed with others, if so.
+        in_color: whether images are RGB.
 
     Raises:
         ValueError: there is no such recipe, or it does not fit the starting point.
@@ -183,6 +195,7 @@ def choose_recipe(
         epochs = _epochs(data, IMAGES_SEEN[start] // 2)
         why = f"{epochs.reason}; half of a DETR's, as a {FAST_DECODERS[query_type]} learns sooner"
         training |= {"epochs": Choice(epochs.value, why), "eval_every": _evaluations(epochs.value)}
+    training |= _variety(data, start, unmixable, in_color)
     if new_masks and freeze_detector:
         training["learning_rate"] = Choice(1e-3, "the mask head is random, and nothing else trains")
     return Recipe(name, f"{chosen}; {size}, {begins}", model, training)
@@ -298,6 +311,28 @@ def _training(
     }
 
 
+def _variety(data: DataSummary, start: Start, unmixable: str | None, in_color: bool) -> dict[str, Choice]:
+    """Probabilities of mosaics, pasted objects and other colors, which help where a class has few objects."""
+    per_class = round(data.num_objects / max(1, data.num_classes))
+    if unmixable is None and data.megapixels > MIXED_MEGAPIXELS:
+        unmixable = f"reading several images of {data.megapixels:.0f} megapixels for one takes long"
+
+    def choice(probability: float, few: int, obstacle: str | None) -> Choice:
+        if start == "checkpoint":
+            return Choice(0.0, "not measured with trained detectors")
+        if per_class > few:
+            return Choice(0.0, f"{per_class:,} objects per class are enough")
+        if obstacle is not None:
+            return Choice(0.0, obstacle)
+        return Choice(probability, f"{per_class} objects per class are few, and vary more with this")
+
+    return {
+        "mosaic": choice(0.5, VERY_FEW_OBJECTS, unmixable),
+        "copy_paste": choice(0.7, FEW_OBJECTS, unmixable),
+        "color_jitter": choice(0.7, VERY_FEW_OBJECTS, None if in_color else "the images are not RGB"),
+    }
+
+
 def _epochs(data: DataSummary, seen: int) -> Choice:
     epochs = min(500, max(30, round(seen / max(data.num_images, 1))))
     return Choice(epochs, f"about {seen:,} images seen, between 30 and 500 epochs")
@@ -329,5 +364,8 @@ def _paper_training(epochs: int) -> dict[str, Choice]:
         "decay": Choice(round(1 - high / epochs, 4), paper),
         "ema": Choice(0.0, f"{paper}: no averaged weights"),
         "augmentation": Choice("paper", paper),
+        "mosaic": Choice(0.0, paper),
+        "copy_paste": Choice(0.0, paper),
+        "color_jitter": Choice(0.0, paper),
         "eval_every": Choice(1, "as in its code"),
     }

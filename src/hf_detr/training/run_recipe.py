@@ -19,7 +19,7 @@ from .sharding import is_sharded
 # nothing may regularize a model that is to memorize a few images
 OVERFIT = {
     "epochs": 400, "eval_every": 20, "augmentation": "none", "weight_decay": 0.0, "schedule": "wsd", "decay": 0.0,
-    "ema": 0.0,
+    "ema": 0.0, "mosaic": 0.0, "copy_paste": 0.0, "color_jitter": 0.0,
 }  # fmt: skip
 QUICK = {"epochs": 2, "eval_every": 1}
 
@@ -47,6 +47,9 @@ class RunRecipe:
     decay: float
     ema: float
     augmentation: str
+    mosaic: float
+    copy_paste: float
+    color_jitter: float
     eval_every: int
     metric: str
     config: dict[str, Any]
@@ -75,7 +78,8 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
     given, config, data = args.recipe.given(), args.model.config_fields(), summarize(train_set)
     if args.saved:  # `given` is complete then
         config = args.saved.get("set", {}) | config
-        given = {"ema": 0.0} | given  # runs of 0.1 have none
+        none = dict.fromkeys(("ema", "mosaic", "copy_paste", "color_jitter"), 0.0)
+        given = none | given  # runs of 0.1 have none
         description = f"Recipe and arguments of the run in {args.run.output_dir}, except those given now."
     else:
         if args.data.overfit:
@@ -99,6 +103,8 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
             new_masks=new_masks,
             freeze_detector=args.model.freeze_detector,
             d_model=config.get("d_model"),
+            unmixable=args.data.unmixable,
+            in_color=_in_color(processor),
             feature_stride=config.get("feature_stride") or _stride_of(args.model.model),
             **(_queries_of(args.model.model) if args.model.model and not args.model.freeze_detector else {}),
         )
@@ -112,6 +118,8 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
         else:
             small = {"attn_implementation": "eager"} if args.embedded else {}  # the fastest at so few locations
             config = recipe.values("model", {"backbone": args.backbone} | small | config)
+    if given["color_jitter"] and not _in_color(processor):
+        raise ValueError("--color_jitter is for RGB images, which the processor rescales; omit it")
     metric, why = _choose_metric(args, stuff_labels(train_set))
     return RunRecipe(
         **given,
@@ -122,6 +130,10 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
         data=data,
         description=f"{description}{why}",
     )
+
+
+def _in_color(processor: DetrImageProcessor) -> bool:
+    return processor.num_channels == 3 and bool(processor.do_rescale)
 
 
 def _strides(backbone: str, *, masks: bool) -> list[int]:

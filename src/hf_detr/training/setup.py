@@ -12,7 +12,9 @@ from torchvision.transforms import v2
 from ..data import (
     Augmentation,
     AugmentedDataset,
+    CopyPaste,
     DetectionCollator,
+    Mosaic,
     build_loader,
     draw_shapes_dataset,
     flip_rotate_augmentation,
@@ -24,8 +26,9 @@ from ..data import (
     paper_augmentation,
     resized_sizes,
 )
-from ..data.augmentation import ResizeTo
+from ..data.augmentation import ResizeTo, with_color_jitter
 from ..data.class_balance import describe_repeats, repeat_rare_classes
+from ..data.mixing import Mixer
 from ..data.schema import learned_objects, require_objects, set_stuff_labels, stuff_labels
 from ..data.streaming import SHUFFLE_BUFFER
 from ..evaluation import ModelEvaluation
@@ -262,13 +265,26 @@ def compile_for_training(model: DetrForDetection) -> None:
         part.compile()
 
 
-def build_augmentation(kind: str, processor: DetrImageProcessor) -> Augmentation:
-    """One of `AUGMENTATIONS` by name."""
+def build_augmentation(kind: str, processor: DetrImageProcessor, color_jitter: float = 0.0) -> Augmentation:
+    """One of `AUGMENTATIONS` by name, and random colors with a probability."""
     if kind in ("paper", "paper-rounded"):
-        return paper_augmentation(processor.size, rounded=kind == "paper-rounded")
-    if kind == "turns":
-        return flip_rotate_augmentation()
-    return Augmentation(v2.RandomHorizontalFlip(0.5 if kind == "flip" else 0.0), few_sizes=True)
+        augmentation = paper_augmentation(processor.size, rounded=kind == "paper-rounded")
+    elif kind == "turns":
+        augmentation = flip_rotate_augmentation()
+    elif kind in ("flip", "none"):
+        augmentation = Augmentation(v2.RandomHorizontalFlip(0.5 if kind == "flip" else 0.0), few_sizes=True)
+    else:
+        raise ValueError(f"Unknown augmentation {kind!r}.")
+    return with_color_jitter(augmentation, color_jitter) if color_jitter else augmentation
+
+
+def build_mixers(recipe: RunRecipe, rows: Any) -> list[Mixer]:
+    """What makes one training image of several; `rows` are those that it will mix, a `datasets.Dataset` or a list."""
+    mixers: list[Mixer] = [Mosaic(recipe.mosaic)] if recipe.mosaic else []
+    if not recipe.copy_paste:
+        return mixers
+    objects = [row["objects"] for row in rows] if isinstance(rows, list) else rows["objects"]
+    return [*mixers, CopyPaste(objects, recipe.copy_paste)]
 
 
 def build_loaders(
@@ -283,7 +299,8 @@ def build_loaders(
     """Loaders of training (augmented, shuffled) and validation images, and a probe of some training images.
 
     Args:
-        augmentation: a function of a row, in place of the recipe's, usually a `hf_detr.data.Augmentation`.
+        augmentation: a function of a row, in place of the recipe's, usually a `hf_detr.data.Augmentation`. Then there
+            is no `--color_jitter`, either; images are still mixed, before it.
     """
     train_rows: Sequence[Any] = train_set
     val_rows: Sequence[Any] = val_set
@@ -302,9 +319,10 @@ def build_loaders(
     train_loader = build_loader(
         AugmentedDataset(
             train_rows,
-            augmentation or build_augmentation(recipe.augmentation, processor),
+            augmentation or build_augmentation(recipe.augmentation, processor, recipe.color_jitter),
             seed=seed,
             to_tensor=None if reads_as_usual else processor.to_tensor,
+            mixers=build_mixers(recipe, train_rows),
         ),
         collate,
         seed=seed,

@@ -1,0 +1,283 @@
+"""Training images mixed from several: mosaics, and pasted objects."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+from .augmentation import Row, clip_boxes, image_of
+
+Area = tuple[int, int, int, int]  # (left, top, right, bottom) in pixels
+MIN_SIDE = 8  # pixels of an image that becomes a mosaic
+
+
+class Mixer(Protocol):
+    """Changes a row with the help of other rows, before its augmentation; random numbers are from PyTorch's generator.
+
+    Rows are in the schema, without masks. The sequence reads one whenever it is indexed.
+    """
+
+    def __call__(self, row: Row, rows: Sequence[Row]) -> Row: ...
+
+
+class Mosaic:
+    """Puts random crops of four images together (YOLOv4, arXiv 2004.10934, section 3.4), each in one quarter of an
+    image of the size of the first.
+
+    The quarters meet at a random point in the middle half of the image, and are shuffled. Before it is cropped, an
+    image is resized so that its shorter side is that of the first image times a random factor, and enlarged further
+    if it would not fill its quarter. Boxes are clipped to their quarter; those of which less than `min_visible`
+    remains are dropped. `area` is scaled like the area of the box. An image with a side below 8 pixels stays as it is.
+
+    Args:
+        probability: of a training image to become a mosaic, in (0, 1].
+        scales: range of the random factor.
+        min_visible: fraction of the area of a box.
+
+    Raises:
+        ValueError: the probability is not in (0, 1]; when called, a row has masks, or another row has other channels or
+            other columns of objects.
+    """
+
+    def __init__(
+        self, probability: float = 0.5, *, scales: tuple[float, float] = (0.5, 1.5), min_visible: float = 0.3
+    ) -> None:
+        self.probability = _checked(probability)
+        self.scales = scales
+        self.min_visible = min_visible
+
+    def __call__(self, row: Row, rows: Sequence[Row]) -> Row:
+        image = image_of(row)
+        height, width = image.shape[-2:]
+        if _uniform(0, 1) >= self.probability or min(height, width) < MIN_SIDE:
+            return row
+        mixed = [row, *(rows[_below(len(rows))] for _ in range(3))]
+        _check_columns(mixed)
+        across, down = (round(_uniform(0.25, 0.75) * side) for side in (width, height))
+        quarters = (
+            (0, 0, across, down),
+            (across, 0, width, down),
+            (0, down, across, height),
+            (across, down, width, height),
+        )
+        canvas = torch.empty_like(image.as_subclass(Tensor))
+        objects: Row = {name: [] for name in row["objects"]}
+        for number, quarter in zip(torch.randperm(4).tolist(), quarters, strict=True):
+            source = _image_like(image, mixed[number])
+            left, top, right, bottom = quarter
+            factor = _uniform(*self.scales) * min(height, width) / min(source.shape[-2:])
+            crop = _random_crop(source, (bottom - top, right - left), factor)
+            canvas[:, top:bottom, left:right] = _resized(source, crop, (bottom - top, right - left))
+            for name, values in _placed(mixed[number]["objects"], source, crop, quarter, self.min_visible).items():
+                objects[name] += values
+        return row | {"image": tv_tensors.Image(canvas), "width": width, "height": height, "objects": objects}
+
+
+class CopyPaste:
+    """Pastes objects of other images, with a margin, at random places (Cut, Paste and Learn, arXiv 1708.01642).
+
+    Each is an object of a class drawn at random, all equally likely, so that rare classes are seen as often as frequent
+    ones. Only objects with no other within their margin are pasted. No paste with its margin covers more than
+    `max_overlap` of the smaller of itself and any box. As half of the pastes are of background, the edges of a paste
+    are no evidence of an object; for the same reason most of them are blended.
+
+    Args:
+        objects: the column of exactly those rows that it will be called with.
+        probability: of a training image to get pastes, in (0, 1].
+        max_pastes: their number is from 1 to this one.
+        scales: range of the random factor of their size, beside that which brings the shorter side of the other image
+            to that of this one.
+        margin: on all sides, as a fraction of the longer side of the box.
+        max_overlap: fraction of an area, by each paste.
+
+    Raises:
+        ValueError: the probability is not in (0, 1]; when called, a row has masks, or another row has other channels or
+            other columns of objects.
+    """
+
+    def __init__(
+        self,
+        objects: Sequence[Row],
+        probability: float = 0.7,
+        *,
+        max_pastes: int = 3,
+        scales: tuple[float, float] = (0.5, 1.5),
+        margin: float = 0.15,
+        max_overlap: float = 0.15,
+    ) -> None:
+        self.probability = _checked(probability)
+        self.max_pastes = max_pastes
+        self.scales = scales
+        self.margin = margin
+        self.max_overlap = max_overlap
+        self.by_class: dict[int, list[tuple[int, int]]] = {}  # (row, object) of those that can be pasted
+        for number, of_row in enumerate(objects):
+            for index in self._separate(of_row):
+                self.by_class.setdefault(of_row["category"][index], []).append((number, index))
+
+    def _separate(self, objects: Row) -> list[int]:
+        """The objects that are no crowds, with no other box within their margin."""
+        boxes = _corners(objects["bbox"])
+        margin = self.margin * (boxes[:, 2:] - boxes[:, :2]).amax(1, keepdim=True) + 1  # as whole pixels are cropped
+        wide = torch.cat((boxes[:, :2] - margin, boxes[:, 2:] + margin), dim=1)
+        touched = (_intersections(wide, boxes) > 0).sum(1) > 1  # by more than itself
+        return [i for i, crowd in enumerate(objects["iscrowd"]) if not crowd and not touched[i]]
+
+    def __call__(self, row: Row, rows: Sequence[Row]) -> Row:
+        if _uniform(0, 1) >= self.probability or not self.by_class:
+            return row
+        image = image_of(row)
+        canvas = image.as_subclass(Tensor).clone()
+        objects = {name: list(values) for name, values in row["objects"].items()}
+        classes = sorted(self.by_class)
+        for _ in range(1 + _below(self.max_pastes)):
+            members = self.by_class[classes[_below(len(classes))]]
+            number, index = members[_below(len(members))]
+            other = rows[number]
+            _check_columns([row, other])
+            self._paste(canvas, objects, _image_like(image, other), other["objects"], index)
+        height, width = canvas.shape[-2:]
+        return row | {"image": tv_tensors.Image(canvas), "width": width, "height": height, "objects": objects}
+
+    def _paste(self, canvas: Tensor, objects: Row, source: Tensor, others: Row, index: int) -> None:
+        """Paste an object of another image, or background as large as it, in place; neither where there is no room."""
+        height, width = source.shape[-2:]
+        own = self._with_margin(others["bbox"][index], height, width)
+        background = _uniform(0, 1) < 0.5
+        as_large = (own[3] - own[1], own[2] - own[0])
+        crop = _free_place(as_large, (height, width), others["bbox"], 0.0) if background else own
+        if crop is None:
+            return
+        factor = _uniform(*self.scales) * min(canvas.shape[-2:]) / min(height, width)
+        size = (max(2, round((crop[3] - crop[1]) * factor)), max(2, round((crop[2] - crop[0]) * factor)))
+        place = _free_place(size, (canvas.shape[-2], canvas.shape[-1]), objects["bbox"], self.max_overlap)
+        if place is None:
+            return
+        part = canvas[:, place[1] : place[3], place[0] : place[2]]
+        opacity = _soft_edges(size) if _uniform(0, 1) < 0.7 else torch.ones(size)
+        blended = part * (1 - opacity) + _resized(source, crop, size) * opacity
+        part.copy_(blended if canvas.is_floating_point() else blended.round())
+        if not background:
+            of_object = {name: [values[index]] for name, values in others.items()}
+            for name, values in _placed(of_object, source, crop, place, 0.0).items():
+                objects[name] += values
+
+    def _with_margin(self, box: Sequence[float], height: int, width: int) -> Area:
+        x, y, w, h = box
+        margin = self.margin * max(w, h)
+        left, top = max(0, int(x - margin)), max(0, int(y - margin))
+        return left, top, min(width, int(x + w + margin + 1)), min(height, int(y + h + margin + 1))
+
+
+def _random_crop(image: Tensor, size: tuple[int, int], factor: float) -> Area:
+    """A random part of an image that `factor` enlarges to this (height, width); a larger factor where it is smaller."""
+    have = image.shape[-2:]
+    factor = max(factor, *(wanted / side for wanted, side in zip(size, have, strict=True)))
+    height, width = (max(1, min(side, round(wanted / factor))) for wanted, side in zip(size, have, strict=True))
+    top, left = _below(have[0] - height + 1), _below(have[1] - width + 1)
+    return left, top, left + width, top + height
+
+
+def _resized(image: Tensor, crop: Area, size: tuple[int, int]) -> Tensor:
+    """Part of an image in this (height, width), not both of one pixel, which PyTorch 2.14 cannot resize to."""
+    left, top, right, bottom = crop
+    return F.resize(image.as_subclass(Tensor)[:, top:bottom, left:right], list(size), antialias=True)
+
+
+def _placed(objects: Row, image: Tensor, crop: Area, place: Area, min_visible: float) -> Row:
+    """The objects of an image of which at least a fraction is in the crop, as they are when it is resized to another
+    place; none of less than a pixel."""
+    boxes = torch.tensor(objects["bbox"], dtype=torch.float64).reshape(-1, 4)
+    given, start = _corners(clip_boxes(boxes, image.shape[-2], image.shape[-1]).tolist()), torch.tensor(crop[:2])
+    scale = torch.tensor(
+        [(place[2] - place[0]) / (crop[2] - crop[0]), (place[3] - place[1]) / (crop[3] - crop[1])], dtype=torch.float64
+    )
+    low = torch.maximum(given[:, :2], start)
+    sides = (torch.minimum(given[:, 2:], torch.tensor(crop[2:])) - low).clamp(min=0)
+    visible = sides.prod(1) / (given[:, 2:] - given[:, :2]).prod(1)
+    kept = ((visible >= min_visible) & (sides * scale >= 1).all(1)).nonzero()[:, 0].tolist()
+    placed = torch.cat(((low - start) * scale + torch.tensor(place[:2]), sides * scale), dim=1)
+    changed = {name: [values[index] for index in kept] for name, values in objects.items()}
+    changed["bbox"] = placed[kept].tolist()
+    if "area" in changed:
+        growth = (visible * scale.prod())[kept].tolist()
+        changed["area"] = [area * factor for area, factor in zip(changed["area"], growth, strict=True)]
+    return changed
+
+
+def _free_place(
+    size: tuple[int, int], within: tuple[int, int], boxes: Sequence[Sequence[float]], max_overlap: float
+) -> Area | None:
+    """A random place of this (height, width) in an image of another, where the overlap with no box is more than this
+    fraction of the smaller one; None: ten places have none."""
+    if size[0] > within[0] or size[1] > within[1]:
+        return None
+    taken = _corners(boxes)
+    smaller = (taken[:, 2:] - taken[:, :2]).prod(1).clamp(max=size[0] * size[1])
+    for _ in range(10):
+        top, left = _below(within[0] - size[0] + 1), _below(within[1] - size[1] + 1)
+        place = (left, top, left + size[1], top + size[0])
+        if (_intersections(torch.tensor([place], dtype=torch.float64), taken)[0] <= max_overlap * smaller).all():
+            return place
+    return None
+
+
+def _soft_edges(size: tuple[int, int]) -> Tensor:
+    """Opacity (H, W): 1, and falling to 0 within a tenth of the shorter side from the edges."""
+    reach = max(1, round(0.1 * min(size))) + 1
+    rows, columns = (
+        (torch.minimum(torch.arange(n), torch.arange(n).flip(0)) + 1).div(reach).clamp(max=1) for n in size
+    )
+    return rows[:, None] * columns
+
+
+def _corners(boxes: Sequence[Sequence[float]]) -> Tensor:
+    """Boxes xywh as (N, 4) xyxy."""
+    given = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
+    return torch.cat((given[:, :2], given[:, :2] + given[:, 2:]), dim=1)
+
+
+def _intersections(first: Tensor, second: Tensor) -> Tensor:
+    """Areas (N, M) that boxes (N, 4) and (M, 4) xyxy have in common."""
+    low, high = torch.maximum(first[:, None, :2], second[:, :2]), torch.minimum(first[:, None, 2:], second[:, 2:])
+    return (high - low).clamp(min=0).prod(2)
+
+
+def _checked(probability: float) -> float:
+    if not 0 < probability <= 1:
+        raise ValueError(f"A probability of mixed images must be above 0 and at most 1, got {probability}.")
+    return probability
+
+
+def _check_columns(rows: Sequence[Row]) -> None:
+    columns = set(rows[0]["objects"])
+    if any("mask" in row["objects"] for row in rows):
+        raise ValueError("Mixing images whose objects have masks is not supported.")
+    for row in rows[1:]:
+        if set(row["objects"]) != columns:
+            raise ValueError(
+                f"The objects of image {row.get('image_id')} have {sorted(row['objects'])}, those of image "
+                f"{rows[0].get('image_id')} {sorted(columns)}. Mixed images must have the same."
+            )
+
+
+def _image_like(first: Tensor, row: Row) -> Tensor:
+    """The image of a row with the range of values of another."""
+    image = image_of(row)
+    if len(image) != len(first):
+        raise ValueError(
+            f"Image {row.get('image_id')} has {len(image)} channels; it is mixed with one of {len(first)}."
+        )
+    return F.to_dtype(image, first.dtype, scale=True)
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + (high - low) * float(torch.rand(()))
+
+
+def _below(count: int) -> int:
+    """A random index below this number."""
+    return int(torch.randint(count, ()))
