@@ -221,16 +221,16 @@ class RecipeArguments:
     batch_size: int | None = option("images per process and batch")
     learning_rate: float | None = option("of all but the backbone")
     backbone_learning_rate: float | None = option("of the backbone")
-    weight_decay: float | None = option("of weight matrices; biases, norms and queries have none")
+    weight_decay: float | None = option("of matrices; biases, norms and queries have none")
     schedule: str | None = option("wsd: warm-up, stable, decay; step: the paper's", choices=SCHEDULES)
     warmup: float | None = option("fraction of all steps in which the learning rate rises")
     decay: float | None = option("fraction of all steps, at the end, in which the rate falls (step: is a tenth)")
-    ema: float | None = option("decay of the averaged weights, which are evaluated and saved; 0: none", metavar="DECAY")
+    ema: float | None = option("decay of the averaged weights, which are saved; 0: none", metavar="DECAY")
     augmentation: str | None = option("of the training images", choices=AUGMENTATIONS)
     mosaic: float | None = option("probability of an image to be a mosaic of four", metavar="P")
-    copy_paste: float | None = option("probability of an image to get objects of others pasted", metavar="P")
-    color_jitter: float | None = option("probability of random brightness, contrast and saturation", metavar="P")
-    eval_every: int | None = option("epochs between evaluations; the last epoch is always evaluated")
+    copy_paste: float | None = option("probability of an image to get objects pasted", metavar="P")
+    color_jitter: float | None = option("probability of an image to get other colors", metavar="P")
+    eval_every: int | None = option("epochs between evaluations; the last always is")
 
     def __post_init__(self) -> None:
         _check_at_least_one(self, "epochs", "batch_size", "eval_every")
@@ -272,7 +272,7 @@ class RunArguments:
         "selects the best checkpoint, default AP; with --masks PQ where there is stuff, and mask_AP elsewhere",
         choices=(*METRICS, *METRICS_OF_MASKS),
     )
-    max_detections: int = option("per image and class in the metrics, by score, default 100", 100, metavar="N")
+    max_detections: int = option("per image and class in the metrics, default 100", 100, metavar="N")
     early_stopping: int | None = option("stop after N evaluations without improvement", metavar="N")
     save_minutes: float = option("between checkpoints within an epoch, default 15", 15)
     save_total_limit: int = option("checkpoints to keep, default 1", 1, metavar="N")
