@@ -61,9 +61,7 @@ from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
 from hf_detr.data import (
     Augmentation,
     AugmentedDataset,
-    CopyPaste,
     DetectionCollator,
-    Mosaic,
     build_loader,
     draw_shapes_dataset,
     flip_rotate_augmentation,
@@ -72,6 +70,7 @@ from hf_detr.data import (
     paper_augmentation,
 )
 from hf_detr.data.augmentation import with_color_jitter
+from hf_detr.data.mixing import build_mixers
 from hf_detr.evaluation import CocoEvaluator, evaluate_detection
 from hf_detr.speed import prepare_for_training
 from hf_detr.training import (
@@ -169,13 +168,6 @@ def augmentation(data: Data) -> Augmentation:
     turns, color = kind_of(data.name) == "turns", data.variety["color_jitter"]
     chosen = flip_rotate_augmentation() if turns else paper_augmentation(data.size, rounded=True)
     return with_color_jitter(chosen, color) if color else chosen
-
-
-def mixers(data: Data) -> list[Any]:
-    """The same for all variants, too."""
-    mosaic, pasted = data.variety["mosaic"], data.variety["copy_paste"]
-    mixed: list[Any] = [Mosaic(mosaic)] if mosaic else []
-    return [*mixed, CopyPaste([row["objects"] for row in data.train_rows], pasted)] if pasted else mixed
 
 
 def kind_of(data: str) -> str:
@@ -346,8 +338,9 @@ def train(data: Data, variant: str, seed: int, minutes: float) -> Iterator[Line]
     model = build_model(data, recipe, seed)
     if recipe.side == "ours":
         prepare_for_training(model)  # as examples/finetune.py does
+    mixers = build_mixers(data.train_rows, mosaic=data.variety["mosaic"], copy_paste=data.variety["copy_paste"])
     loader = build_loader(
-        AugmentedDataset(data.train_rows, augmentation(data), seed=seed, mixers=mixers(data)),
+        AugmentedDataset(data.train_rows, augmentation(data), seed=seed, mixers=mixers),
         DetectionCollator(processor),
         batch_size=recipe.batch_size,
         seed=seed,

@@ -85,7 +85,7 @@ def test_an_unsure_model_suspects_only_what_it_finds_less_than_usual():
 
 def test_usual_confidence_is_the_median_of_a_class():
     cats = [compare(*predictions(((p / 20, 0.0), A)), objects_of((A, CAT)), 0) for p in range(1, 12)]  # 0.05 to 0.55
-    dogs = [compare(*predictions(((0.9, p), B)), objects_of((B, DOG)), 0) for p in (0.02, 0.06)]
+    dogs = [compare(*predictions(((0.0, p), B)), objects_of((B, DOG)), 0) for p in (0.02, 0.06)]
     usual = usual_confidence([*cats, *dogs])
     assert usual == pytest.approx({CAT: 0.3, DOG: 0.04})
     assert all(error.kind != "not an object" for image in dogs for error in image.errors(usual)), "it finds no dogs"

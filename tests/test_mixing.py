@@ -206,6 +206,9 @@ def test_what_cannot_be_mixed_is_refused():
         Mosaic(0)
     with pytest.raises(ValueError, match=r"above 0 and at most 1, got 1\.5"):
         CopyPaste([], 1.5)
+    of_others = CopyPaste([each["objects"] for each in ROWS[:2]])
+    with pytest.raises(ValueError, match="of 2 rows, but there are 3"):
+        of_others(ROWS[0], ROWS[:3])
     with_masks = row(1, mask=["x"])
     for mixer in (Mosaic(1.0), CopyPaste([with_masks["objects"]], 1.0)):
         with pytest.raises(ValueError, match="objects have masks"):

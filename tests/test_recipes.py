@@ -10,6 +10,7 @@ from conftest import random_labels, tiny_config, tiny_model
 
 from hf_detr import DetrConfig, DetrForDetection, DetrImageProcessor
 from hf_detr.data import draw_shapes_dataset, load_detection_dataset
+from hf_detr.data.mixing import build_mixers
 from hf_detr.training import (
     build_processor,
     build_schedule,
@@ -20,12 +21,11 @@ from hf_detr.training import (
     summarize,
 )
 from hf_detr.training.recipes import DataSummary, choose_stride
-from hf_detr.training.setup import build_mixers
 from hf_detr.training.training_advice import describe_overfit, explain_overfit, has_memorized, training_advice
 from hf_detr.training.training_probe import TrainingProbe, count_duplicates
 
-SMALL = DataSummary(num_images=200, num_objects=1000, num_classes=12, max_objects=8, object_side=0.1)
-PHOTOS = DataSummary(num_images=5000, num_objects=30000, num_classes=3, max_objects=40, object_side=0.2)
+SMALL = DataSummary(num_images=200, num_objects=1000, num_classes=12, max_objects=8, object_side=0.1, megapixels=0.02)
+PHOTOS = DataSummary(num_images=5000, num_objects=30000, num_classes=3, max_objects=40, object_side=0.2, megapixels=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -390,17 +390,15 @@ def test_images_are_mixed_where_classes_have_few_objects(drawn):
     assert mixed("auto", dataclasses.replace(few, megapixels=12.0), "backbone", (800, 1333)) == (0, 0, 0.7)
     assert mixed("paper", few, "backbone", (160, 160)) == (0, 0, 0)
     assert mixed("auto", few, "scratch", (160, 160), unmixable="no") == (0, 0, 0.7)
-    assert mixed("auto", dataclasses.replace(SMALL, num_objects=0, num_classes=0), "scratch", (160, 160)) == (
-        0.5,
-        0.7,
-        0.7,
-    )
+    empty = dataclasses.replace(SMALL, num_objects=0, num_classes=0)
+    assert mixed("auto", empty, "scratch", (160, 160)) == (0.5, 0.7, 0.7)
     _, recipe = resolve(drawn, ["--mosaic", "0", "--copy_paste", "0.2"])
     assert (recipe.mosaic, recipe.copy_paste) == (0, 0.2)
-    [mixer] = build_mixers(recipe, drawn)
+    [mixer] = build_mixers(drawn, mosaic=recipe.mosaic, copy_paste=recipe.copy_paste)
     assert mixer.probability == 0.2
     assert sum(map(len, mixer.by_class.values())) > 0
-    assert build_mixers(resolve(drawn, ["--overfit", "4"])[1], drawn) == []
+    _, recipe = resolve(drawn, ["--overfit", "4"])
+    assert (recipe.mosaic, recipe.copy_paste, recipe.color_jitter) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ class AugmentedDataset(Dataset[Row]):
         return row | {"image": tv_tensors.Image(self.to_tensor(row["image"]))}
 
 
-class _Rows(Sequence[Row]):
+class _Rows:
     """Rows that are read whenever they are indexed."""
 
     def __init__(self, read: Callable[[int], Row], count: int) -> None:
@@ -91,7 +91,7 @@ class _Rows(Sequence[Row]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> Row:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Row:
         return self._read_row(index)
 
 

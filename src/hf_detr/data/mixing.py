@@ -1,26 +1,33 @@
 """Training images mixed from several: mosaics, and pasted objects."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
 
+from ..model.boxes import intersection_and_union
 from .augmentation import Row, clip_boxes, image_of
 
 Area = tuple[int, int, int, int]  # (left, top, right, bottom) in pixels
 MIN_SIDE = 8  # pixels of an image that becomes a mosaic
 
 
+class Rows(Protocol):
+    """Rows of a data set in the schema, without masks, such as a list; one may be read only when it is indexed."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Row: ...
+
+
 class Mixer(Protocol):
-    """Changes a row with the help of other rows, before its augmentation; random numbers are from PyTorch's generator.
+    """Changes a row with the help of other rows, before its augmentation; random numbers are from PyTorch's
+    generator."""
 
-    Rows are in the schema, without masks. The sequence reads one whenever it is indexed.
-    """
-
-    def __call__(self, row: Row, rows: Sequence[Row]) -> Row: ...
+    def __call__(self, row: Row, rows: Rows) -> Row: ...
 
 
 class Mosaic:
@@ -49,10 +56,12 @@ class Mosaic:
         self.scales = scales
         self.min_visible = min_visible
 
-    def __call__(self, row: Row, rows: Sequence[Row]) -> Row:
+    def __call__(self, row: Row, rows: Rows) -> Row:
+        if _uniform(0, 1) >= self.probability:
+            return row
         image = image_of(row)
         height, width = image.shape[-2:]
-        if _uniform(0, 1) >= self.probability or min(height, width) < MIN_SIDE:
+        if min(height, width) < MIN_SIDE:
             return row
         mixed = [row, *(rows[_below(len(rows))] for _ in range(3))]
         _check_columns(mixed)
@@ -77,7 +86,7 @@ class Mosaic:
 
 
 class CopyPaste:
-    """Pastes objects of other images, with a margin, at random places (Cut, Paste and Learn, arXiv 1708.01642).
+    """Pastes objects of other images, with a margin, at random locations (Cut, Paste and Learn, arXiv 1708.01642).
 
     Each is an object of a class drawn at random, all equally likely, so that rare classes are seen as often as frequent
     ones. Only objects with no other within their margin are pasted. No paste with its margin covers more than
@@ -94,8 +103,8 @@ class CopyPaste:
         max_overlap: fraction of an area, by each paste.
 
     Raises:
-        ValueError: the probability is not in (0, 1]; when called, a row has masks, or another row has other channels or
-            other columns of objects.
+        ValueError: the probability is not in (0, 1]; when called, there are more or fewer rows than `objects`, a row
+            has masks, or another row has other channels or other columns of objects.
     """
 
     def __init__(
@@ -113,6 +122,7 @@ class CopyPaste:
         self.scales = scales
         self.margin = margin
         self.max_overlap = max_overlap
+        self.num_rows = len(objects)
         self.by_class: dict[int, list[tuple[int, int]]] = {}  # (row, object) of those that can be pasted
         for number, of_row in enumerate(objects):
             for index in self._separate(of_row):
@@ -123,10 +133,12 @@ class CopyPaste:
         boxes = _corners(objects["bbox"])
         margin = self.margin * (boxes[:, 2:] - boxes[:, :2]).amax(1, keepdim=True) + 1  # as whole pixels are cropped
         wide = torch.cat((boxes[:, :2] - margin, boxes[:, 2:] + margin), dim=1)
-        touched = (_intersections(wide, boxes) > 0).sum(1) > 1  # by more than itself
+        touched = (intersection_and_union(wide[:, None], boxes)[0] > 0).sum(1) > 1  # by more than itself
         return [i for i, crowd in enumerate(objects["iscrowd"]) if not crowd and not touched[i]]
 
-    def __call__(self, row: Row, rows: Sequence[Row]) -> Row:
+    def __call__(self, row: Row, rows: Rows) -> Row:
+        if len(rows) != self.num_rows:
+            raise ValueError(f"The objects to paste are of {self.num_rows} rows, but there are {len(rows)}.")
         if _uniform(0, 1) >= self.probability or not self.by_class:
             return row
         image = image_of(row)
@@ -143,26 +155,27 @@ class CopyPaste:
         return row | {"image": tv_tensors.Image(canvas), "width": width, "height": height, "objects": objects}
 
     def _paste(self, canvas: Tensor, objects: Row, source: Tensor, others: Row, index: int) -> None:
-        """Paste an object of another image, or background as large as it, in place; neither where there is no room."""
+        """Paste an object of another image, or background of the same size, into the canvas and the objects. Nothing
+        changes if no free location is found for it."""
         height, width = source.shape[-2:]
         own = self._with_margin(others["bbox"][index], height, width)
         background = _uniform(0, 1) < 0.5
         as_large = (own[3] - own[1], own[2] - own[0])
-        crop = _free_place(as_large, (height, width), others["bbox"], 0.0) if background else own
+        crop = _free_location(as_large, (height, width), others["bbox"], 0.0) if background else own
         if crop is None:
             return
         factor = _uniform(*self.scales) * min(canvas.shape[-2:]) / min(height, width)
         size = (max(2, round((crop[3] - crop[1]) * factor)), max(2, round((crop[2] - crop[0]) * factor)))
-        place = _free_place(size, (canvas.shape[-2], canvas.shape[-1]), objects["bbox"], self.max_overlap)
-        if place is None:
+        target = _free_location(size, (canvas.shape[-2], canvas.shape[-1]), objects["bbox"], self.max_overlap)
+        if target is None:
             return
-        part = canvas[:, place[1] : place[3], place[0] : place[2]]
+        part = canvas[:, target[1] : target[3], target[0] : target[2]]
         opacity = _soft_edges(size) if _uniform(0, 1) < 0.7 else torch.ones(size)
         blended = part * (1 - opacity) + _resized(source, crop, size) * opacity
         part.copy_(blended if canvas.is_floating_point() else blended.round())
         if not background:
             of_object = {name: [values[index]] for name, values in others.items()}
-            for name, values in _placed(of_object, source, crop, place, 0.0).items():
+            for name, values in _placed(of_object, source, crop, target, 0.0).items():
                 objects[name] += values
 
     def _with_margin(self, box: Sequence[float], height: int, width: int) -> Area:
@@ -170,6 +183,19 @@ class CopyPaste:
         margin = self.margin * max(w, h)
         left, top = max(0, int(x - margin)), max(0, int(y - margin))
         return left, top, min(width, int(x + w + margin + 1)), min(height, int(y + h + margin + 1))
+
+
+def build_mixers(rows: Any, *, mosaic: float, copy_paste: float) -> list[Mixer]:
+    """The mixers of these probabilities; none of 0.
+
+    Args:
+        rows: those that will be mixed, a `datasets.Dataset` or a list.
+    """
+    mixers: list[Mixer] = [Mosaic(mosaic)] if mosaic else []
+    if not copy_paste:
+        return mixers
+    objects = [row["objects"] for row in rows] if isinstance(rows, list) else rows["objects"]
+    return [*mixers, CopyPaste(objects, copy_paste)]
 
 
 def _random_crop(image: Tensor, size: tuple[int, int], factor: float) -> Area:
@@ -208,11 +234,11 @@ def _placed(objects: Row, image: Tensor, crop: Area, place: Area, min_visible: f
     return changed
 
 
-def _free_place(
+def _free_location(
     size: tuple[int, int], within: tuple[int, int], boxes: Sequence[Sequence[float]], max_overlap: float
 ) -> Area | None:
-    """A random place of this (height, width) in an image of another, where the overlap with no box is more than this
-    fraction of the smaller one; None: ten places have none."""
+    """A random location for a paste of this (height, width) in an image of another (height, width), at which it
+    overlaps no box by more than this fraction of the smaller of the two; None if ten random locations do not."""
     if size[0] > within[0] or size[1] > within[1]:
         return None
     taken = _corners(boxes)
@@ -220,7 +246,8 @@ def _free_place(
     for _ in range(10):
         top, left = _below(within[0] - size[0] + 1), _below(within[1] - size[1] + 1)
         place = (left, top, left + size[1], top + size[0])
-        if (_intersections(torch.tensor([place], dtype=torch.float64), taken)[0] <= max_overlap * smaller).all():
+        overlap, _ = intersection_and_union(torch.tensor(place, dtype=torch.float64), taken)
+        if (overlap <= max_overlap * smaller).all():
             return place
     return None
 
@@ -235,15 +262,8 @@ def _soft_edges(size: tuple[int, int]) -> Tensor:
 
 
 def _corners(boxes: Sequence[Sequence[float]]) -> Tensor:
-    """Boxes xywh as (N, 4) xyxy."""
-    given = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
-    return torch.cat((given[:, :2], given[:, :2] + given[:, 2:]), dim=1)
-
-
-def _intersections(first: Tensor, second: Tensor) -> Tensor:
-    """Areas (N, M) that boxes (N, 4) and (M, 4) xyxy have in common."""
-    low, high = torch.maximum(first[:, None, :2], second[:, :2]), torch.minimum(first[:, None, 2:], second[:, 2:])
-    return (high - low).clamp(min=0).prod(2)
+    """Boxes xywh as (N, 4) xyxy, in pixels."""
+    return box_convert(torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4), "xywh", "xyxy")
 
 
 def _checked(probability: float) -> float:

@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from ..data.schema import id2label, unique_names
 from ..evaluation.evaluation_loop import predict_batches
+from ..model.boxes import intersection_and_union
 from ..model.post_processing import class_probabilities
 
 logger = logging.get_logger(__name__)
@@ -279,10 +280,8 @@ def _missing(probabilities: Tensor, boxes: Tensor, overlap: Tensor, image: int) 
 
 def _covered(boxes: Tensor, regions: Tensor) -> Tensor:
     """Areas of the intersections over those of the boxes, (Q, 4) and (G, 4) xyxy to (Q, G)."""
-    low = torch.maximum(boxes[:, None, :2], regions[None, :, :2])
-    high = torch.minimum(boxes[:, None, 2:], regions[None, :, 2:])
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1).clamp(min=1e-6)
-    return (high - low).clamp(min=0).prod(2) / area[:, None]
+    return intersection_and_union(boxes[:, None], regions)[0] / area[:, None]
 
 
 def _xywh(corners: Tensor) -> tuple[float, float, float, float]:

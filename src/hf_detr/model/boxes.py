@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 
-def _intersection_and_union(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
+def intersection_and_union(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
+    """Areas of intersection and union of `xyxy` boxes: (..., 4), (..., 4) to (...) each, in their squared unit."""
     width = torch.minimum(boxes1[..., 2], boxes2[..., 2]) - torch.maximum(boxes1[..., 0], boxes2[..., 0])
     height = torch.minimum(boxes1[..., 3], boxes2[..., 3]) - torch.maximum(boxes1[..., 1], boxes2[..., 1])
     intersection = width.clamp(min=0) * height.clamp(min=0)
@@ -15,7 +16,7 @@ def _intersection_and_union(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Ten
 
 def iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """Intersection over union of `xyxy` boxes: (..., 4), (..., 4) to (...). Pairwise: `iou(a[:, None], b)`."""
-    intersection, union = _intersection_and_union(boxes1, boxes2)
+    intersection, union = intersection_and_union(boxes1, boxes2)
     return intersection / union
 
 
@@ -25,7 +26,7 @@ def giou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     `giou = iou - (hull - union) / hull`, where `hull` is the area of the smallest box that encloses both. NaN where
     both boxes of a pair are empty.
     """
-    intersection, union = _intersection_and_union(boxes1, boxes2)
+    intersection, union = intersection_and_union(boxes1, boxes2)
     hull_width = torch.maximum(boxes1[..., 2], boxes2[..., 2]) - torch.minimum(boxes1[..., 0], boxes2[..., 0])
     hull_height = torch.maximum(boxes1[..., 3], boxes2[..., 3]) - torch.minimum(boxes1[..., 1], boxes2[..., 1])
     hull = hull_width * hull_height

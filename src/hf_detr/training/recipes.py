@@ -38,7 +38,7 @@ class DataSummary:
         max_objects: largest number of objects in one image.
         object_side: first quartile of the side of the objects, relative to the shorter side of their image. The side of
             a box is the square root of its area.
-        megapixels: of the image of median size, as it is stored.
+        megapixels: median of width times height of the images as they are stored, in millions of pixels.
     """
 
     num_images: int
@@ -46,7 +46,7 @@ class DataSummary:
     num_classes: int
     max_objects: int
     object_side: float
-    megapixels: float = 0.0
+    megapixels: float
 
 
 def summarize(dataset: Any) -> DataSummary:

@@ -12,9 +12,7 @@ from torchvision.transforms import v2
 from ..data import (
     Augmentation,
     AugmentedDataset,
-    CopyPaste,
     DetectionCollator,
-    Mosaic,
     build_loader,
     draw_shapes_dataset,
     flip_rotate_augmentation,
@@ -28,7 +26,7 @@ from ..data import (
 )
 from ..data.augmentation import ResizeTo, with_color_jitter
 from ..data.class_balance import describe_repeats, repeat_rare_classes
-from ..data.mixing import Mixer
+from ..data.mixing import build_mixers
 from ..data.schema import learned_objects, require_objects, set_stuff_labels, stuff_labels
 from ..data.streaming import SHUFFLE_BUFFER
 from ..evaluation import ModelEvaluation
@@ -278,15 +276,6 @@ def build_augmentation(kind: str, processor: DetrImageProcessor, color_jitter: f
     return with_color_jitter(augmentation, color_jitter) if color_jitter else augmentation
 
 
-def build_mixers(recipe: RunRecipe, rows: Any) -> list[Mixer]:
-    """What makes one training image of several; `rows` are those that it will mix, a `datasets.Dataset` or a list."""
-    mixers: list[Mixer] = [Mosaic(recipe.mosaic)] if recipe.mosaic else []
-    if not recipe.copy_paste:
-        return mixers
-    objects = [row["objects"] for row in rows] if isinstance(rows, list) else rows["objects"]
-    return [*mixers, CopyPaste(objects, recipe.copy_paste)]
-
-
 def build_loaders(
     args: FinetuneArguments,
     recipe: RunRecipe,
@@ -322,7 +311,7 @@ def build_loaders(
             augmentation or build_augmentation(recipe.augmentation, processor, recipe.color_jitter),
             seed=seed,
             to_tensor=None if reads_as_usual else processor.to_tensor,
-            mixers=build_mixers(recipe, train_rows),
+            mixers=build_mixers(train_rows, mosaic=recipe.mosaic, copy_paste=recipe.copy_paste),
         ),
         collate,
         seed=seed,
