@@ -217,7 +217,8 @@ class Recipe:
     ema: float = 0.0  # decay of averaged weights, which are evaluated; 0: none
 
 
-PLAIN = {
+LAYERS = {"decoder_layers": 3}  # of models without proposals, whose queries find objects layer by layer
+PLAIN = LAYERS | {
     "query_type": "learned",
     "relative_boxes": False,
     "query_proposals": False,
@@ -244,11 +245,12 @@ OURS: dict[str, dict[str, Any]] = {
 WITHOUT: dict[str, dict[str, Any]] = {
     "relative-boxes": {"relative_boxes": False},
     "giou-weight": {"giou_loss_coefficient": 2},
-    "proposals": {"query_proposals": False},
+    "proposals": LAYERS | {"query_proposals": False},
+    "one-layer": LAYERS,
     "class-cost": {"class_cost": 1},
     "denoising": {"denoising_groups": 0},
     "iou-aware": {"class_loss": "focal", "class_loss_coefficient": 2},
-    "dense": {"dense_loss_coefficient": 0, "query_proposals": False},
+    "dense": LAYERS | {"dense_loss_coefficient": 0, "query_proposals": False},
 }
 
 # The rates at which plain DETR learned best on the shapes; the recipe has its own.
@@ -302,7 +304,7 @@ def recipe_for(variant: str, data: Data) -> Recipe:
 def build_model(data: Data, recipe: Recipe, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     labels = {"id2label": data.names, "label2id": {name: index for index, name in data.names.items()}}
-    config = DetrConfig(**data.model | (recipe.fields if recipe.side == "ours" else {}), **labels)
+    config = DetrConfig(**data.model | (recipe.fields if recipe.side == "ours" else LAYERS), **labels)
     if data.weights is None:
         ours = DetrForDetection(config)
     else:
@@ -421,7 +423,7 @@ def missing_fields(recipe: Recipe) -> set[str]:
 def describe(data: Data, variant: str, seed: int, args: argparse.Namespace) -> Line:
     recipe = recipe_for(variant, data)
     yolo = recipe.side == "yolo"
-    fields = data.model | (recipe.fields if recipe.side == "ours" else {"theirs": recipe.fields})
+    fields = data.model | (recipe.fields if recipe.side == "ours" else LAYERS | {"theirs": recipe.fields})
     settings = (
         dataclasses.asdict(recipe)
         | {"fields": fields}

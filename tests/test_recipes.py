@@ -380,6 +380,15 @@ def test_images_are_mixed_where_classes_have_few_objects(drawn):
     def mixed(*args, **options):
         training = choose_recipe(*args, **options).training
         return tuple(training[name].value for name in ("mosaic", "copy_paste", "color_jitter"))
+def test_one_decoder_layer_refines_proposals_and_three_other_queries(drawn):
+    for start in ("scratch", "backbone"):
+        assert choose_recipe("auto", SMALL, start, (96, 96)).model["decoder_layers"].value == 1
+    assert "decoder_layers" not in choose_recipe("auto", PHOTOS, "backbone", (800, 1333)).model, "the paper's"
+    assert resolve(drawn, [])[1].config["decoder_layers"] == 1
+    assert resolve(drawn, ["--set", "query_proposals=false"])[1].config["decoder_layers"] == 3
+    assert resolve(drawn, ["--set", "query_proposals=false", "decoder_layers=2"])[1].config["decoder_layers"] == 2
+
+
 
     assert mixed("auto", few, "scratch", (160, 160)) == (0.5, 0.7, 0.7)
     assert mixed("auto", few, "backbone", (160, 160)) == (0.5, 0.7, 0.7)

@@ -136,6 +136,7 @@ def choose_recipe(
 
     `"auto"` is `"finetune"` from a checkpoint and `"small-data"` otherwise, for data sets of any size: what makes
     training converge on few images also makes it converge faster on many. `"paper"` reproduces the paper with the 300
+    query_proposals: bool = True,
     epochs of its ablations, `"paper-500"` with the 500 epochs of its best models.
 
     Args:
@@ -157,6 +158,7 @@ def choose_recipe(
     Raises:
         ValueError: there is no such recipe, or it does not fit the starting point.
     """
+        query_proposals: of a new model, if it was given; queries that are no proposals get more decoder layers.
     if name not in RECIPES:
         raise ValueError(f"Unknown recipe {name!r}. Choose one of {', '.join(RECIPES)}.")
     if name == "finetune" and start != "checkpoint":
@@ -180,7 +182,7 @@ def choose_recipe(
     if start == "checkpoint":
         model = _more_queries(data, num_queries, num_patterns)
     else:
-        model = _model(data, start, image_size, strides)
+        model = _model(data, start, image_size, strides, query_proposals)
     if new_masks:
         model["mask_attention_gain"] = Choice(256, "masks depend on their query from the first step")
     if new_masks and not freeze_detector:
@@ -217,7 +219,9 @@ def _more_queries(data: DataSummary, num_queries: int | None, num_patterns: int)
     return {"num_queries": Choice(wanted, why)} if wanted > num_queries else {}
 
 
-def _model(data: DataSummary, start: Start, image_size: tuple[int, int], strides: Sequence[int]) -> dict[str, Choice]:
+def _model(
+    data: DataSummary, start: Start, image_size: tuple[int, int], strides: Sequence[int], query_proposals: bool
+) -> dict[str, Choice]:
     side = data.object_side * image_size[0]
     stride = choose_stride(side, image_size, strides)
     locations = math.prod(math.ceil(edge / stride) for edge in image_size)
@@ -256,7 +260,9 @@ def _model(data: DataSummary, start: Start, image_size: tuple[int, int], strides
         model |= {
             "d_model": Choice(SMALL_WIDTH, "a small transformer trains faster from random weights"),
             "encoder_layers": Choice(3, "as d_model"),
-            "decoder_layers": Choice(3, "as d_model"),
+            "decoder_layers": Choice(1, "proposals need no further layer, and each one takes time")
+            if query_proposals
+            else Choice(3, "queries that are no proposals find their object layer by layer"),
             "encoder_ffn_dim": Choice(512, "as d_model"),
             "decoder_ffn_dim": Choice(512, "as d_model"),
             "pre_norm": Choice(True, "stable at a high learning rate"),
@@ -266,7 +272,7 @@ def _model(data: DataSummary, start: Start, image_size: tuple[int, int], strides
 
 
 def has_small_transformer(data: DataSummary, start: Start) -> bool:
-    """Whether the recipe has a transformer of 3 + 3 layers of 128 channels instead of the paper's 6 + 6 of 256."""
+    """Whether the recipe has a transformer of 3 + 1 layers of 128 channels instead of the paper's 6 + 6 of 256."""
     return start == "scratch" or data.num_images < SMALL_DATA
 
 

@@ -103,6 +103,7 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
             new_masks=new_masks,
             freeze_detector=args.model.freeze_detector,
             d_model=config.get("d_model"),
+            query_proposals=config.get("query_proposals", True),
             unmixable=args.data.unmixable,
             in_color=_in_color(processor),
             feature_stride=config.get("feature_stride") or _stride_of(args.model.model),
