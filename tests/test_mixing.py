@@ -131,11 +131,22 @@ def test_pastes_cover_no_more_than_a_part_of_any_object():
                 assert common <= 0.1 * min(c * d, (w * 1.3 + 2) * (h * 1.3 + 2)) * 1.01, "of a paste with its margin"
 
 
-def test_rare_classes_are_pasted_as_often_as_frequent_ones():
-    rows = [*(row(1) for _ in range(60)), row(2)]
-    labels = [label for seed in range(300) for label in pasted(seed, row(0, boxes=()), rows)["objects"]["category"]]
-    assert 0.4 < labels.count(2) / len(labels) < 0.6
-    assert len(labels) > 150, "half of the pastes are objects"
+def test_classes_are_pasted_the_more_often_the_rarer_they_are():
+    rows = [*(row(1) for _ in range(60)), *(row(2) for _ in range(20))]
+    labels = [label for seed in range(600) for label in pasted(seed, row(0, boxes=()), rows)["objects"]["category"]]
+    assert 0.68 < labels.count(2) / len(labels) < 0.82, "three times as rare: three quarters"
+    assert 400 < len(labels) < 800, "half of one to three pastes are objects"
+
+
+@pytest.mark.parametrize(("objects", "expected"), [(2, 3), (24, 3), (80, 10)])
+def test_images_with_many_objects_get_more_pastes(objects, expected):
+    boxes = tuple((10 * (n % 10), 10 * (n // 10), 4, 4) for n in range(objects))
+    rows = [row(1, (200, 200), boxes), row(0, (200, 200), boxes)]
+    mixer = CopyPaste([each["objects"] for each in rows], 1.0)
+    assert mixer.max_pastes == expected
+    assert CopyPaste([each["objects"] for each in rows], 1.0, max_pastes=2).max_pastes == 2
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        CopyPaste([each["objects"] for each in rows], 1.0, max_pastes=0)
 
 
 def test_only_separate_objects_are_pasted_and_no_crowds():

@@ -24,8 +24,14 @@ from hf_detr.training.recipes import DataSummary, choose_stride
 from hf_detr.training.training_advice import describe_overfit, explain_overfit, has_memorized, training_advice
 from hf_detr.training.training_probe import TrainingProbe, count_duplicates
 
-SMALL = DataSummary(num_images=200, num_objects=1000, num_classes=12, max_objects=8, object_side=0.1, megapixels=0.02)
-PHOTOS = DataSummary(num_images=5000, num_objects=30000, num_classes=3, max_objects=40, object_side=0.2, megapixels=0.3)
+SMALL = DataSummary(
+    num_images=200, num_objects=1000, num_classes=12, rarest=60, most_frequent=100, max_objects=8, object_side=0.1,
+    megapixels=0.02,
+)  # fmt: skip
+PHOTOS = DataSummary(
+    num_images=5000, num_objects=30000, num_classes=3, rarest=8000, most_frequent=12000, max_objects=40,
+    object_side=0.2, megapixels=0.3,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -374,12 +380,6 @@ def test_weights_are_averaged_unless_they_are_sharded(drawn, monkeypatch):
     assert resolve(drawn, [])[1].ema == 0
 
 
-def test_images_are_mixed_where_classes_have_few_objects(drawn):
-    few = dataclasses.replace(SMALL, num_objects=300)  # 25 of each of 12 classes
-
-    def mixed(*args, **options):
-        training = choose_recipe(*args, **options).training
-        return tuple(training[name].value for name in ("mosaic", "copy_paste", "color_jitter"))
 def test_one_decoder_layer_refines_proposals_and_three_other_queries(drawn):
     for start in ("scratch", "backbone"):
         assert choose_recipe("auto", SMALL, start, (96, 96)).model["decoder_layers"].value == 1
@@ -389,6 +389,12 @@ def test_one_decoder_layer_refines_proposals_and_three_other_queries(drawn):
     assert resolve(drawn, ["--set", "query_proposals=false", "decoder_layers=2"])[1].config["decoder_layers"] == 2
 
 
+def test_images_are_mixed_where_classes_have_few_objects(drawn):
+    few = dataclasses.replace(SMALL, num_objects=300)  # 25 of each of 12 classes
+
+    def mixed(*args, **options):
+        training = choose_recipe(*args, **options).training
+        return tuple(training[name].value for name in ("mosaic", "copy_paste", "color_jitter"))
 
     assert mixed("auto", few, "scratch", (160, 160)) == (0.5, 0.7, 0.7)
     assert mixed("auto", few, "backbone", (160, 160)) == (0.5, 0.7, 0.7)
@@ -399,7 +405,14 @@ def test_one_decoder_layer_refines_proposals_and_three_other_queries(drawn):
     assert mixed("auto", dataclasses.replace(few, megapixels=12.0), "backbone", (800, 1333)) == (0, 0, 0.7)
     assert mixed("paper", few, "backbone", (160, 160)) == (0, 0, 0)
     assert mixed("auto", few, "scratch", (160, 160), unmixable="no") == (0, 0, 0.7)
-    empty = dataclasses.replace(SMALL, num_objects=0, num_classes=0)
+    unlike = dataclasses.replace(PHOTOS, num_images=4999, rarest=1000, most_frequent=20000)
+    assert mixed("auto", unlike, "backbone", (160, 160)) == (0, 0.7, 0), "rare classes are pasted"
+    reason = choose_recipe("auto", unlike, "backbone", (160, 160)).training["copy_paste"].reason
+    assert "1,000 to 20,000 objects" in reason
+    assert mixed("auto", unlike, "backbone", (160, 160), unmixable="no") == (0, 0, 0)
+    assert mixed("auto", dataclasses.replace(unlike, num_images=5000), "backbone", (160, 160)) == (0, 0, 0)
+    assert mixed("auto", dataclasses.replace(unlike, rarest=2000), "backbone", (160, 160)) == (0, 0, 0)
+    empty = dataclasses.replace(SMALL, num_objects=0, num_classes=0, rarest=0, most_frequent=0)
     assert mixed("auto", empty, "scratch", (160, 160)) == (0.5, 0.7, 0.7)
     _, recipe = resolve(drawn, ["--mosaic", "0", "--copy_paste", "0.2"])
     assert (recipe.mosaic, recipe.copy_paste) == (0, 0.2)

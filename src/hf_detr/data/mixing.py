@@ -1,5 +1,6 @@
 """Training images mixed from several: mosaics, and pasted objects."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ..model.boxes import intersection_and_union
 from .augmentation import Row, clip_boxes, image_of
+from .schema import learned_objects
 
 Area = tuple[int, int, int, int]  # (left, top, right, bottom) in pixels
 MIN_SIDE = 8  # pixels of an image that becomes a mosaic
@@ -88,23 +90,24 @@ class Mosaic:
 class CopyPaste:
     """Pastes objects of other images, with a margin, at random locations (Cut, Paste and Learn, arXiv 1708.01642).
 
-    Each is an object of a class drawn at random, all equally likely, so that rare classes are seen as often as frequent
-    ones. Only objects with no other within their margin are pasted. No paste with its margin covers more than
-    `max_overlap` of the smaller of itself and any box. As half of the pastes are of background, the edges of a paste
-    are no evidence of an object; for the same reason most of them are blended.
+    Each is an object of a class drawn at random, with a probability inverse to the number of its objects, so that rare
+    classes are seen more often. Only objects with no other within their margin are pasted. No paste with its margin
+    covers more than `max_overlap` of the smaller of itself and any box. As half of the pastes are of background, the
+    edges of a paste are no evidence of an object; for the same reason most of them are blended.
 
     Args:
         objects: the column of exactly those rows that it will be called with.
         probability: of a training image to get pastes, in (0, 1].
-        max_pastes: their number is from 1 to this one.
+        max_pastes: their number is from 1 to this one; None: an eighth of the mean number of objects of an image, but
+            at least 3.
         scales: range of the random factor of their size, beside that which brings the shorter side of the other image
             to that of this one.
         margin: on all sides, as a fraction of the longer side of the box.
         max_overlap: fraction of an area, by each paste.
 
     Raises:
-        ValueError: the probability is not in (0, 1]; when called, there are more or fewer rows than `objects`, a row
-            has masks, or another row has other channels or other columns of objects.
+        ValueError: the probability is not in (0, 1], or `max_pastes` below 1; when called, there are more or fewer rows
+            than `objects`, a row has masks, or another row has other channels or other columns of objects.
     """
 
     def __init__(
@@ -112,13 +115,12 @@ class CopyPaste:
         objects: Sequence[Row],
         probability: float = 0.7,
         *,
-        max_pastes: int = 3,
+        max_pastes: int | None = None,
         scales: tuple[float, float] = (0.5, 1.5),
         margin: float = 0.15,
         max_overlap: float = 0.15,
     ) -> None:
         self.probability = _checked(probability)
-        self.max_pastes = max_pastes
         self.scales = scales
         self.margin = margin
         self.max_overlap = max_overlap
@@ -127,6 +129,13 @@ class CopyPaste:
         for number, of_row in enumerate(objects):
             for index in self._separate(of_row):
                 self.by_class.setdefault(of_row["category"][index], []).append((number, index))
+        counts = Counter(label for of_row in objects for label in learned_objects(of_row)["category"])
+        self.rarity = torch.tensor([1 / counts[label] for label in self.by_class])  # in the order of the classes
+        if max_pastes is None:
+            max_pastes = max(3, round(counts.total() / 8 / max(1, len(objects))))
+        if max_pastes < 1:
+            raise ValueError(f"max_pastes must be at least 1, got {max_pastes}.")
+        self.max_pastes = max_pastes
 
     def _separate(self, objects: Row) -> list[int]:
         """The objects that are no crowds, with no other box within their margin."""
@@ -144,9 +153,9 @@ class CopyPaste:
         image = image_of(row)
         canvas = image.as_subclass(Tensor).clone()
         objects = {name: list(values) for name, values in row["objects"].items()}
-        classes = sorted(self.by_class)
+        classes = list(self.by_class.values())
         for _ in range(1 + _below(self.max_pastes)):
-            members = self.by_class[classes[_below(len(classes))]]
+            members = classes[int(torch.multinomial(self.rarity, 1))]
             number, index = members[_below(len(members))]
             other = rows[number]
             _check_columns([row, other])

@@ -1,6 +1,7 @@
 """Training recipes: hyperparameters for a data set and a starting point, each with the reason for its value."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,6 +27,7 @@ SMALL_IMAGE = 200  # pixels of the longest side up to which batches of 32 fit an
 BATCH_TOKENS = 2048  # locations per batch of small images; larger batches learn more slowly in the same time
 FEW_OBJECTS = 100  # per class, up to which objects are pasted
 VERY_FEW_OBJECTS = 50  # per class, up to which there are mosaics and color jitter as well
+RARE = 10  # times as rare as the most frequent class: objects are pasted, too, as they are mostly of rare classes
 MIXED_MEGAPIXELS = 2  # median image size up to which images are mixed; each then reads about three others
 EMA_DECAY = 0.99  # averages about the last 100 steps
 
@@ -35,6 +37,8 @@ class DataSummary:
     """Statistics of a data set that a recipe depends on.
 
     Args:
+        rarest, most_frequent: number of objects of the class with the fewest objects, at least one, and of that with
+            the most.
         max_objects: largest number of objects in one image.
         object_side: first quartile of the side of the objects, relative to the shorter side of their image. The side of
             a box is the square root of its area.
@@ -44,6 +48,8 @@ class DataSummary:
     num_images: int
     num_objects: int
     num_classes: int
+    rarest: int
+    most_frequent: int
     max_objects: int
     object_side: float
     megapixels: float
@@ -60,10 +66,13 @@ def summarize(dataset: Any) -> DataSummary:
         for of_image, image_width, image_height in zip(objects, dataset["width"], dataset["height"], strict=True)
         for _, _, width, height in of_image["bbox"]
     ]
+    of_classes = Counter(label for of_image in objects for label in of_image["category"])
     return DataSummary(
         num_images=len(counts),
         num_objects=sum(counts),
-        num_classes=len({label for of_image in objects for label in of_image["category"]}),
+        num_classes=len(of_classes),
+        rarest=min(of_classes.values(), default=0),
+        most_frequent=max(of_classes.values(), default=0),
         max_objects=max(counts, default=0),
         object_side=float(np.quantile(sides, 0.25)) if sides else 1.0,
         megapixels=float(np.median(pixels)) / 1e6 if len(pixels) else 0.0,
@@ -127,6 +136,7 @@ def choose_recipe(
     query_type: str = "learned",
     feature_stride: int | None = None,
     d_model: int | None = None,
+    query_proposals: bool = True,
     new_masks: bool = False,
     freeze_detector: bool = False,
     unmixable: str | None = None,
@@ -136,7 +146,6 @@ def choose_recipe(
 
     `"auto"` is `"finetune"` from a checkpoint and `"small-data"` otherwise, for data sets of any size: what makes
     training converge on few images also makes it converge faster on many. `"paper"` reproduces the paper with the 300
-    query_proposals: bool = True,
     epochs of its ablations, `"paper-500"` with the 500 epochs of its best models.
 
     Args:
@@ -149,6 +158,7 @@ def choose_recipe(
         num_patterns, query_type: of the checkpoint; see `DetrConfig`.
         feature_stride: of the checkpoint, or of a new model if it was given, in pixels.
         d_model: of a new model, if it was given; a wide transformer on a pretrained backbone gets the paper's rates.
+        query_proposals: of a new model, if it was given; queries that are no proposals get more decoder layers.
         new_masks: whether a mask head is trained from random weights. The paper's recipes have no values for mask
             heads.
         freeze_detector: whether only the mask head is trained.
@@ -158,7 +168,6 @@ def choose_recipe(
     Raises:
         ValueError: there is no such recipe, or it does not fit the starting point.
     """
-        query_proposals: of a new model, if it was given; queries that are no proposals get more decoder layers.
     if name not in RECIPES:
         raise ValueError(f"Unknown recipe {name!r}. Choose one of {', '.join(RECIPES)}.")
     if name == "finetune" and start != "checkpoint":
@@ -318,23 +327,27 @@ def _training(
 
 
 def _variety(data: DataSummary, start: Start, unmixable: str | None, in_color: bool) -> dict[str, Choice]:
-    """Probabilities of mosaics, pasted objects and other colors, which help where a class has few objects."""
+    """Probabilities of mosaics, pasted objects and other colors, which help where a class has few objects. Pasted
+    objects, most of which are of rare classes, also help where classes differ in frequency."""
     per_class = round(data.num_objects / max(1, data.num_classes))
+    differ = RARE * data.rarest < data.most_frequent and data.num_images < SMALL_DATA
     if unmixable is None and data.megapixels > MIXED_MEGAPIXELS:
         unmixable = f"reading several images of {data.megapixels:.0f} megapixels for one takes long"
 
-    def choice(probability: float, few: int, obstacle: str | None) -> Choice:
+    def choice(probability: float, few: int, obstacle: str | None, *, for_rare: bool = False) -> Choice:
         if start == "checkpoint":
             return Choice(0.0, "not measured with trained detectors")
-        if per_class > few:
+        if per_class > few and not for_rare:
             return Choice(0.0, f"{per_class:,} objects per class are enough")
         if obstacle is not None:
             return Choice(0.0, obstacle)
+        if per_class > few:
+            return Choice(probability, f"classes have {data.rarest:,} to {data.most_frequent:,} objects")
         return Choice(probability, f"{per_class} objects per class are few, and vary more with this")
 
     return {
         "mosaic": choice(0.5, VERY_FEW_OBJECTS, unmixable),
-        "copy_paste": choice(0.7, FEW_OBJECTS, unmixable),
+        "copy_paste": choice(0.7, FEW_OBJECTS, unmixable, for_rare=differ),
         "color_jitter": choice(0.7, VERY_FEW_OBJECTS, None if in_color else "the images are not RGB"),
     }
 
