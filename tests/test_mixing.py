@@ -131,10 +131,12 @@ def test_pastes_cover_no_more_than_a_part_of_any_object():
                 assert common <= 0.1 * min(c * d, (w * 1.3 + 2) * (h * 1.3 + 2)) * 1.01, "of a paste with its margin"
 
 
-def test_classes_are_pasted_the_more_often_the_rarer_they_are():
-    rows = [*(row(1) for _ in range(60)), *(row(2) for _ in range(20))]
+@pytest.mark.parametrize(("rare", "expected"), [(20, 3 / 4), (1, 3 / 4), (30, 2 / 3)])
+def test_classes_are_pasted_the_more_often_the_rarer_they_are(rare, expected):
+    """60 objects of one class, and 20, 1 (which counts as 20) or 30 of another."""
+    rows = [*(row(1) for _ in range(60)), *(row(2) for _ in range(rare))]
     labels = [label for seed in range(600) for label in pasted(seed, row(0, boxes=()), rows)["objects"]["category"]]
-    assert 0.68 < labels.count(2) / len(labels) < 0.82, "three times as rare: three quarters"
+    assert labels.count(2) / len(labels) == pytest.approx(expected, abs=0.06)
     assert 400 < len(labels) < 800, "half of one to three pastes are objects"
 
 

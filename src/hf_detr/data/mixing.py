@@ -16,6 +16,7 @@ from .schema import learned_objects
 
 Area = tuple[int, int, int, int]  # (left, top, right, bottom) in pixels
 MIN_SIDE = 8  # pixels of an image that becomes a mosaic
+RAREST = 20  # objects: a class with fewer is pasted as if it had these, so that the same few are not in all images
 
 
 class Rows(Protocol):
@@ -90,10 +91,10 @@ class Mosaic:
 class CopyPaste:
     """Pastes objects of other images, with a margin, at random locations (Cut, Paste and Learn, arXiv 1708.01642).
 
-    Each is an object of a class drawn at random, with a probability inverse to the number of its objects, so that rare
-    classes are seen more often. Only objects with no other within their margin are pasted. No paste with its margin
-    covers more than `max_overlap` of the smaller of itself and any box. As half of the pastes are of background, the
-    edges of a paste are no evidence of an object; for the same reason most of them are blended.
+    Each is an object of a class drawn at random, with a probability inverse to the number of its objects, but at least
+    20, so that rare classes are seen more often. Only objects with no other within their margin are pasted. No paste
+    with its margin covers more than `max_overlap` of the smaller of itself and any box. As half of the pastes are of
+    background, the edges of a paste are no evidence of an object; for the same reason most of them are blended.
 
     Args:
         objects: the column of exactly those rows that it will be called with.
@@ -130,7 +131,7 @@ class CopyPaste:
             for index in self._separate(of_row):
                 self.by_class.setdefault(of_row["category"][index], []).append((number, index))
         counts = Counter(label for of_row in objects for label in learned_objects(of_row)["category"])
-        self.rarity = torch.tensor([1 / counts[label] for label in self.by_class])  # in the order of the classes
+        self.rarity = torch.tensor([1 / max(RAREST, counts[label]) for label in self.by_class])  # of each class
         if max_pastes is None:
             max_pastes = max(3, round(counts.total() / 8 / max(1, len(objects))))
         if max_pastes < 1:
