@@ -380,13 +380,16 @@ def test_weights_are_averaged_unless_they_are_sharded(drawn, monkeypatch):
     assert resolve(drawn, [])[1].ema == 0
 
 
-def test_one_decoder_layer_refines_proposals_and_three_other_queries(drawn):
+def test_one_decoder_layer_refines_proposals_unless_objects_are_few(drawn):
+    few = dataclasses.replace(SMALL, num_objects=600)  # 50 of each of 12 classes
     for start in ("scratch", "backbone"):
         assert choose_recipe("auto", SMALL, start, (96, 96)).model["decoder_layers"].value == 1
+        assert choose_recipe("auto", few, start, (96, 96)).model["decoder_layers"].value == 3
     assert "decoder_layers" not in choose_recipe("auto", PHOTOS, "backbone", (800, 1333)).model, "the paper's"
-    assert resolve(drawn, [])[1].config["decoder_layers"] == 1
-    assert resolve(drawn, ["--set", "query_proposals=false"])[1].config["decoder_layers"] == 3
-    assert resolve(drawn, ["--set", "query_proposals=false", "decoder_layers=2"])[1].config["decoder_layers"] == 2
+    assert choose_recipe("auto", SMALL, "scratch", (96, 96), query_proposals=False).model["decoder_layers"].value == 3
+    assert resolve(drawn, [])[1].config["decoder_layers"] == 3, "12 images"
+    assert "layer by layer" in resolve(drawn, ["--set", "query_proposals=false"])[1].description
+    assert resolve(drawn, ["--set", "decoder_layers=2"])[1].config["decoder_layers"] == 2
 
 
 def test_images_are_mixed_where_classes_have_few_objects(drawn):
