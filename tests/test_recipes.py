@@ -25,13 +25,25 @@ from hf_detr.training.training_advice import describe_overfit, explain_overfit, 
 from hf_detr.training.training_probe import TrainingProbe, count_duplicates
 
 SMALL = DataSummary(
-    num_images=200, num_objects=1000, num_classes=12, rarest=60, most_frequent=100, max_objects=8, object_side=0.1,
+    num_images=200,
+    num_objects=1000,
+    num_classes=12,
+    min_per_class=60,
+    max_per_class=100,
+    max_objects=8,
+    object_side=0.1,
     megapixels=0.02,
-)  # fmt: skip
-PHOTOS = DataSummary(
-    num_images=5000, num_objects=30000, num_classes=3, rarest=8000, most_frequent=12000, max_objects=40,
-    object_side=0.2, megapixels=0.3,
-)  # fmt: skip
+)
+LARGE = DataSummary(
+    num_images=5000,
+    num_objects=30000,
+    num_classes=3,
+    min_per_class=8000,
+    max_per_class=12000,
+    max_objects=40,
+    object_side=0.2,
+    megapixels=0.3,
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +56,12 @@ def drawn(tmp_path_factory):
 
 
 def test_a_checkpoint_gets_queries_for_all_objects_of_an_image():
-    crowded = dataclasses.replace(PHOTOS, max_objects=130)
+    crowded = dataclasses.replace(LARGE, max_objects=130)
     recipe = choose_recipe("auto", crowded, "checkpoint", (800, 1333), num_queries=100)
     assert recipe.values("model", {}) == {"num_queries": 163}  # 1.25 * 130, rounded up
     assert "the 100 of the checkpoint keep their weights" in recipe.describe({})
     assert choose_recipe("auto", crowded, "checkpoint", (800, 1333), num_queries=130).model == {}
-    huge = dataclasses.replace(PHOTOS, max_objects=5000)
+    huge = dataclasses.replace(LARGE, max_objects=5000)
     assert choose_recipe("auto", huge, "checkpoint", (800, 1333), num_queries=100).model["num_queries"].value == 1000
 
 
@@ -78,9 +90,9 @@ def test_the_summary_is_of_the_annotations(drawn):
     ],
 )
 def test_what_is_chosen(name, start, expected):
-    recipe = choose_recipe(name, PHOTOS, start, (800, 1333))
+    recipe = choose_recipe(name, LARGE, start, (800, 1333))
     assert recipe.name == expected
-    assert f"{PHOTOS.num_images:,} images" in recipe.why
+    assert f"{LARGE.num_images:,} images" in recipe.why
     model = recipe.values("model", {})
     assert DetrConfig(**model)
     assert set(model) <= set(DetrConfig.__dataclass_fields__)
@@ -106,14 +118,14 @@ def test_what_does_not_fit_is_refused(name, start, message):
 
 
 def test_the_paper_s_long_recipe_drops_the_rate_after_400_of_500_epochs():
-    values = choose_recipe("paper-500", PHOTOS, "backbone", (800, 1333)).values("training", {})
+    values = choose_recipe("paper-500", LARGE, "backbone", (800, 1333)).values("training", {})
     assert (values["epochs"], values["schedule"], values["decay"]) == (500, "step", 0.2)
 
 
 def test_the_paper_is_the_paper():
-    recipe = choose_recipe("paper", PHOTOS, "backbone", (800, 1333))
+    recipe = choose_recipe("paper", LARGE, "backbone", (800, 1333))
     assert recipe.model == {}
-    assert choose_recipe("paper", PHOTOS, "scratch", (800, 1333)).values("model", {})["frozen_stages"] == -1
+    assert choose_recipe("paper", LARGE, "scratch", (800, 1333)).values("model", {})["frozen_stages"] == -1
     values = recipe.values("training", {})
     assert (values["learning_rate"], values["backbone_learning_rate"], values["weight_decay"]) == (1e-4, 1e-5, 1e-4)
     assert (values["epochs"], values["schedule"], values["decay"], values["batch_size"]) == (300, "step", 0.3333, 4)
@@ -121,7 +133,7 @@ def test_the_paper_is_the_paper():
 
 
 def test_values_follow_the_data():
-    photos = choose_recipe("auto", PHOTOS, "backbone", (800, 1333)).values("model", {})
+    photos = choose_recipe("auto", LARGE, "backbone", (800, 1333)).values("model", {})
     small = choose_recipe("auto", SMALL, "scratch", (128, 128))
     assert photos["num_queries"] == 100
     assert choose_recipe("auto", SMALL, "scratch", (48, 64)).values("model", {})["num_queries"] == 24  # of 48 locations
@@ -130,7 +142,7 @@ def test_values_follow_the_data():
     assert small.values("model", {})["feature_stride"] == 8  # 13 pixels
     assert (
         small.values("training", {})["epochs"]
-        > choose_recipe("auto", PHOTOS, "scratch", (128, 128)).values("training", {})["epochs"]
+        > choose_recipe("auto", LARGE, "scratch", (128, 128)).values("training", {})["epochs"]
     )
     # small objects in large images: not so many cells that attention cannot be afforded
     assert choose_recipe("auto", SMALL, "backbone", (800, 1333)).values("model", {})["feature_stride"] == 32
@@ -160,7 +172,7 @@ def test_only_strides_that_the_backbone_has_are_chosen():
     assert choose_stride(300.0, (800, 1333), [16]) == 16
     assert choose_stride(10.0, (128, 128), [4, 8, 16, 32]) == 8
     assert choose_stride(10.0, (128, 128), [2, 4]) == 4
-    vit = choose_recipe("auto", PHOTOS, "backbone", (800, 1333), strides=[16]).values("model", {})
+    vit = choose_recipe("auto", LARGE, "backbone", (800, 1333), strides=[16]).values("model", {})
     assert vit["feature_stride"] == 16
 
 
@@ -385,7 +397,7 @@ def test_one_decoder_layer_refines_proposals_unless_objects_are_few(drawn):
     for start in ("scratch", "backbone"):
         assert choose_recipe("auto", SMALL, start, (96, 96)).model["decoder_layers"].value == 1
         assert choose_recipe("auto", few, start, (96, 96)).model["decoder_layers"].value == 3
-    assert "decoder_layers" not in choose_recipe("auto", PHOTOS, "backbone", (800, 1333)).model, "the paper's"
+    assert "decoder_layers" not in choose_recipe("auto", LARGE, "backbone", (800, 1333)).model, "the paper's"
     assert choose_recipe("auto", SMALL, "scratch", (96, 96), query_proposals=False).model["decoder_layers"].value == 3
     assert resolve(drawn, [])[1].config["decoder_layers"] == 3, "12 images"
     assert "layer by layer" in resolve(drawn, ["--set", "query_proposals=false"])[1].description
@@ -403,19 +415,19 @@ def test_images_are_mixed_where_classes_have_few_objects(drawn):
     assert mixed("auto", few, "backbone", (160, 160)) == (0.5, 0.7, 0.7)
     assert mixed("auto", few, "backbone", (160, 160), in_color=False) == (0.5, 0.7, 0)
     assert mixed("auto", SMALL, "scratch", (160, 160)) == (0, 0.7, 0), "83 of each"
-    assert mixed("auto", PHOTOS, "backbone", (160, 160)) == (0, 0, 0)
+    assert mixed("auto", LARGE, "backbone", (160, 160)) == (0, 0, 0)
     assert mixed("auto", few, "checkpoint", (160, 160)) == (0, 0, 0)
     assert mixed("auto", dataclasses.replace(few, megapixels=12.0), "backbone", (800, 1333)) == (0, 0, 0.7)
     assert mixed("paper", few, "backbone", (160, 160)) == (0, 0, 0)
     assert mixed("auto", few, "scratch", (160, 160), unmixable="no") == (0, 0, 0.7)
-    unlike = dataclasses.replace(PHOTOS, num_images=4999, rarest=1000, most_frequent=20000)
+    unlike = dataclasses.replace(LARGE, num_images=4999, min_per_class=1000, max_per_class=20000)
     assert mixed("auto", unlike, "backbone", (160, 160)) == (0, 0.7, 0), "rare classes are pasted"
     reason = choose_recipe("auto", unlike, "backbone", (160, 160)).training["copy_paste"].reason
     assert "1,000 to 20,000 objects" in reason
     assert mixed("auto", unlike, "backbone", (160, 160), unmixable="no") == (0, 0, 0)
     assert mixed("auto", dataclasses.replace(unlike, num_images=5000), "backbone", (160, 160)) == (0, 0, 0)
-    assert mixed("auto", dataclasses.replace(unlike, rarest=2000), "backbone", (160, 160)) == (0, 0, 0)
-    empty = dataclasses.replace(SMALL, num_objects=0, num_classes=0, rarest=0, most_frequent=0)
+    assert mixed("auto", dataclasses.replace(unlike, min_per_class=2000), "backbone", (160, 160)) == (0, 0, 0)
+    empty = dataclasses.replace(SMALL, num_objects=0, num_classes=0, min_per_class=0, max_per_class=0)
     assert mixed("auto", empty, "scratch", (160, 160)) == (0.5, 0.7, 0.7)
     _, recipe = resolve(drawn, ["--mosaic", "0", "--copy_paste", "0.2"])
     assert (recipe.mosaic, recipe.copy_paste) == (0, 0.2)

@@ -27,7 +27,7 @@ SMALL_IMAGE = 200  # pixels of the longest side up to which batches of 32 fit an
 BATCH_TOKENS = 2048  # locations per batch of small images; larger batches learn more slowly in the same time
 FEW_OBJECTS = 100  # per class, up to which objects are pasted
 VERY_FEW_OBJECTS = 50  # per class, up to which there are mosaics, color jitter and further decoder layers as well
-RARE = 10  # times as rare as the most frequent class: objects are pasted, too, as they are mostly of rare classes
+RARE = 10  # objects are also pasted where the most frequent class has more than this many times those of the rarest
 MIXED_MEGAPIXELS = 2  # median image size up to which images are mixed; each then reads about three others
 EMA_DECAY = 0.99  # averages about the last 100 steps
 
@@ -37,8 +37,7 @@ class DataSummary:
     """Statistics of a data set that a recipe depends on.
 
     Args:
-        rarest, most_frequent: number of objects of the class with the fewest objects, at least one, and of that with
-            the most.
+        min_per_class, max_per_class: number of objects of the rarest class that occurs, and of the most frequent one.
         max_objects: largest number of objects in one image.
         object_side: first quartile of the side of the objects, relative to the shorter side of their image. The side of
             a box is the square root of its area.
@@ -48,8 +47,8 @@ class DataSummary:
     num_images: int
     num_objects: int
     num_classes: int
-    rarest: int
-    most_frequent: int
+    min_per_class: int
+    max_per_class: int
     max_objects: int
     object_side: float
     megapixels: float
@@ -71,8 +70,8 @@ def summarize(dataset: Any) -> DataSummary:
         num_images=len(counts),
         num_objects=sum(counts),
         num_classes=len(of_classes),
-        rarest=min(of_classes.values(), default=0),
-        most_frequent=max(of_classes.values(), default=0),
+        min_per_class=min(of_classes.values(), default=0),
+        max_per_class=max(of_classes.values(), default=0),
         max_objects=max(counts, default=0),
         object_side=float(np.quantile(sides, 0.25)) if sides else 1.0,
         megapixels=float(np.median(pixels)) / 1e6 if len(pixels) else 0.0,
@@ -282,7 +281,7 @@ def _decoder_layers(data: DataSummary, query_proposals: bool) -> Choice:
     if not query_proposals:
         return Choice(3, "queries that are no proposals find their object layer by layer")
     if _objects_per_class(data) <= VERY_FEW_OBJECTS:
-        return Choice(3, f"with {_objects_per_class(data)} objects per class, one layer finds fewer in other images")
+        return Choice(3, f"one layer overlooks more where a class has {_objects_per_class(data)} objects")
     return Choice(1, "proposals need no further layer, and each one takes time")
 
 
@@ -340,25 +339,27 @@ def _variety(data: DataSummary, start: Start, unmixable: str | None, in_color: b
     """Probabilities of mosaics, pasted objects and other colors, which help where a class has few objects. Pasted
     objects, most of which are of rare classes, also help where classes differ in frequency."""
     per_class = _objects_per_class(data)
-    differ = RARE * data.rarest < data.most_frequent and data.num_images < SMALL_DATA
     if unmixable is None and data.megapixels > MIXED_MEGAPIXELS:
         unmixable = f"reading several images of {data.megapixels:.0f} megapixels for one takes long"
 
-    def choice(probability: float, few: int, obstacle: str | None, *, for_rare: bool = False) -> Choice:
+    def few(limit: int) -> str | None:
+        return f"{per_class} objects per class are few, and vary more with this" if per_class <= limit else None
+
+    rare = None
+    if RARE * data.min_per_class < data.max_per_class and data.num_images < SMALL_DATA:
+        rare = f"classes have {data.min_per_class:,} to {data.max_per_class:,} objects"
+
+    def choice(probability: float, reason: str | None, obstacle: str | None) -> Choice:
         if start == "checkpoint":
             return Choice(0.0, "not measured with trained detectors")
-        if per_class > few and not for_rare:
+        if reason is None:
             return Choice(0.0, f"{per_class:,} objects per class are enough")
-        if obstacle is not None:
-            return Choice(0.0, obstacle)
-        if per_class > few:
-            return Choice(probability, f"classes have {data.rarest:,} to {data.most_frequent:,} objects")
-        return Choice(probability, f"{per_class} objects per class are few, and vary more with this")
+        return Choice(probability, reason) if obstacle is None else Choice(0.0, obstacle)
 
     return {
-        "mosaic": choice(0.5, VERY_FEW_OBJECTS, unmixable),
-        "copy_paste": choice(0.7, FEW_OBJECTS, unmixable, for_rare=differ),
-        "color_jitter": choice(0.7, VERY_FEW_OBJECTS, None if in_color else "the images are not RGB"),
+        "mosaic": choice(0.5, few(VERY_FEW_OBJECTS), unmixable),
+        "copy_paste": choice(0.7, few(FEW_OBJECTS) or rare, unmixable),
+        "color_jitter": choice(0.7, few(VERY_FEW_OBJECTS), None if in_color else "the images are not RGB"),
     }
 
 
