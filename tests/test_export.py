@@ -291,13 +291,52 @@ def test_squeeze_and_excitation_runs_images_of_equal_size_together(few_cases, tm
     pixel_values, pixel_mask = padded_batch([(64, 100), (97, 90), (64, 100)])
     expected = model(pixel_values, pixel_mask)
     assert_equal(loaded(pixel_values, pixel_mask), expected)
-    as_the_graph = loaded._run({"pixel_values": pixel_values, "pixel_mask": pixel_mask})
+    as_the_graph = loaded._run({"pixel_values": pixel_values})
     assert relative_difference(as_the_graph[0], expected.logits) > 1e-4
     with pytest.raises(ValueError, match="rectangle"):
         loaded(pixel_values, pixel_mask.flip(1))
     pixel_mask[1, :, 3:] = 0
     with pytest.raises(ValueError, match=r"got 97 x 3\."):
         loaded(pixel_values, pixel_mask)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@torch.no_grad()
+def test_a_graph_for_images_of_one_size_takes_no_mask(kind, few_cases, tmp_path):
+    model, messages = small_model(), []
+    exact = DetrImageProcessor(size={"height": 80, "width": 96})
+    content = export_model(model, exact, tmp_path / "out", graph_format=kind, report=messages.append)
+    assert content["inputs"] == ["pixel_values"]
+    assert "takes no pixel_mask" in messages[0]
+    assert not any("padding_exact: false" in line for line in messages), "no advice about padding that there is not"
+    loaded = load_exported(tmp_path / "out")
+    assert not loaded.takes_mask
+    pixel_values = torch.randn(3, 3, 80, 96)
+    assert_equal(loaded(pixel_values), model(pixel_values))
+    padded = padded_batch([(64, 100), (97, 90), (64, 100)])  # from another image processor
+    assert_equal(loaded(*padded), model(*padded))
+
+    fixed = tmp_path / "fixed"
+    export_model(model, exact, fixed, graph_format=kind, shape=(2, 64, 128), report=lambda text: None)
+    assert DetrImageProcessor.from_pretrained(fixed).size == {"height": 64, "width": 128}
+    pixel_values = torch.randn(3, 3, 64, 128)
+    assert_equal(load_exported(fixed)(pixel_values), model(pixel_values))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"size": {"height": 64, "width": 64}, "pad_size": {"height": 96, "width": 96}},
+        {"size": {"height": 64, "width": 64}, "do_resize": False},
+        {"size": {"max_height": 64, "max_width": 64}},
+    ],
+)
+def test_a_graph_for_images_that_may_be_padded_takes_a_mask(fields, few_cases, tmp_path):
+    content = export_model(
+        small_model(), DetrImageProcessor(**fields), tmp_path / "out", graph_format="torch", report=lambda text: None
+    )
+    assert content["inputs"] == ["pixel_values", "pixel_mask"]
+    assert content["padding_exact"]
 
 
 @pytest.mark.parametrize(

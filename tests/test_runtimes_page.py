@@ -62,7 +62,10 @@ def test_the_programs_find_what_the_model_finds(place):
     images = [Image.open(path) for path in sorted((folder / "data" / "shapes" / "val").iterdir())]
     theirs = {name: torch.tensor(value) for name, value in json.loads(lines[2]).items()}
     ours = processor(images, return_tensors="pt")
-    assert theirs["pixel_mask"].equal(ours["pixel_mask"])
+    if "height" in processor.size:
+        assert list(theirs) == ["pixel_values", "target_sizes"], "images of one size need no mask"
+    else:
+        assert theirs["pixel_mask"].equal(ours["pixel_mask"])
     assert (theirs["pixel_values"] - ours["pixel_values"]).abs().max() < 3 / 255 / 0.224  # two roundings apart
 
     sizes = theirs.pop("target_sizes").tolist()

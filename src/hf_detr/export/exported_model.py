@@ -21,8 +21,8 @@ from .runtimes import GRAPH_FILES, Run, open_graph
 EXPORT_FILE = "export.json"
 
 
-def input_names(post_process: bool) -> list[str]:
-    return ["pixel_values", "pixel_mask", *(["target_sizes"] if post_process else [])]
+def input_names(post_process: bool, mask_padding: bool) -> list[str]:
+    return ["pixel_values", *(["pixel_mask"] if mask_padding else []), *(["target_sizes"] if post_process else [])]
 
 
 def output_names(post_process: bool, has_masks: bool) -> list[str]:
@@ -81,6 +81,11 @@ class ExportedDetr:
     def has_masks(self) -> bool:
         return "pred_masks" in self.export["outputs"]
 
+    @property
+    def takes_mask(self) -> bool:
+        """Whether `pixel_mask` is an input of the graph, which then takes padded batches."""
+        return "pixel_mask" in self.export["inputs"]
+
     def graph_files(self) -> list[Path]:
         """The files of the graph and its weights."""
         return sorted(Path(self.config.name_or_path).glob("model.*"))
@@ -124,12 +129,12 @@ class ExportedDetr:
         inputs = {"pixel_values": pixel_values.detach().float().cpu()}
         if pixel_mask is None:
             pixel_mask = torch.ones(len(pixel_values), *pixel_values.shape[2:])
-        inputs["pixel_mask"] = pixel_mask.detach().long().cpu()
+        mask = pixel_mask.detach().long().cpu()
         if self.export["post_processing"]:
             if target_sizes is None:
                 target_sizes = torch.ones(len(pixel_values), 2)
             inputs["target_sizes"] = target_sizes.long().cpu()
-        outputs = self._run_graph(inputs) if self.export["padding_exact"] else self._by_size(inputs)
+        outputs = self._run_graph(inputs | {"pixel_mask": mask}) if self.takes_mask else self._by_size(inputs, mask)
         names = output_names(self.export["post_processing"], self.has_masks)
         found: dict[str, Any] = dict(zip(names, (value.to(pixel_values.device) for value in outputs), strict=True))
         if self.has_masks:
@@ -156,11 +161,12 @@ class ExportedDetr:
         batch, height, width = self.export["shape"]
         count, _, rows, columns = inputs["pixel_values"].shape
         padding = (0, width - columns, 0, height - rows)
-        inputs = inputs | {name: functional.pad(inputs[name], padding) for name in ("pixel_values", "pixel_mask")}
+        images = [name for name in ("pixel_values", "pixel_mask") if name in inputs]
+        inputs = inputs | {name: functional.pad(inputs[name], padding) for name in images}
         parts = []
         for start in range(0, count, batch):
             part = {name: value[start : start + batch] for name, value in inputs.items()}
-            missing = batch - len(part["pixel_mask"])
+            missing = batch - len(part["pixel_values"])
             if missing:  # the last image again
                 part = {n: torch.cat([v, v[-1:].expand(missing, *v.shape[1:])]) for n, v in part.items()}
             parts.append([value[: batch - missing] for value in self._run(part)])
@@ -182,9 +188,11 @@ class ExportedDetr:
                 f"This export needs images of at least {smallest} pixels on both sides, got {height} x {width}."
             )
 
-    def _by_size(self, inputs: dict[str, Tensor]) -> list[Tensor]:
-        """Run images of equal size together and without their padding, which would change the results."""
-        sizes = image_sizes(inputs["pixel_mask"])
+    def _by_size(self, inputs: dict[str, Tensor], mask: Tensor) -> list[Tensor]:
+        """Run images of equal size together and without their padding, which the graph would take for image."""
+        if mask.numpy().all():  # see `_open_openvino`
+            return self._run_graph(inputs)
+        sizes = image_sizes(mask)
         if sizes is None:
             raise ValueError("This export needs masks that are one rectangle at the top left per image.")
         for size in sizes:
@@ -194,7 +202,6 @@ class ExportedDetr:
             indices = [index for index, size in enumerate(sizes) if size == (height, width)]
             part = {name: value[indices] for name, value in inputs.items()}
             part["pixel_values"] = part["pixel_values"][:, :, :height, :width].contiguous()
-            part["pixel_mask"] = part["pixel_mask"][:, :height, :width].contiguous()
             found = self._run_graph(part)
             outputs = outputs or [value.new_empty(len(sizes), *value.shape[1:]) for value in found]
             for number, values in enumerate(found):
@@ -255,7 +262,8 @@ def _read_export(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / EXPORT_FILE} is damaged: {error}") from error
     if not isinstance(export, dict) or export.get("format") not in GRAPH_FILES:
         raise ValueError(f"{folder / EXPORT_FILE} was not written by hf_detr, or by a newer version.")
-    missing = {"precision", "outputs", "post_processing", "padding_exact", "smallest_side", "shape"} - export.keys()
+    needed = {"precision", "inputs", "outputs", "post_processing", "padding_exact", "smallest_side", "shape"}
+    missing = needed - export.keys()
     if missing:
         raise ValueError(f"{folder / EXPORT_FILE} is damaged: it has no {', '.join(sorted(missing))}.")
     files = [GRAPH_FILES[export["format"]], "config.json", *(["model.bin"] if export["format"] == "openvino" else [])]

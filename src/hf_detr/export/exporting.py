@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
-from ..model.processor_size import size_fields
+from ..model.processor_size import keeps_aspect_ratio, size_fields
 from .export_check import REPLACED_FLOAT16, TOLERANCE, TOLERANCE_FLOAT16, Case, CheckResult, check_cases, compare
 from .export_folder import atomic_folder, check_folder, model_source
 from .exported_model import EXPORT_FILE, ExportedDetr, input_names, load_exported, output_names
@@ -47,9 +47,12 @@ def export_model(
 
     The graph's outputs are compared with PyTorch's on batches of many shapes, with and without padding; if they differ
     by more than 1e-4, nothing is written. (Queries that are proposals have no order: each is compared with the one that
-    it is closest to.) The graph masks padding before the backbone's convolutions, so that the
-    results of an image do not depend on padding. This is not possible for some backbones (squeeze-and-excitation,
-    windowed attention); `padding_exact` is False then, and [`load_exported`] runs images of equal size together.
+    it is closest to.)
+
+    The graph takes `pixel_mask` and masks padding before the backbone's convolutions, so that the results of an image
+    do not depend on padding. It has no such input, and `padding_exact` is False, where padding cannot be masked
+    (squeeze-and-excitation, windowed attention), or where `processor` resizes all images to one size, which makes the
+    graph faster. [`load_exported`] then runs images of equal size together.
 
     Args:
         model: float32. One with masks also gives `pred_masks` and `mask_sizes`.
@@ -89,7 +92,7 @@ def export_model(
             cases = check_cases(model.model.backbone.strides[-1], _working_size(processor), shape)
             job = _Job(folder, reference, cases, report, shape, opset)
             model.config.to_json_file(folder / "config.json", use_diff=True)
-            export = {"model": model_source(model)} | job.make_float32(graph_format, post_process)
+            export = {"model": model_source(model)} | job.make_float32(graph_format, post_process, _pads(processor))
             if shape is not None:
                 processor = _fit_processor(processor, shape, export["padding_exact"])
                 report(f"The image processor of the export resizes to {size_fields(processor.size)}.")
@@ -119,11 +122,14 @@ class _Job:
     shape: tuple[int, int, int] | None
     opset: int | None
 
-    def make_float32(self, graph_format: str, post_process: bool) -> dict[str, Any]:
-        """Write the graph, with padding masked if possible."""
+    def make_float32(self, graph_format: str, post_process: bool, padded: bool) -> dict[str, Any]:
+        """Write the graph, with padding masked if batches are padded and if possible."""
         name = self.model.model.backbone.name
         options = [True, False]
-        if plan_masks(self.model.model.backbone, self.model.config.num_channels) is None:
+        if not padded:
+            self.report("All images have one size after the resize, so the graph takes no pixel_mask.")
+            options = [False]
+        elif plan_masks(self.model.model.backbone, self.model.config.num_channels) is None:
             self.report(f'Padding cannot be masked for the backbone "{name}".')
             options = [False]
         for mask_padding in options:
@@ -146,7 +152,7 @@ class _Job:
                     f"{TOLERANCE:.0e}. Nothing was written. {result.worst()}"
                 )
             self.report(f'Padding changes the results of "{name}" in spite of masks. Exporting a graph without masks.')
-        if not export["padding_exact"]:
+        if padded and not export["padding_exact"]:
             self.report(
                 "padding_exact: false. Results of the graph for an image depend on its padding. load_exported runs "
                 "images of equal size together; other users of the graph have to do the same."
@@ -157,7 +163,8 @@ class _Job:
         """Write one graph, and compare it with the model."""
         program = trace(self.model, mask_padding=mask_padding, post_process=post_process, shape=self.shape)
         fixed = self.shape is not None
-        inputs, outputs = input_names(post_process), output_names(post_process, self.model.has_masks)
+        inputs = input_names(post_process, mask_padding)
+        outputs = output_names(post_process, self.model.has_masks)
         write_graph(program, graph_format, inputs, outputs, self.folder, fixed=fixed, opset=self.opset)
         export: dict[str, Any] = {
             "format": graph_format,
@@ -251,6 +258,14 @@ def _check_request(
     if calibration is None:
         return None
     return CalibrationImages(calibration, processor)
+
+
+def _pads(processor: DetrImageProcessor) -> bool:
+    """Whether batches of this image processor may be padded."""
+    if not processor.do_resize or keeps_aspect_ratio(processor.size):
+        return True
+    pad_size = size_fields(processor.pad_size or {})
+    return bool(processor.do_pad and pad_size) and pad_size != size_fields(processor.size)
 
 
 def _fit_processor(

@@ -25,12 +25,12 @@ MAX_ONE_FILE = 1.5 * 2**30  # bytes of weights in one ONNX file; protobuf is lim
 
 
 class ExportGraph(nn.Module):
-    """The module that is exported: `pixel_values` and `pixel_mask` in, `logits` and `pred_boxes` out, and of a model
-    with masks `pred_masks` (B, Q, h, w) of all queries and `mask_sizes` (B, 2), what of h and w shows the image.
+    """The module that is exported: `pixel_values` in, `logits` and `pred_boxes` out, and of a model with masks
+    `pred_masks` (B, Q, h, w) of all queries and `mask_sizes` (B, 2), what of h and w shows the image.
 
     Args:
         model: in eval mode; modified in place.
-        mask_padding: see [`MaskedBackbone`]; without it, results are only correct for batches without padding.
+        mask_padding: adds the input `pixel_mask`, see [`MaskedBackbone`]; without it, batches must not be padded.
         post_process: adds the input `target_sizes` (B, 2), height and width of each image in pixels, and the outputs
             `scores` (B, Q), `labels` (B, Q) and `boxes` (B, Q, 4), xyxy in pixels and clipped to the image, equal to
             `post_process_detection` without a threshold.
@@ -42,16 +42,17 @@ class ExportGraph(nn.Module):
     def __init__(self, model: "DetrForDetection", *, mask_padding: bool, post_process: bool) -> None:
         super().__init__()
         backbone = model.model.backbone
-        plan = plan_masks(backbone, model.config.num_channels) if mask_padding else None
-        if mask_padding and plan is None:
-            raise ValueError(f'Padding cannot be masked for the backbone "{backbone.name}".')
         model.set_attn_implementation("sdpa")
-        model.model.backbone = MaskedBackbone(backbone, plan)  # type: ignore[assignment]
+        if mask_padding:
+            plan = plan_masks(backbone, model.config.num_channels)
+            if plan is None:
+                raise ValueError(f'Padding cannot be masked for the backbone "{backbone.name}".')
+            model.model.backbone = MaskedBackbone(backbone, plan)  # type: ignore[assignment]
         self.model = model
         self.post_process = post_process
 
     def forward(
-        self, pixel_values: Tensor, pixel_mask: Tensor, target_sizes: Tensor | None = None
+        self, pixel_values: Tensor, pixel_mask: Tensor | None = None, target_sizes: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         outputs = self.model(pixel_values=pixel_values, pixel_mask=pixel_mask)
         logits, pred_boxes = outputs.logits, outputs.pred_boxes
@@ -91,7 +92,7 @@ def trace(
         "pixel_mask": {0: free, 1: free, 2: free},
         "target_sizes": {0: free},
     }
-    names = input_names(post_process)
+    names = input_names(post_process, mask_padding)
     try:
         with torch.no_grad(), quiet("torch.fx.experimental.symbolic_shapes"):
             return torch.export.export(

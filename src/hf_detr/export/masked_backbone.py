@@ -177,31 +177,26 @@ class MaskedBackbone(nn.Module):
 
     Args:
         backbone: modified in place: its layers get hooks.
-        plan: from [`plan_masks`]; None masks nothing, so that results are only correct for batches without padding.
+        plan: from [`plan_masks`].
     """
 
-    def __init__(self, backbone: Backbone, plan: MaskPlan | None) -> None:
+    def __init__(self, backbone: Backbone, plan: MaskPlan) -> None:
         super().__init__()
         self.network: Any = backbone.model
         self.strides: list[int] = backbone.strides
         self.plan = plan
         self._masks = _Masks()
-        for name, grid in plan.layers.items() if plan else ():
+        for name, grid in plan.layers.items():
             layer = self.network.get_submodule(name)
             layer.register_forward_pre_hook(self._masks.mask_padding(grid))
-            if plan and name in plan.averages:
+            if name in plan.averages:
                 layer.register_forward_hook(self._masks.exclude_padding(grid))
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> list[FeatureLevel]:
         """The same as [`Backbone.forward`], for `pixel_values` (B, C, H, W) and `pixel_mask` (B, H, W)."""
-        mask = pixel_mask.to(pixel_values.dtype)[:, None]
-        if self.plan is not None:
-            self._masks.fill(mask, self.plan)
+        self._masks.fill(pixel_mask.to(pixel_values.dtype)[:, None], self.plan)
         maps = [channels_first(self.network, features) for features in self.network(pixel_values)]
-        if self.plan is None:
-            masks = [functional.interpolate(mask, size=features.shape[-2:]) for features in maps]
-        else:
-            masks = [self._masks.grids[end] for end in self.plan.ends]
-            self._masks.grids.clear()
+        masks = [self._masks.grids[end] for end in self.plan.ends]
+        self._masks.grids.clear()
         levels = zip(maps, masks, self.strides, strict=True)
         return [FeatureLevel(features, mask[:, 0] > 0.5, stride) for features, mask, stride in levels]

@@ -85,8 +85,8 @@ def _open_torch(path: Path) -> Run:
 
 
 def _open_openvino(path: Path, dtype: torch.dtype, openvino: Any) -> Run:
-    """Compiles two versions of the graph on first use: one for batches with padding, and a faster one for batches
-    without, from which the masks are removed."""
+    """Compiles two versions of a graph with `pixel_mask` on first use: one for batches with padding, and a faster one
+    for batches without, from which the masks are removed."""
     core = openvino.Core()
     precisions = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
     if dtype not in precisions:
@@ -107,7 +107,7 @@ def _open_openvino(path: Path, dtype: torch.dtype, openvino: Any) -> Run:
     def run(inputs: dict[str, Tensor]) -> list[Tensor]:
         arrays = {name: value.numpy() for name, value in inputs.items()}
         # in numpy: PyTorch's idle threads would keep spinning on the cores that OpenVINO uses
-        padded = not bool(arrays["pixel_mask"].all())
+        padded = "pixel_mask" in arrays and not bool(arrays["pixel_mask"].all())
         with lock:
             if padded not in requests:
                 requests[padded] = open_request(padded)

@@ -21,6 +21,11 @@ def class_probabilities(outputs: Any) -> Tensor:
     return logits.float().softmax(-1)[..., :-1]
 
 
+def _num_labels(outputs: Any) -> int:
+    given: Tensor | None = getattr(outputs, "class_probabilities", None)
+    return outputs.logits.shape[-1] - 1 if given is None else given.shape[-1]
+
+
 def to_host(outputs: Any) -> ModelOutput:
     """`logits`, `pred_boxes` and, if there are, `class_probabilities` of a model's outputs on the CPU, in float32,
     fetched in one piece: what comes after is a little work on many small tensors, each of which would wait for the
@@ -95,7 +100,7 @@ def post_process_detection(
         ValueError: the number of target sizes is not the number of images, that of thresholds not of classes, or
             `top_k` is below 1.
     """
-    images, _, num_labels = class_probabilities(outputs).shape
+    images, num_labels = outputs.pred_boxes.shape[0], _num_labels(outputs)
     if target_sizes is not None and len(target_sizes) != images:
         raise ValueError(f"There are {images} images but {len(target_sizes)} target sizes.")
     if isinstance(threshold, Sequence) and len(threshold) != num_labels:
