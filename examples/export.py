@@ -6,9 +6,9 @@
 
 The graph of a model with masks also gives `pred_masks`, logits of the masks of all queries at a quarter of the size of
 the batch, and `mask_sizes`, the rows and columns of each that show the image. The graph takes any batch size, height
-and width, or with --shape only one, and `pixel_mask` as an input, if images are padded at all. Before anything is
-written, its outputs are compared with those of PyTorch on batches of many shapes, with and without padding. Files in
-the output folder:
+and width, or with --shape only one, and `pixel_mask` as an input, unless images are never padded or their padding
+cannot be masked. Before anything is written, its outputs are compared with those of PyTorch on batches of many shapes,
+with and without padding. Files in the output folder:
 
     model.onnx, or model.xml and model.bin, or model.pt2
     config.json, preprocessor_config.json    of the model and its image processor

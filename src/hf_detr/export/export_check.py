@@ -92,9 +92,8 @@ class CheckResult:
         return f"The worst case: {case}."
 
     def summary(self) -> str:
-        return (
-            f"{len(self.cases)} cases, largest difference {self.unpadded:.1e} without padding, {self.padded:.1e} with"
-        )
+        padded = f", {self.padded:.1e} with" if any(case["padded"] for case in self.cases) else ""
+        return f"{len(self.cases)} cases, largest difference {self.unpadded:.1e} without padding{padded}"
 
 
 @torch.no_grad()

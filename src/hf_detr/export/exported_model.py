@@ -127,17 +127,17 @@ class ExportedDetr:
         target_sizes = None if target_sizes is None else torch.as_tensor(target_sizes)  # may be a list of pairs
         self._check(pixel_values, pixel_mask, target_sizes)
         inputs = {"pixel_values": pixel_values.detach().float().cpu()}
-        if pixel_mask is None:
-            pixel_mask = torch.ones(len(pixel_values), *pixel_values.shape[2:])
-        mask = pixel_mask.detach().long().cpu()
         if self.export["post_processing"]:
             if target_sizes is None:
                 target_sizes = torch.ones(len(pixel_values), 2)
             inputs["target_sizes"] = target_sizes.long().cpu()
-        outputs = self._run_graph(inputs | {"pixel_mask": mask}) if self.takes_mask else self._by_size(inputs, mask)
+        mask = None if pixel_mask is None else pixel_mask.detach().long().cpu()
+        outputs = self._run_masked(inputs, mask) if self.takes_mask else self._by_size(inputs, mask)
         names = output_names(self.export["post_processing"], self.has_masks)
         found: dict[str, Any] = dict(zip(names, (value.to(pixel_values.device) for value in outputs), strict=True))
-        if self.has_masks:
+        if self.has_masks and pixel_mask is None:
+            found["image_sizes"] = torch.tensor([pixel_values.shape[2:]] * len(pixel_values))
+        elif self.has_masks and pixel_mask is not None:
             found["image_sizes"] = torch.stack((pixel_mask.any(2).sum(1), pixel_mask.any(1).sum(1)), dim=1)
         if not self.config.has_no_object:
             found["class_probabilities"] = found["logits"].sigmoid()
@@ -153,6 +153,11 @@ class ExportedDetr:
                 f"{tuple(target_sizes.shape)}."
             )
         self._check_size(pixel_values.shape[2], pixel_values.shape[3])
+
+    def _run_masked(self, inputs: dict[str, Tensor], mask: Tensor | None) -> list[Tensor]:
+        if mask is None:
+            mask = torch.ones(len(inputs["pixel_values"]), *inputs["pixel_values"].shape[2:], dtype=torch.int64)
+        return self._run_graph(inputs | {"pixel_mask": mask})
 
     def _run_graph(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         """Run the graph; one with a fixed shape in batches of its size, padded to it."""
@@ -188,9 +193,9 @@ class ExportedDetr:
                 f"This export needs images of at least {smallest} pixels on both sides, got {height} x {width}."
             )
 
-    def _by_size(self, inputs: dict[str, Tensor], mask: Tensor) -> list[Tensor]:
+    def _by_size(self, inputs: dict[str, Tensor], mask: Tensor | None) -> list[Tensor]:
         """Run images of equal size together and without their padding, which the graph would take for image."""
-        if mask.numpy().all():  # see `_open_openvino`
+        if mask is None or mask.numpy().all():  # in numpy: see `_open_openvino`
             return self._run_graph(inputs)
         sizes = image_sizes(mask)
         if sizes is None:
@@ -251,7 +256,7 @@ def load_exported(path: str | Path, dtype: torch.dtype | str | None = None) -> E
 def _read_export(folder: Path) -> dict[str, Any]:
     if not folder.exists():
         raise FileNotFoundError(f"{folder} does not exist.")
-    advice = "Export a checkpoint with examples/export.py."
+    advice, again = "Export a checkpoint with examples/export.py.", "Export the model again."
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; pass the folder of the export. {advice}")
     try:
@@ -266,8 +271,10 @@ def _read_export(folder: Path) -> dict[str, Any]:
     missing = needed - export.keys()
     if missing:
         raise ValueError(f"{folder / EXPORT_FILE} is damaged: it has no {', '.join(sorted(missing))}.")
+    if "pixel_mask" in export["inputs"] and not export["padding_exact"]:
+        raise ValueError(f"{folder} was exported by an earlier version: padding changes its results. {again}")
     files = [GRAPH_FILES[export["format"]], "config.json", *(["model.bin"] if export["format"] == "openvino" else [])]
     for name in files:
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} is incomplete: it has no {name}. Export the model again.")
+            raise ValueError(f"{folder} is incomplete: it has no {name}. {again}")
     return export

@@ -61,7 +61,7 @@ class CalibrationImages:
 
     def _read(self, path: Path) -> dict[str, Tensor] | str:
         try:
-            inputs = self.processor(path, return_tensors="pt")
+            inputs = self.processor(path, return_tensors="pt", do_pad=False)
         except Exception as error:
             # decoders raise errors of any kind on damaged files
             return str(error) or type(error).__name__

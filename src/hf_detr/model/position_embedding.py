@@ -114,8 +114,8 @@ class LearnedPositionEmbedding(nn.Module):
     def forward(self, height: int, width: int, mask: Tensor | None, device: torch.device) -> Tensor:
         """Embedding of a (height, width) grid, (B, height*width, d_model); arguments as for the sine embedding."""
         if mask is None:
-            rows = torch.full((1,), float(height), device=device)
-            columns = torch.full((1,), float(width), device=device)
+            rows = torch.ones(1, height, device=device).sum(1)  # in a graph, a size is no number
+            columns = torch.ones(1, width, device=device).sum(1)
         else:
             rows = mask.any(2).sum(1, dtype=torch.float32)
             columns = mask.any(1).sum(1, dtype=torch.float32)
