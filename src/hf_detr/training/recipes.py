@@ -26,7 +26,7 @@ SMALL_WIDTH = 128  # of that transformer otherwise
 SMALL_IMAGE = 200  # pixels of the longest side up to which batches of 32 fit anywhere
 BATCH_TOKENS = 2048  # locations per batch of small images; larger batches learn more slowly in the same time
 FEW_OBJECTS = 100  # per class, up to which objects are pasted
-VERY_FEW_OBJECTS = 50  # per class, up to which there are mosaics, color jitter and further decoder layers as well
+VERY_FEW_OBJECTS = 50  # per class, up to which there are mosaics and color jitter as well
 RARE = 10  # objects are also pasted where the most frequent class has more than this many times those of the rarest
 MIXED_MEGAPIXELS = 2  # median image size up to which images are mixed; each then reads about three others
 EMA_DECAY = 0.99  # averages about the last 100 steps
@@ -268,25 +268,15 @@ def _model(
         model |= {
             "d_model": Choice(SMALL_WIDTH, "a small transformer trains faster from random weights"),
             "encoder_layers": Choice(3, "as d_model"),
-            "decoder_layers": _decoder_layers(data, query_proposals),
+            "decoder_layers": Choice(1, "proposals need no further layer, and each one takes time")
+            if query_proposals
+            else Choice(3, "queries that are no proposals find their object layer by layer"),
             "encoder_ffn_dim": Choice(512, "as d_model"),
             "decoder_ffn_dim": Choice(512, "as d_model"),
             "pre_norm": Choice(True, "stable at a high learning rate"),
             "dropout": Choice(0.0, "augmentation is enough regularization at this size"),
         }
     return model
-
-
-def _decoder_layers(data: DataSummary, query_proposals: bool) -> Choice:
-    if not query_proposals:
-        return Choice(3, "queries that are no proposals find their object layer by layer")
-    if _objects_per_class(data) <= VERY_FEW_OBJECTS:
-        return Choice(3, f"one layer overlooks more where a class has {_objects_per_class(data)} objects")
-    return Choice(1, "proposals need no further layer, and each one takes time")
-
-
-def _objects_per_class(data: DataSummary) -> int:
-    return round(data.num_objects / max(1, data.num_classes))
 
 
 def has_small_transformer(data: DataSummary, start: Start) -> bool:
@@ -338,7 +328,7 @@ def _training(
 def _variety(data: DataSummary, start: Start, unmixable: str | None, in_color: bool) -> dict[str, Choice]:
     """Probabilities of mosaics, pasted objects and other colors, which help where a class has few objects. Pasted
     objects, most of which are of rare classes, also help where classes differ in frequency."""
-    per_class = _objects_per_class(data)
+    per_class = round(data.num_objects / max(1, data.num_classes))
     if unmixable is None and data.megapixels > MIXED_MEGAPIXELS:
         unmixable = f"reading several images of {data.megapixels:.0f} megapixels for one takes long"
 
