@@ -217,7 +217,7 @@ class Recipe:
     ema: float = 0.0  # decay of averaged weights, which are evaluated; 0: none
 
 
-LAYERS = {"decoder_layers": 3}  # of models without proposals, whose queries find objects layer by layer
+LAYERS = {"encoder_layers": 3, "decoder_layers": 3}  # of models whose queries find objects layer by layer
 PLAIN = LAYERS | {
     "query_type": "learned",
     "relative_boxes": False,
@@ -245,12 +245,13 @@ OURS: dict[str, dict[str, Any]] = {
 WITHOUT: dict[str, dict[str, Any]] = {
     "relative-boxes": {"relative_boxes": False},
     "giou-weight": {"giou_loss_coefficient": 2},
-    "proposals": LAYERS | {"query_proposals": False},
-    "one-layer": LAYERS,
+    "proposals": {"query_proposals": False, "decoder_layers": 3},
+    "one-decoder-layer": {"decoder_layers": 3},
+    "two-encoder-layers": {"encoder_layers": 3},
     "class-cost": {"class_cost": 1},
     "denoising": {"denoising_groups": 0},
     "iou-aware": {"class_loss": "focal", "class_loss_coefficient": 2},
-    "dense": LAYERS | {"dense_loss_coefficient": 0, "query_proposals": False},
+    "dense": {"dense_loss_coefficient": 0, "query_proposals": False, "decoder_layers": 3},
 }
 
 # The rates at which plain DETR learned best on the shapes; the recipe has its own.

@@ -267,7 +267,7 @@ def _model(
     if has_small_transformer(data, start):
         model |= {
             "d_model": Choice(SMALL_WIDTH, "a small transformer trains faster from random weights"),
-            "encoder_layers": Choice(3, "as d_model"),
+            "encoder_layers": Choice(2, "a third layer takes more time than it gains"),
             "decoder_layers": Choice(1, "proposals need no further layer, and each one takes time")
             if query_proposals
             else Choice(3, "queries that are no proposals find their object layer by layer"),
