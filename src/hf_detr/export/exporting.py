@@ -64,7 +64,7 @@ def export_model(
             exactly this height and width.
         opset: version of ONNX's operators; None: that of `torch.onnx.export`.
         half: float16 weights, and of ONNX also computation. The float32 graph is checked as above; the differences of
-            the float16 graph are reported, and above 0.05 nothing is written; of proposals, a twentieth may be others.
+            the float16 graph are reported, and above 0.05 nothing is written; of proposals, 15 % may be others.
         calibration: a folder of images for quantisation to int8 (weights and activations), with reports but
             no limit.
         evaluate: computes COCO metrics, including "AP"; called with `model` and with the exported model.
