@@ -218,6 +218,9 @@ def test_onnx_int8_quantises_convolutions_and_linear_layers_but_not_the_heads(ex
     model, folder, _, _ = export_of("onnx")
     folder = shutil.copytree(folder, tmp_path / "int8")
     images = CalibrationImages(calibration_folder(tmp_path / "images"), processor())
+    padding = DetrImageProcessor(size={"height": 64, "width": 64}, pad_size={"height": 96, "width": 96})
+    unpadded = next(iter(CalibrationImages(tmp_path / "images", padding)))
+    assert unpadded["pixel_values"].shape == (1, 3, 64, 64), "a border that is no image would be calibrated on"
     quantize_graph("onnx", folder, ["pixel_values", "pixel_mask", "target_sizes"], images)
     assert list(images.unread) == [tmp_path / "images" / "damaged.jpg"]
     graph = onnx.load(folder / "model.onnx").graph
@@ -321,7 +324,7 @@ def test_a_graph_for_images_of_one_size_takes_no_mask(kind, changes, few_cases, 
     assert "takes no pixel_mask" in messages[0]
     assert not any("padding_exact: false" in line for line in messages), "no advice about padding that there is not"
     loaded = load_exported(tmp_path / "out")
-    assert not loaded.takes_mask
+    assert not loaded.takes_pixel_mask
     pixel_values = torch.randn(3, 3, 80, 96)
     assert_equal(loaded(pixel_values), model(pixel_values))
     padded = padded_batch([(64, 100), (97, 90), (64, 100)])  # from another image processor
@@ -471,10 +474,11 @@ def test_loading_explains_what_is_wrong_with_a_folder(export_of, tmp_path):
     (folder / "model.xml").write_text("<net>")
     with pytest.raises(ValueError, match=r"model\.xml cannot be opened"):
         load_exported(folder)
-    earlier = json.loads((folder / "export.json").read_text()) | {"padding_exact": False}
-    (folder / "export.json").write_text(json.dumps(earlier))
-    with pytest.raises(ValueError, match=r"earlier version: padding changes its results\. Export the model again"):
-        load_exported(folder)
+    content = json.loads((folder / "export.json").read_text())
+    for contradiction in ({"padding_exact": False}, {"inputs": ["pixel_values"]}):  # the first was once written
+        (folder / "export.json").write_text(json.dumps(content | contradiction))
+        with pytest.raises(ValueError, match=r"padding_exact is .*, and the inputs are .*\. Export the model again"):
+            load_exported(folder)
     (folder / "export.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         load_exported(folder)

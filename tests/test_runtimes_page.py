@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,18 @@ def test_the_programs_find_what_the_model_finds(place):
             assert [label for label, _, _ in found] == [NAMES[label] for label in result["labels"].tolist()]
             assert [score for _, score, _ in found] == pytest.approx(result["scores"].tolist(), abs=1e-3)
             torch.testing.assert_close(torch.tensor([box for _, _, box in found]), result["boxes"], rtol=0, atol=0.1)
+
+
+def test_the_program_refuses_to_pad_for_a_graph_without_a_mask(place, tmp_path):
+    folder, _, processor = place
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    target = copied / "exports" / "shapes" / "export.json"
+    target.write_text(json.dumps(json.loads(target.read_text()) | {"inputs": ["pixel_values", "target_sizes"]}))
+    first = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    code = WITHOUT + first + "\nprepare([Image.new('RGB', (200, 90)), Image.new('RGB', (64, 64))])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=copied, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == ("height" in processor.size)
+    assert ("This graph takes no padding" in done.stderr) == ("height" not in processor.size)
 
 
 def test_the_table_of_inputs_is_that_of_the_graph(place):

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4  # for float32
 TOLERANCE_FLOAT16 = 0.05  # its usual differences are 0.001 to 0.005
-REPLACED_FLOAT16 = 0.15  # fraction of the queries of all images together; 0.09 of a model that has hardly learned
-REPLACED_OF_IMAGE = 0.4  # largest fraction of the queries of one image; 0.26 of such a model
+# Proposals that may be others; of models that had hardly learned, up to 0.09 and 0.26 were
+REPLACED_FLOAT16 = 0.15  # fraction of the queries of all images together
+REPLACED_OF_IMAGE = 0.4  # largest fraction of the queries of one image
 COMPARED = ("logits", "pred_boxes", "pred_masks", "scores", "boxes")
 
 

@@ -82,7 +82,7 @@ class ExportedDetr:
         return "pred_masks" in self.export["outputs"]
 
     @property
-    def takes_mask(self) -> bool:
+    def takes_pixel_mask(self) -> bool:
         """Whether `pixel_mask` is an input of the graph, which then takes padded batches."""
         return "pixel_mask" in self.export["inputs"]
 
@@ -132,13 +132,15 @@ class ExportedDetr:
                 target_sizes = torch.ones(len(pixel_values), 2)
             inputs["target_sizes"] = target_sizes.long().cpu()
         mask = None if pixel_mask is None else pixel_mask.detach().long().cpu()
-        outputs = self._run_masked(inputs, mask) if self.takes_mask else self._by_size(inputs, mask)
+        outputs = self._run_masked(inputs, mask) if self.takes_pixel_mask else self._by_size(inputs, mask)
         names = output_names(self.export["post_processing"], self.has_masks)
         found: dict[str, Any] = dict(zip(names, (value.to(pixel_values.device) for value in outputs), strict=True))
-        if self.has_masks and pixel_mask is None:
-            found["image_sizes"] = torch.tensor([pixel_values.shape[2:]] * len(pixel_values))
-        elif self.has_masks and pixel_mask is not None:
-            found["image_sizes"] = torch.stack((pixel_mask.any(2).sum(1), pixel_mask.any(1).sum(1)), dim=1)
+        if self.has_masks:
+            found["image_sizes"] = (
+                torch.tensor([pixel_values.shape[2:]] * len(pixel_values))
+                if pixel_mask is None
+                else torch.stack((pixel_mask.any(2).sum(1), pixel_mask.any(1).sum(1)), dim=1)
+            )
         if not self.config.has_no_object:
             found["class_probabilities"] = found["logits"].sigmoid()
         return ExportedOutput(**found)
@@ -180,9 +182,9 @@ class ExportedDetr:
     def _check_size(self, height: int, width: int) -> None:
         if self.export["shape"] is not None:
             _, rows, columns = self.export["shape"]
-            smaller = height <= rows and width <= columns and self.export["padding_exact"]
+            smaller = height <= rows and width <= columns and self.takes_pixel_mask
             if not smaller and (height, width) != (rows, columns):
-                limit = "up to" if self.export["padding_exact"] else "exactly"
+                limit = "up to" if self.takes_pixel_mask else "exactly"
                 raise ValueError(
                     f"This export takes images of {limit} {rows} x {columns} pixels, got {height} x {width}. Its own "
                     "image processor, in its folder, resizes to that."
@@ -271,8 +273,11 @@ def _read_export(folder: Path) -> dict[str, Any]:
     missing = needed - export.keys()
     if missing:
         raise ValueError(f"{folder / EXPORT_FILE} is damaged: it has no {', '.join(sorted(missing))}.")
-    if "pixel_mask" in export["inputs"] and not export["padding_exact"]:
-        raise ValueError(f"{folder} was exported by an earlier version: padding changes its results. {again}")
+    if ("pixel_mask" in export["inputs"]) != export["padding_exact"]:
+        raise ValueError(
+            f"{folder / EXPORT_FILE} is of an earlier version or damaged: padding_exact is {export['padding_exact']}, "
+            f"and the inputs are {', '.join(export['inputs'])}. {again}"
+        )
     files = [GRAPH_FILES[export["format"]], "config.json", *(["model.bin"] if export["format"] == "openvino" else [])]
     for name in files:
         if not (folder / name).is_file():

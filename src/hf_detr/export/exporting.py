@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from ..model.modeling_hf_detr import DetrForDetection
-from ..model.processor_size import keeps_aspect_ratio, size_fields
+from ..model.processor_size import size_fields
 from .export_check import REPLACED_FLOAT16, TOLERANCE, TOLERANCE_FLOAT16, Case, CheckResult, check_cases, compare
 from .export_folder import atomic_folder, check_folder, model_source
+from .export_processor import fit_processor, pads, working_size
 from .exported_model import EXPORT_FILE, ExportedDetr, input_names, load_exported, output_names
 from .graph import halve_graph, trace, write_graph
 from .masked_backbone import plan_masks
@@ -89,12 +89,12 @@ def export_model(
     try:
         with atomic_folder(output_dir) as folder:
             check_folder(output_dir, model)  # again, now that the folder is locked
-            cases = check_cases(model.model.backbone.strides[-1], _working_size(processor), shape)
+            cases = check_cases(model.model.backbone.strides[-1], working_size(processor), shape)
             job = _Job(folder, reference, cases, report, shape, opset)
             model.config.to_json_file(folder / "config.json", use_diff=True)
-            export = {"model": model_source(model)} | job.make_float32(graph_format, post_process, _pads(processor))
+            export = {"model": model_source(model)} | job.make_float32(graph_format, post_process, pads(processor))
             if shape is not None:
-                processor = _fit_processor(processor, shape, export["padding_exact"])
+                processor = fit_processor(processor, shape, export["padding_exact"])
                 report(f"The image processor of the export resizes to {size_fields(processor.size)}.")
             processor.to_json_file(folder / "preprocessor_config.json")
             if half:
@@ -259,32 +259,6 @@ def _check_request(
     if calibration is None:
         return None
     return CalibrationImages(calibration, processor)
-
-
-def _pads(processor: DetrImageProcessor) -> bool:
-    """Whether batches of this image processor may be padded."""
-    if not processor.do_resize or keeps_aspect_ratio(processor.size):
-        return True
-    pad_size = size_fields(processor.pad_size or {})
-    return bool(processor.do_pad and pad_size) and pad_size != size_fields(processor.size)
-
-
-def _fit_processor(
-    processor: DetrImageProcessor, shape: tuple[int, int, int], padding_exact: bool
-) -> DetrImageProcessor:
-    """A copy whose images fit the graph."""
-    names = ("max_height", "max_width") if padding_exact else ("height", "width")
-    size = dict(zip(names, shape[1:], strict=True))
-    fields = processor.to_dict() | {"size": size, "do_resize": True, "pad_size": None}
-    fitting: DetrImageProcessor = type(processor).from_dict(fields)
-    return fitting
-
-
-def _working_size(processor: DetrImageProcessor) -> tuple[int, int]:
-    """(height, width) of a 4:3 image after the processor's resize."""
-    image = torch.zeros(3, 480, 640, dtype=torch.uint8)
-    values: Tensor = processor(image, return_tensors="pt")["pixel_values"]
-    return values.shape[2], values.shape[3]
 
 
 # -- after ---------------------------------------------------------------------------------------------------------
