@@ -133,11 +133,11 @@ def test_the_paper_is_the_paper():
 
 
 def test_values_follow_the_data():
-    photos = choose_recipe("auto", LARGE, "backbone", (800, 1333)).values("model", {})
+    large = choose_recipe("auto", LARGE, "backbone", (800, 1333)).values("model", {})
     small = choose_recipe("auto", SMALL, "scratch", (128, 128))
-    assert photos["num_queries"] == 100
+    assert large["num_queries"] == 100
     assert choose_recipe("auto", SMALL, "scratch", (48, 64)).values("model", {})["num_queries"] == 24  # of 48 locations
-    assert photos["feature_stride"] == 32  # 160 pixels
+    assert large["feature_stride"] == 32  # 160 pixels
     assert small.values("model", {})["num_queries"] == 50
     assert small.values("model", {})["feature_stride"] == 8  # 13 pixels
     assert (
