@@ -10,7 +10,7 @@ import transformers
 from PIL import Image
 
 from hf_detr import DetrImageProcessor
-from hf_detr.model.image_io import to_image_tensor
+from hf_detr.model.image_io import open_image, to_image_tensor
 
 
 @pytest.fixture
@@ -166,6 +166,29 @@ class TestKindsOfImages:
         batch = processor(Image.open(file), annotations=annotation([0, 0, 60, 45]), return_tensors="pt")
         assert batch["labels"][0]["orig_size"].tolist() == [90, 60]
         torch.testing.assert_close(batch["labels"][0]["boxes"], torch.tensor([[0.5, 0.25, 1.0, 0.5]]))
+
+    @pytest.mark.parametrize("ending", ["jpg", "png", "tiff", "webp"])
+    def test_files_are_read_as_shown_and_images_in_memory_stay_as_they_are(self, ending, tmp_path):
+        for orientation in range(1, 9):
+            exif, path = Image.Exif(), tmp_path / f"{orientation}.{ending}"
+            exif[0x0112] = orientation
+            photo(30, 20).save(path, exif=exif)
+            # Pillow itself turns a TIFF
+            with Image.open(path) as stored:
+                upright = Image.fromarray(np.array(stored))
+            turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}.get(orientation) if ending != "tiff" else None
+            shown = upright if turn is None else upright.transpose(turn)
+            expected = torch.from_numpy(np.array(shown)).permute(2, 0, 1)
+            in_memory = Image.open(path)
+            for image in (path, path.read_bytes(), in_memory, in_memory):
+                assert torch.equal(to_image_tensor(image), expected)
+
+    def test_an_image_of_which_more_are_in_the_file_is_closed(self, tmp_path):
+        path = tmp_path / "pages.tiff"
+        photo(30, 20).save(path, save_all=True, append_images=[photo(30, 20, seed=1)])
+        image = open_image(path)
+        assert torch.equal(to_image_tensor(image), to_image_tensor(photo(30, 20)))
+        assert image.fp is None
 
     @pytest.mark.parametrize(
         ("image", "message"),

@@ -90,8 +90,9 @@ def open_image(source: str | Path, timeout: float | None = None) -> PIL.Image.Im
         if file.getbuffer().nbytes < 16:  # less than any image file
             raise FileNotFoundError(f"No image at {name}.")
     try:
-        image = PIL.ImageOps.exif_transpose(PIL.Image.open(file))
-        image.load()
+        with PIL.Image.open(file) as image:
+            image.load()
+            PIL.ImageOps.exif_transpose(image, in_place=True)  # a copy of a large photograph takes long
     except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
     return image
@@ -182,16 +183,17 @@ def _open_any(image: Any, timeout: float | None) -> PIL.Image.Image:
 
 def _pil_to_array(image: PIL.Image.Image, num_channels: int) -> np.ndarray:
     """(H, W) or (H, W, C), turned as the EXIF orientation says."""
-    image = PIL.ImageOps.exif_transpose(image)
+    if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+        image = PIL.ImageOps.exif_transpose(image)
     if min(image.size) == 0:
         raise ValueError(f"The image has no pixels: {image.width} x {image.height}.")
     if image.mode.startswith("I"):  # "I;16" and its relatives, and "I", in which Pillow holds 16-bit grey as well
         return np.array(image).astype(np.int32)
     if image.mode == "F":
         return np.array(image)
-    if num_channels in (1, 3):
-        return convert_to_rgb(image, return_numpy=True)
-    return np.array(image)
+    if num_channels not in (1, 3) or (image.mode == "RGB" and image.info.get("transparency") is None):
+        return np.array(image)
+    return convert_to_rgb(image, return_numpy=True)
 
 
 def _channels_first(image: Tensor, num_channels: int, channels_last: bool | None) -> Tensor:
