@@ -466,6 +466,16 @@ class TestAugmentedDataset:
             numbers.append((torch.rand(()).item(), np.random.rand(), random.random()))
         assert numbers[0] == numbers[1]
 
+    def test_nor_those_of_a_row_by_another_that_is_augmented_meanwhile(self):
+        def read_another(row, rows):
+            rows[1]
+            return row
+
+        rows = [make_row(image_id=index) for index in range(2)]
+        datasets = [rows, AugmentedDataset(rows, draws_from_everywhere, seed=1)]
+        drawn = [AugmentedDataset(d, draws_from_everywhere, seed=0, mixers=[read_another])[0] for d in datasets]
+        assert drawn[0]["objects"]["area"] == drawn[1]["objects"]["area"]
+
     def test_also_when_the_augmentation_fails(self):
         def fail(row):
             torch.rand(())

@@ -8,13 +8,14 @@ import PIL.Image
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.ops import box_convert, clip_boxes_to_image
+from torchvision.ops import box_convert
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ..model.annotations import box_problem
 from ..model.image_io import to_image_tensor
 from ..model.processor_size import rounded_size, size_fields
+from .box_arrays import Boxes, clip_boxes, corners_of, to_boxes
 from .masks import decode_masks, encode_masks, mask_areas, mask_boxes, resize_masks
 
 Row = dict[str, Any]
@@ -71,26 +72,36 @@ def _randint(low: int, high: int) -> int:
     return int(torch.randint(low, high + 1, ()))
 
 
-class Rotate90(v2.Transform):
-    """Rotation by 90 degrees counterclockwise, without resampling."""
+class RandomFlipRotate(v2.Transform):
+    """One of the eight combinations of a flip and rotations by 90 degrees, all equally likely, without resampling."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {"flipped": bool(_randint(0, 1)), "quarters": _randint(0, 3)}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Flip from left to right, and then rotate counterclockwise by so many quarters of a turn."""
+        flipped, quarters = params["flipped"], params["quarters"]
         if isinstance(inpt, tv_tensors.BoundingBoxes):
             height, width = inpt.canvas_size
             x, y, w, h = F.convert_bounding_box_format(inpt, new_format="XYWH").unbind(-1)  # type: ignore[attr-defined]
-            rotated = torch.stack((y, width - x - w, h, w), dim=-1)
-            return tv_tensors.BoundingBoxes(rotated, format="XYWH", canvas_size=(width, height))  # type: ignore[call-overload]
+            if flipped:
+                x = width - x - w
+            for _ in range(quarters):
+                x, y, w, h, height, width = y, width - x - w, h, w, width, height
+            return tv_tensors.BoundingBoxes(  # type: ignore[call-overload]
+                torch.stack((x, y, w, h), dim=-1), format="XYWH", canvas_size=(height, width)
+            )
         if isinstance(inpt, (tv_tensors.Image, tv_tensors.Mask)):
-            return tv_tensors.wrap(inpt.rot90(1, (-2, -1)), like=inpt)
+            pixels = inpt.as_subclass(Tensor)
+            pixels = pixels.flip(-1) if flipped else pixels
+            return tv_tensors.wrap(pixels.rot90(quarters, (-2, -1)) if quarters else pixels, like=inpt)
         return inpt
 
 
 def flip_rotate_augmentation() -> "Augmentation":
     """Flips and rotations by 90 degrees, all eight combinations equally likely, for images without a natural
     orientation, such as aerial or microscope images and drawings. Nothing is resampled."""
-    rotate = v2.RandomApply([Rotate90()], p=0.5)
-    steps = [v2.RandomHorizontalFlip(p=0.5), v2.RandomVerticalFlip(p=0.5), rotate]
-    return Augmentation(v2.Compose(steps), few_sizes=True)
+    return Augmentation(RandomFlipRotate(), few_sizes=True)
 
 
 def paper_augmentation(size: Mapping[str, int | None] | None = None, *, rounded: bool = False) -> "Augmentation":
@@ -245,7 +256,7 @@ class Augmentation:
     def __call__(self, row: Row) -> Row:
         image, objects = image_of(row), row["objects"]
         height, width = image.shape[-2:]
-        before = clip_boxes(torch.tensor(objects["bbox"], dtype=torch.float64).reshape(-1, 4), height, width)
+        before = clip_boxes(to_boxes(objects["bbox"]), height, width)
         masks = decode_masks(objects["mask"], (height, width)) if "mask" in objects else None
         apply = self._apply_albumentations if self._albumentations else self._apply_torchvision
         image, after, indices, masks = apply(image, before, masks)
@@ -265,7 +276,7 @@ class Augmentation:
             counts = encode_masks(masks)
             areas = mask_areas(counts, (height, width))
             after = _boxes_of_visible_parts(after, counts, areas, (height, width))
-        growth = after[:, 2:].prod(1) / before[indices, 2:].prod(1)
+        growth = after[:, 2:].prod(axis=1) / before[indices, 2:].prod(axis=1)
         kept = [i for i, (*_, w, h) in enumerate(after.tolist()) if w > 0 and h > 0 and min(w, h) >= self.min_side]
         sources = [indices[i] for i in kept]
         changed = {key: [values[index] for index in sources] for key, values in objects.items()}
@@ -279,14 +290,16 @@ class Augmentation:
         return new | {"resized": True} if self.resizes else new
 
     def _apply_torchvision(
-        self, image: Tensor, boxes: Tensor, masks: Tensor | None
-    ) -> tuple[Any, Tensor, list[int], Tensor | None]:
+        self, image: Tensor, boxes: Boxes, masks: Tensor | None
+    ) -> tuple[Any, Boxes, list[int], Tensor | None]:
         height, width = image.shape[-2:]
         with_masks = {} if masks is None else {"masks": tv_tensors.Mask(masks.view(torch.uint8))}
         sample = self.transform(
             {
                 "image": tv_tensors.Image(image),
-                "boxes": tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=(height, width)),  # type: ignore[call-overload]
+                "boxes": tv_tensors.BoundingBoxes(  # type: ignore[call-overload]
+                    torch.from_numpy(boxes), format="XYWH", canvas_size=(height, width)
+                ),
                 "labels": torch.arange(len(boxes)),
                 **with_masks,
             }
@@ -302,14 +315,14 @@ class Augmentation:
         out = F.convert_bounding_box_format(out, new_format=tv_tensors.BoundingBoxFormat.XYWH)
         new = new.as_subclass(Tensor) if isinstance(new, Tensor) else new
         masks = None if masks is None else sample["masks"].as_subclass(Tensor).bool()
-        return new, out.as_subclass(Tensor).double(), sample["labels"].tolist(), masks
+        return new, out.as_subclass(Tensor).double().numpy(), sample["labels"].tolist(), masks
 
     def _apply_albumentations(
-        self, image: Tensor, boxes: Tensor, masks: Tensor | None
-    ) -> tuple[Any, Tensor, list[int], Tensor | None]:
+        self, image: Tensor, boxes: Boxes, masks: Tensor | None
+    ) -> tuple[Any, Boxes, list[int], Tensor | None]:
         params = self.transform.processors["bboxes"].params  # type: ignore[attr-defined]
         box_format = ALBUMENTATIONS_FORMATS[params.format]
-        given = box_convert(boxes, "xywh", box_format) / _albumentations_scale(params.format, image)
+        given = box_convert(torch.from_numpy(boxes), "xywh", box_format) / _albumentations_scale(params.format, image)
         indices = np.arange(len(boxes))
         options = {field: indices.tolist() for field in params.label_fields or ()}
         if masks is not None and len(masks):
@@ -328,7 +341,7 @@ class Augmentation:
             size = F.get_size(new)
             changed = [torch.as_tensor(result["masks"][index]).bool() for index in kept]
             masks = torch.stack(changed) if changed else torch.zeros((0, *size), dtype=torch.bool)
-        return new, box_convert(out, box_format, "xywh"), kept, masks
+        return new, box_convert(out, box_format, "xywh").numpy(), kept, masks
 
 
 def image_of(row: Row) -> Tensor:
@@ -345,25 +358,14 @@ def image_of(row: Row) -> Tensor:
     return image
 
 
-def _boxes_of_visible_parts(boxes: Tensor, counts: list[str], areas: list[int], size: tuple[int, int]) -> Tensor:
+def _boxes_of_visible_parts(boxes: Boxes, counts: list[str], areas: list[int], size: tuple[int, int]) -> Boxes:
     """Boxes (N, 4) xywh in which those that reach the edge of the image of this (height, width) are replaced by the
     boxes of their masks, and those of masks without pixels by boxes without area."""
     height, width = size
-    visible = torch.tensor(areas) > 0
-    x, y, right, bottom = box_convert(boxes, "xywh", "xyxy").unbind(1)
+    visible = np.array(areas, dtype=np.int64) > 0
+    x, y, right, bottom = corners_of(boxes).T
     at_edge = (x < 1) | (y < 1) | (right > width - 1) | (bottom > height - 1)
-    of_masks = torch.tensor(mask_boxes(counts, size), dtype=boxes.dtype).reshape(-1, 4)
-    return torch.where((visible & ~at_edge)[:, None], boxes, of_masks)
-
-
-def clip_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Boxes (N, 4) xywh clipped to the image; boxes inside are returned without rounding errors."""
-    corners = torch.cat((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), dim=1)
-    if (corners >= 0).all() and (corners <= torch.tensor([width, height] * 2)).all():  # by far the most frequent
-        return boxes
-    clipped = clip_boxes_to_image(corners, (height, width))
-    inside = (clipped == corners).all(1)
-    return torch.where(inside[:, None], boxes, box_convert(clipped, "xyxy", "xywh"))
+    return np.where((visible & ~at_edge)[:, None], boxes, to_boxes(mask_boxes(counts, size)))
 
 
 def _albumentations_scale(name: str, image: Any) -> Tensor:

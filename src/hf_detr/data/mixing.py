@@ -4,14 +4,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
 
-from ..model.boxes import intersection_and_union
-from .augmentation import Row, clip_boxes, image_of
+from .augmentation import Row, image_of
+from .box_arrays import clip_boxes, corners_of, intersections, to_boxes
 from .schema import learned_objects
 
 Area = tuple[int, int, int, int]  # (left, top, right, bottom) in pixels
@@ -140,10 +140,11 @@ class CopyPaste:
 
     def _separate(self, objects: Row) -> list[int]:
         """The objects that are no crowds, with no other box within their margin."""
-        boxes = _corners(objects["bbox"])
-        margin = self.margin * (boxes[:, 2:] - boxes[:, :2]).amax(1, keepdim=True) + 1  # as whole pixels are cropped
-        wide = torch.cat((boxes[:, :2] - margin, boxes[:, 2:] + margin), dim=1)
-        touched = (intersection_and_union(wide[:, None], boxes)[0] > 0).sum(1) > 1  # by more than itself
+        given = to_boxes(objects["bbox"])
+        boxes = corners_of(given)
+        margin = self.margin * given[:, 2:].max(axis=1, keepdims=True) + 1  # as whole pixels are cropped
+        wide = np.concatenate((boxes[:, :2] - margin, boxes[:, 2:] + margin), axis=1)
+        touched = (intersections(wide[:, None], boxes) > 0).sum(axis=1) > 1  # by more than itself
         return [i for i, crowd in enumerate(objects["iscrowd"]) if not crowd and not touched[i]]
 
     def __call__(self, row: Row, rows: Rows) -> Row:
@@ -226,16 +227,13 @@ def _resized(image: Tensor, crop: Area, size: tuple[int, int]) -> Tensor:
 def _placed(objects: Row, image: Tensor, crop: Area, place: Area, min_visible: float) -> Row:
     """The objects of an image of which at least a fraction is in the crop, as they are when it is resized to another
     place; none of less than a pixel."""
-    boxes = torch.tensor(objects["bbox"], dtype=torch.float64).reshape(-1, 4)
-    given, start = _corners(clip_boxes(boxes, image.shape[-2], image.shape[-1]).tolist()), torch.tensor(crop[:2])
-    scale = torch.tensor(
-        [(place[2] - place[0]) / (crop[2] - crop[0]), (place[3] - place[1]) / (crop[3] - crop[1])], dtype=torch.float64
-    )
-    low = torch.maximum(given[:, :2], start)
-    sides = (torch.minimum(given[:, 2:], torch.tensor(crop[2:])) - low).clamp(min=0)
-    visible = sides.prod(1) / (given[:, 2:] - given[:, :2]).prod(1)
-    kept = ((visible >= min_visible) & (sides * scale >= 1).all(1)).nonzero()[:, 0].tolist()
-    placed = torch.cat(((low - start) * scale + torch.tensor(place[:2]), sides * scale), dim=1)
+    boxes = clip_boxes(to_boxes(objects["bbox"]), image.shape[-2], image.shape[-1])
+    scale = np.array([(place[2] - place[0]) / (crop[2] - crop[0]), (place[3] - place[1]) / (crop[3] - crop[1])])
+    low = np.maximum(boxes[:, :2], crop[:2])
+    sides = (np.minimum(boxes[:, :2] + boxes[:, 2:], crop[2:]) - low).clip(min=0)
+    visible = sides.prod(axis=1) / boxes[:, 2:].prod(axis=1)
+    kept = np.flatnonzero((visible >= min_visible) & (sides * scale >= 1).all(axis=1)).tolist()
+    placed = np.concatenate(((low - crop[:2]) * scale + place[:2], sides * scale), axis=1)
     changed = {name: [values[index] for index in kept] for name, values in objects.items()}
     changed["bbox"] = placed[kept].tolist()
     if "area" in changed:
@@ -251,13 +249,12 @@ def _free_location(
     overlaps no box by more than this fraction of the smaller of the two; None if ten random locations do not."""
     if size[0] > within[0] or size[1] > within[1]:
         return None
-    taken = _corners(boxes)
-    smaller = (taken[:, 2:] - taken[:, :2]).prod(1).clamp(max=size[0] * size[1])
+    given = to_boxes(boxes)
+    taken, smaller = corners_of(given), given[:, 2:].prod(axis=1).clip(max=size[0] * size[1])
     for _ in range(10):
         top, left = _below(within[0] - size[0] + 1), _below(within[1] - size[1] + 1)
         place = (left, top, left + size[1], top + size[0])
-        overlap, _ = intersection_and_union(torch.tensor(place, dtype=torch.float64), taken)
-        if (overlap <= max_overlap * smaller).all():
+        if (intersections(np.array(place, dtype=np.float64), taken) <= max_overlap * smaller).all():
             return place
     return None
 
@@ -269,11 +266,6 @@ def _soft_edges(size: tuple[int, int]) -> Tensor:
         (torch.minimum(torch.arange(n), torch.arange(n).flip(0)) + 1).div(reach).clamp(max=1) for n in size
     )
     return rows[:, None] * columns
-
-
-def _corners(boxes: Sequence[Sequence[float]]) -> Tensor:
-    """Boxes xywh as (N, 4) xyxy, in pixels."""
-    return box_convert(torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4), "xywh", "xyxy")
 
 
 def _checked(probability: float) -> float:

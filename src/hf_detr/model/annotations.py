@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
 from transformers.utils import logging
 
 from .mask_encoding import decode_mask
@@ -155,16 +154,18 @@ def coco_to_labels(
             )
         records.append({**record, "category_id": category})
     height, width = size
-    given = torch.tensor([[float(value) for value in record["bbox"]] for record in records], dtype=torch.float64)
-    given = given.reshape(-1, 4)
-    scale = torch.tensor([width, height, width, height], dtype=torch.float64)
-    corners = torch.minimum(box_convert(given, "xywh", "xyxy").clamp(min=0), scale)
-    areas = [record.get("area") for record in records]
-    areas = [float(w * h) if area is None else float(area) for area, (w, h) in zip(areas, given[:, 2:], strict=True)]
+    # in NumPy, several times as fast as PyTorch on a few numbers
+    given = np.array([[float(value) for value in record["bbox"]] for record in records]).reshape(-1, 4)
+    low, high = (values.clip(0, (width, height)) for values in (given[:, :2], given[:, :2] + given[:, 2:]))
+    boxes = np.concatenate(((low + high) / 2, high - low), axis=1) / (width, height, width, height)
+    areas = [
+        float(w * h if record.get("area") is None else record["area"])
+        for record, (w, h) in zip(records, given[:, 2:].tolist(), strict=True)
+    ]
     decoded = {"masks": _masks(records, size, where)} if masks else {}
     return {
         "class_labels": torch.tensor([record["category_id"] for record in records], dtype=torch.int64),
-        "boxes": (box_convert(corners, "xyxy", "cxcywh") / scale).float(),
+        "boxes": torch.from_numpy(boxes).float(),
         "area": torch.tensor(areas, dtype=torch.float32),
         "iscrowd": torch.zeros(len(records), dtype=torch.int64),
         "image_id": torch.tensor([image_id]),

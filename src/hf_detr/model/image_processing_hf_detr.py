@@ -302,6 +302,8 @@ class HfDetrImageProcessor(TorchvisionBackend):
         resized = resized_size((height, width), size)
         if rounded:
             resized = rounded_size(resized, size)
+        if resized == (height, width):
+            return image
         if rounded or 1 in resized:  # transformers would make 0 pixels of a very thin image
             size = SizeDict(height=resized[0], width=resized[1])
         try:
