@@ -471,10 +471,20 @@ class TestAugmentedDataset:
             rows[1]
             return row
 
+        def read_own(row):
+            _ = own[1] if row["image_id"] == 0 else None
+            return draws_from_everywhere(row)
+
         rows = [make_row(image_id=index) for index in range(2)]
-        datasets = [rows, AugmentedDataset(rows, draws_from_everywhere, seed=1)]
-        drawn = [AugmentedDataset(d, draws_from_everywhere, seed=0, mixers=[read_another])[0] for d in datasets]
-        assert drawn[0]["objects"]["area"] == drawn[1]["objects"]["area"]
+        expected = AugmentedDataset(rows, draws_from_everywhere, seed=0)[0]["objects"]["area"]
+        other = AugmentedDataset(rows, draws_from_everywhere, seed=1)
+        drawn = AugmentedDataset(other, draws_from_everywhere, seed=0, mixers=[read_another])[0]
+        assert drawn["objects"]["area"] == expected
+        own = AugmentedDataset(rows, read_own, seed=0)
+        assert own[0]["objects"]["area"] == expected
+        before = np.random.get_bit_generator()
+        own[0]
+        assert np.random.get_bit_generator() is before
 
     def test_also_when_the_augmentation_fails(self):
         def fail(row):

@@ -183,6 +183,21 @@ class TestKindsOfImages:
             for image in (path, path.read_bytes(), in_memory, in_memory):
                 assert torch.equal(to_image_tensor(image), expected)
 
+    def test_an_orientation_may_be_stored_after_the_pixels(self, tmp_path):
+        exif, path = Image.Exif(), tmp_path / "late.png"
+        exif[0x0112] = 6
+        photo(30, 20).save(path, exif=exif)
+        data, start, chunks = path.read_bytes(), 8, []
+        while start < len(data):
+            end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+            chunks.append(data[start:end])
+            start = end
+        chunks.sort(key=lambda chunk: (chunk[4:8] == b"eXIf", chunk[4:8] == b"IEND"))
+        chunks.append(chunks.pop(-2))  # IEND last
+        path.write_bytes(data[:8] + b"".join(chunks))
+        for image in (path, path.read_bytes(), Image.open(path)):
+            assert to_image_tensor(image).shape == (3, 30, 20)
+
     def test_an_image_of_which_more_are_in_the_file_is_closed(self, tmp_path):
         path = tmp_path / "pages.tiff"
         photo(30, 20).save(path, save_all=True, append_images=[photo(30, 20, seed=1)])

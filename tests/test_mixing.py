@@ -103,6 +103,21 @@ def test_objects_with_little_left_are_dropped_and_crowds_stay_crowds():
     assert len(some["bbox"]) == 2
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_objects_that_are_whole_stay_however_much_must_be_visible(seed):
+    boxes = [[8 * x + 0.1, 8 * y + 0.3, 3.7, 2.9] for x in range(9) for y in range(7)]
+    rows = [row(number, boxes=[(0, 0, 80, 60)] * len(boxes)) for number in range(4)]
+    for each in rows:
+        each["objects"]["bbox"] = boxes
+    found = []
+    for limit in (0.0, 1.0):
+        torch.manual_seed(seed)
+        found.append(Mosaic(1.0, scales=(1.0, 1.0), min_visible=limit)(rows[0], rows)["objects"]["bbox"])
+    whole = [box for box in found[0] if box[2:] == pytest.approx([3.7, 2.9])]
+    assert found[1] == whole
+    assert 20 < len(whole) < len(found[0])
+
+
 def pasted(seed, target, rows, **options):
     torch.manual_seed(seed)
     return CopyPaste([each["objects"] for each in rows], 1.0, **options)(target, rows)

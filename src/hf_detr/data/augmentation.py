@@ -276,7 +276,8 @@ class Augmentation:
             counts = encode_masks(masks)
             areas = mask_areas(counts, (height, width))
             after = _boxes_of_visible_parts(after, counts, areas, (height, width))
-        growth = after[:, 2:].prod(axis=1) / before[indices, 2:].prod(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):  # of boxes that are dropped for their size
+            growth = after[:, 2:].prod(axis=1) / before[indices, 2:].prod(axis=1)
         kept = [i for i, (*_, w, h) in enumerate(after.tolist()) if w > 0 and h > 0 and min(w, h) >= self.min_side]
         sources = [indices[i] for i in kept]
         changed = {key: [values[index] for index in sources] for key, values in objects.items()}
@@ -315,7 +316,8 @@ class Augmentation:
         out = F.convert_bounding_box_format(out, new_format=tv_tensors.BoundingBoxFormat.XYWH)
         new = new.as_subclass(Tensor) if isinstance(new, Tensor) else new
         masks = None if masks is None else sample["masks"].as_subclass(Tensor).bool()
-        return new, out.as_subclass(Tensor).double().numpy(), sample["labels"].tolist(), masks
+        after = out.as_subclass(Tensor).detach().cpu().double().numpy()
+        return new, after, sample["labels"].tolist(), masks
 
     def _apply_albumentations(
         self, image: Tensor, boxes: Boxes, masks: Tensor | None

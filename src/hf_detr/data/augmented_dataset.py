@@ -100,7 +100,10 @@ class _Rows:
 
 @contextmanager
 def _seeded(for_torch: int, for_numpy: int, for_random: int, generator: np.random.MT19937) -> Iterator[None]:
-    """`generator` takes the place of NumPy's global one; to copy the state of that takes a hundred times as long."""
+    """`generator` takes the place of NumPy's global one; to copy the state of that takes a hundred times as long. It is
+    in use already where a row is read while one of the same dataset is augmented."""
+    if get_bit_generator() is generator:
+        generator = np.random.MT19937(0)
     before = torch.get_rng_state(), get_bit_generator(), random.getstate()
     set_bit_generator(generator)
     torch.default_generator.manual_seed(for_torch)  # torch.manual_seed would also seed the accelerators

@@ -227,11 +227,12 @@ def _resized(image: Tensor, crop: Area, size: tuple[int, int]) -> Tensor:
 def _placed(objects: Row, image: Tensor, crop: Area, place: Area, min_visible: float) -> Row:
     """The objects of an image of which at least a fraction is in the crop, as they are when it is resized to another
     place; none of less than a pixel."""
-    boxes = clip_boxes(to_boxes(objects["bbox"]), image.shape[-2], image.shape[-1])
+    given = corners_of(clip_boxes(to_boxes(objects["bbox"]), image.shape[-2], image.shape[-1]))
     scale = np.array([(place[2] - place[0]) / (crop[2] - crop[0]), (place[3] - place[1]) / (crop[3] - crop[1])])
-    low = np.maximum(boxes[:, :2], crop[:2])
-    sides = (np.minimum(boxes[:, :2] + boxes[:, 2:], crop[2:]) - low).clip(min=0)
-    visible = sides.prod(axis=1) / boxes[:, 2:].prod(axis=1)
+    low = np.maximum(given[:, :2], crop[:2])
+    sides = (np.minimum(given[:, 2:], crop[2:]) - low).clip(min=0)
+    with np.errstate(invalid="ignore"):  # 0 / 0, of a box that ends where the image begins
+        visible = sides.prod(axis=1) / (given[:, 2:] - given[:, :2]).prod(axis=1)
     kept = np.flatnonzero((visible >= min_visible) & (sides * scale >= 1).all(axis=1)).tolist()
     placed = np.concatenate(((low - crop[:2]) * scale + place[:2], sides * scale), axis=1)
     changed = {name: [values[index] for index in kept] for name, values in objects.items()}

@@ -183,6 +183,7 @@ def _open_any(image: Any, timeout: float | None) -> PIL.Image.Image:
 
 def _pil_to_array(image: PIL.Image.Image, num_channels: int) -> np.ndarray:
     """(H, W) or (H, W, C), turned as the EXIF orientation says."""
+    image.load()  # an orientation may be stored after the pixels
     if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
         image = PIL.ImageOps.exif_transpose(image)
     if min(image.size) == 0:
