@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.utils import ModelOutput
 
 from ..model.backbone import image_sizes
 from ..model.configuration_hf_detr import DetrConfig
 from ..model.image_io import check_images
 from ..model.mask_encoding import NO_MASK
-from ..model.outputs import DetrSegmentationOutput
 from ..speed import named_dtype
 from .runtimes import GRAPH_FILES, Run, open_graph
 
@@ -31,16 +31,24 @@ def output_names(post_process: bool, has_masks: bool) -> list[str]:
 
 
 @dataclass
-class ExportedOutput(DetrSegmentationOutput):
-    """`logits` and `pred_boxes` of an exported model, the masks of one that has them, and the detections if its graph
-    includes post-processing.
+class ExportedOutput(ModelOutput):
+    """Outputs of an exported model; None for those that its graph does not have.
 
     Args:
+        logits, pred_boxes, class_probabilities: see [`DetrDetectionOutput`].
+        pred_masks, mask_sizes, image_sizes: see [`DetrSegmentationOutput`].
         scores, labels: (B, N), the detections of [`~hf_detr.model.post_processing.best_detections`]: the best class of
             each query, or, of independent scores, the best 100.
         boxes: (B, N, 4), xyxy clipped to the image, in pixels of `target_sizes`, or in [0, 1] without target sizes.
     """
 
+    # only these: transformers' ModelOutput goes through all fields for each that it sets
+    logits: Tensor | None = None
+    pred_boxes: Tensor | None = None
+    class_probabilities: Tensor | None = None
+    pred_masks: Tensor | None = None
+    mask_sizes: Tensor | None = None
+    image_sizes: Tensor | None = None
     scores: Tensor | None = None
     labels: Tensor | None = None
     boxes: Tensor | None = None
