@@ -10,12 +10,13 @@ interrupted series goes on with the same command. `report` prints tables and dra
 
 The clock is the wall time of training, data loading included; evaluations (in float32) do not count, for anybody.
 Learning rates are functions of the share of the time that is over, so a slow variant goes through its whole schedule in
-fewer steps. Run on an idle machine: what others take is missing from both.
+fewer steps. Run on an idle machine: what others take is missing from both. With `taskset --cpu-list 0` in front, a run
+has one core, and another one can have the next.
 
 Everybody has the same images, augmentation and sizes, the same random backbone for a seed, bf16 where
-`preferred_precision()` says so, channels_last and fused AdamW. Batch sizes: the recipe's for `ours-recipe` and
-`ours-without-*`, 4 for `-imagenet` variants, 32 for our other variants and those of transformers. Ours have pre-norm,
-which transformers' DETR does not. In transformers' favour:
+`preferred_precision()` says so, channels_last and fused AdamW. Batch sizes: the recipe's for `ours-recipe`,
+`ours-without-*` and `ours-with-*`, 4 for `-imagenet` variants, 32 for our other variants and those of transformers.
+Ours have pre-norm, which transformers' DETR does not. In transformers' favour:
 
 - Its batch norms, always frozen there, train: a random backbone cannot learn with frozen ones.
 - Its loss is computed in float32, outside autocast, and attention is the implementation that was the fastest here.
@@ -241,17 +242,17 @@ OURS: dict[str, dict[str, Any]] = {
     "dense": {"dense_loss_coefficient": 1},
 }
 
-# The recipe with one step of the ladder left out.
+# The recipe with one step of the ladder left out. Without proposals it has more decoder layers, and denoising.
+_NO_PROPOSALS = {"query_proposals": False, "decoder_layers": 3, "denoising_groups": 3}
 WITHOUT: dict[str, dict[str, Any]] = {
     "relative-boxes": {"relative_boxes": False},
     "giou-weight": {"giou_loss_coefficient": 2},
-    "proposals": {"query_proposals": False, "decoder_layers": 3},
+    "proposals": _NO_PROPOSALS,
     "one-decoder-layer": {"decoder_layers": 3},
     "two-encoder-layers": {"encoder_layers": 3},
     "class-cost": {"class_cost": 1},
-    "denoising": {"denoising_groups": 0},
     "iou-aware": {"class_loss": "focal", "class_loss_coefficient": 2},
-    "dense": {"dense_loss_coefficient": 0, "query_proposals": False, "decoder_layers": 3},
+    "dense": _NO_PROPOSALS | {"dense_loss_coefficient": 0},
 }
 
 # The rates at which plain DETR learned best on the shapes; the recipe has its own.
@@ -279,6 +280,7 @@ VARIANTS: dict[str, Recipe] = {
     # with the rates and the batches of the recipe, see `recipe_for`
     "ours-recipe": Recipe("ours", 0.0, 0.0, level),
     **{f"ours-without-{name}": Recipe("ours", 0.0, 0.0, level, fields=fields) for name, fields in WITHOUT.items()},
+    "ours-with-denoising": Recipe("ours", 0.0, 0.0, level, fields={"denoising_groups": 3}),  # what it once had
     # published: 8e-4 for batches of 128, half of it in the backbone; 0.35 = sqrt(16 / 128) of it, in the backbone too
     "dfine-n": Recipe("dfine", 2.8e-4, 2.8e-4, level, batch_size=16, ema=EMA_DECAY),
     # published: 1e-4, a tenth in the backbone, for 72 epochs of COCO; at 4e-4 the loss fell faster here
@@ -295,7 +297,7 @@ VARIANTS: dict[str, Recipe] = {
 
 def recipe_for(variant: str, data: Data) -> Recipe:
     recipe = VARIANTS[variant]
-    takes_rates = variant == "ours-recipe" or variant.startswith("ours-without-")
+    takes_rates = variant == "ours-recipe" or variant.startswith(("ours-without-", "ours-with-"))
     return dataclasses.replace(recipe, **data.training) if takes_rates else recipe
 
 
@@ -327,10 +329,10 @@ def compute_loss(model: nn.Module, batch: Batch, precision: str) -> Tensor:
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
-def train(data: Data, variant: str, seed: int, minutes: float) -> Iterator[Line]:
+def train(data: Data, variant: str, seed: int, minutes: float, evaluations: int) -> Iterator[Line]:
     """Yields a line for each evaluation; between them, the clock runs. The last one has `last`."""
     recipe, budget = recipe_for(variant, data), minutes * 60
-    every = max(20.0, budget / 16)
+    every = max(20.0, budget / evaluations)
     if recipe.side == "yolo":
         for end in train_yolo(data, variant, seed, minutes, every):
             yield to_line(*end)
@@ -411,7 +413,7 @@ def run(args: argparse.Namespace) -> None:
                 continue
             with path.open("w") as file:
                 write_line(file, about)
-                for line in train(data, variant, seed, args.minutes):
+                for line in train(data, variant, seed, args.minutes, args.evaluations):
                     write_line(file, line)
                     print(f"{path.stem}  {'  '.join(f'{k} {v}' for k, v in line.items())}", flush=True)
 
@@ -613,6 +615,7 @@ def main() -> None:
     running.add_argument("--variant", nargs="+", choices=tuple(VARIANTS), required=True)
     running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     running.add_argument("--minutes", type=float, default=5.0, help="of training, for each run")
+    running.add_argument("--evaluations", type=int, default=16, help="during a run, at least 20 s of training apart")
     running.add_argument("--images", type=int, help="draw only so many per split, for a trial")
     running.add_argument("--data_folder", type=Path, default=Path("data"))
     running.set_defaults(call=run)

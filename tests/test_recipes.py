@@ -152,7 +152,11 @@ def test_values_follow_the_data():
 @pytest.mark.parametrize(("max_objects", "groups"), [(0, 3), (4, 3), (33, 3), (34, 2), (60, 1), (100, 1), (500, 1)])
 def test_many_objects_get_fewer_denoising_groups(max_objects, groups):
     data = dataclasses.replace(SMALL, max_objects=max_objects)
-    assert choose_recipe("auto", data, "scratch", (96, 96)).values("model", {})["denoising_groups"] == groups
+    several_layers = {"query_proposals": False}
+    chosen = choose_recipe("auto", data, "scratch", (96, 96), **several_layers)
+    assert chosen.values("model", {})["denoising_groups"] == groups
+    of_paper = dataclasses.replace(LARGE, max_objects=max_objects)
+    assert choose_recipe("auto", of_paper, "backbone", (96, 96)).values("model", {})["denoising_groups"] == groups
 
 
 @pytest.mark.parametrize("start", ["checkpoint", "scratch"])
@@ -394,7 +398,8 @@ def test_weights_are_averaged_unless_they_are_sharded(drawn, monkeypatch):
 
 def test_one_decoder_layer_refines_proposals_and_three_other_queries(drawn):
     for start in ("scratch", "backbone"):
-        assert choose_recipe("auto", SMALL, start, (96, 96)).model["decoder_layers"].value == 1
+        chosen = choose_recipe("auto", SMALL, start, (96, 96)).values("model", {})
+        assert (chosen["decoder_layers"], chosen["denoising_groups"]) == (1, 0)
     assert "decoder_layers" not in choose_recipe("auto", LARGE, "backbone", (800, 1333)).model, "the paper's"
     assert choose_recipe("auto", SMALL, "scratch", (96, 96), query_proposals=False).model["decoder_layers"].value == 3
     assert resolve(drawn, [])[1].config["decoder_layers"] == 1

@@ -233,6 +233,7 @@ def _model(
     side = data.object_side * image_size[0]
     stride = choose_stride(side, image_size, strides)
     locations = math.prod(math.ceil(edge / stride) for edge in image_size)
+    one_layer = has_small_transformer(data, start) and query_proposals
     enough = max(10, min(ENOUGH_QUERIES, locations // 2))
     queries = min(300, max(enough, math.ceil(2.5 * data.max_objects)))
     model = {
@@ -246,7 +247,9 @@ def _model(
         "dense_loss_coefficient": Choice(
             1, "every location of the feature map is supervised, not only matched queries"
         ),
-        "denoising_groups": Choice(
+        "denoising_groups": Choice(0, "one decoder layer on top of proposals does not need them, and they take time")
+        if one_layer
+        else Choice(
             max(1, min(3, DENOISING_QUERIES // max(1, data.max_objects))),
             "noised ground-truth boxes train the decoder before the matching is stable",
         ),
@@ -269,7 +272,7 @@ def _model(
             "d_model": Choice(SMALL_WIDTH, "a small transformer trains faster from random weights"),
             "encoder_layers": Choice(2, "a third layer takes more time than it gains"),
             "decoder_layers": Choice(1, "proposals need no further layer, and each one takes time")
-            if query_proposals
+            if one_layer
             else Choice(3, "queries that are no proposals find their object layer by layer"),
             "encoder_ffn_dim": Choice(512, "as d_model"),
             "decoder_ffn_dim": Choice(512, "as d_model"),
