@@ -59,11 +59,11 @@ class SigmoidProcessor:
         self.detections = detections
 
     def post_process_object_detection(
-        self, outputs: Any, threshold: float, target_sizes: Tensor
+        self, outputs: Any, threshold: float, target_sizes: Tensor, top_k: int | None = None
     ) -> list[dict[str, Tensor]]:
         classes = outputs.logits.shape[-1]
         pairs = outputs.logits.sigmoid().flatten(1)  # (B, queries * classes)
-        scores, best = pairs.topk(min(self.detections, pairs.shape[1]), dim=1)
+        scores, best = pairs.topk(min(top_k or self.detections, pairs.shape[1]), dim=1)
         labels = best % classes
         height, width = target_sizes.unbind(1)
         scale = torch.stack((width, height, width, height), dim=1)[:, None]
