@@ -298,7 +298,7 @@ def test_a_visitor_without_a_shared_folder_downloads_what_was_saved(viewer, imag
 
 
 def test_two_processes_save_into_one_folder(tmp_path):
-    spawned = multiprocessing.get_context("fork")
+    spawned = multiprocessing.get_context("forkserver")  # a fork has the locks of other tests' threads, but no threads
     processes = [spawned.Process(target=_save_some, args=(str(tmp_path / "mine"), start)) for start in (0, 100)]
     for process in processes:
         process.start()

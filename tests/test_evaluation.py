@@ -336,7 +336,8 @@ def test_two_processes_give_the_same_numbers_as_one_with_no_image_lost_or_counte
     assert len(images) % 2
     evaluator = CocoEvaluator(as_dataset(images, annotations, id2label))
     arguments = (str(tmp_path), evaluator, images, detections)
-    torch.multiprocessing.start_processes(_half, args=arguments, nprocs=2, start_method="fork")  # imports nothing anew
+    # a fork would have the locks of other tests' threads, but no threads
+    torch.multiprocessing.start_processes(_half, args=arguments, nprocs=2, start_method="forkserver")
     expected = flat(coco_metrics(images, annotations, detections, id2label))
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
