@@ -400,6 +400,9 @@ def test_one_decoder_layer_refines_proposals_and_three_other_queries(drawn):
     for start in ("scratch", "backbone"):
         chosen = choose_recipe("auto", SMALL, start, (96, 96)).values("model", {})
         assert (chosen["decoder_layers"], chosen["denoising_groups"]) == (1, 0)
+        more = dataclasses.replace(SMALL, num_images=2_000)
+        chosen = choose_recipe("auto", more, start, (96, 96)).values("model", {})
+        assert (chosen["decoder_layers"], chosen["denoising_groups"] > 0) == (1, True), "measured with the shapes"
     assert "decoder_layers" not in choose_recipe("auto", LARGE, "backbone", (800, 1333)).model, "the paper's"
     assert choose_recipe("auto", SMALL, "scratch", (96, 96), query_proposals=False).model["decoder_layers"].value == 3
     assert resolve(drawn, [])[1].config["decoder_layers"] == 1

@@ -20,6 +20,7 @@ MAX_QUERIES = 1000  # of a checkpoint that gets more; the cost of the decoder gr
 MAX_TOKENS = 1500  # locations of the feature map; the cost of self-attention grows with their square
 STRIDES = (8, 16, 32)  # of most backbones
 SMALL_DATA = 5_000  # images from which a pretrained backbone gets the paper's transformer
+FEW_IMAGES = 1_000  # below which one decoder layer trains without denoising; measured with 120, 200 and 2,000 images
 DENOISING_QUERIES = 100  # of an image, as in DINO (arXiv 2203.03605); a step takes longer the more there are
 ENOUGH_QUERIES = 50  # more locations than objects find something, until scores separate them
 SMALL_WIDTH = 128  # of that transformer otherwise
@@ -247,8 +248,8 @@ def _model(
         "dense_loss_coefficient": Choice(
             1, "every location of the feature map is supervised, not only matched queries"
         ),
-        "denoising_groups": Choice(0, "one decoder layer on top of proposals does not need them, and they take time")
-        if one_layer
+        "denoising_groups": Choice(0, "with one decoder layer, few images are learned faster without")
+        if one_layer and data.num_images < FEW_IMAGES
         else Choice(
             max(1, min(3, DENOISING_QUERIES // max(1, data.max_objects))),
             "noised ground-truth boxes train the decoder before the matching is stable",
