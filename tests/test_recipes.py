@@ -410,6 +410,20 @@ def test_one_decoder_layer_refines_proposals_and_three_other_queries(drawn):
     assert resolve(drawn, ["--set", "decoder_layers=2"])[1].config["decoder_layers"] == 2
 
 
+def test_denoising_follows_the_decoder_layers_that_were_given():
+    def groups(**given):
+        return choose_recipe("auto", SMALL, "scratch", (96, 96), **given).model["denoising_groups"].value
+
+    assert [groups(decoder_layers=layers) for layers in (None, 1, 2, 6)] == [0, 0, 3, 3]
+    assert groups(decoder_layers=1, query_proposals=False) == 3
+
+
+def test_denoising_of_a_run_follows_set(drawn):
+    few = ["--set", "decoder_layers=3"]
+    assert resolve(drawn, few)[1].config["denoising_groups"] > 0
+    assert resolve(drawn, [])[1].config["denoising_groups"] == 0
+
+
 def test_images_are_mixed_where_classes_have_few_objects(drawn):
     few = dataclasses.replace(SMALL, num_objects=300)  # 25 of each of 12 classes
 

@@ -27,7 +27,7 @@ def clip_boxes(boxes: Boxes, height: int, width: int) -> Boxes:
     return np.where(inside, boxes, np.concatenate((clipped[:, :2], clipped[:, 2:] - clipped[:, :2]), axis=1))
 
 
-def intersections(boxes: Boxes, others: Boxes) -> Boxes:
+def intersections(boxes: Boxes, others: Boxes) -> NDArray[np.float64]:
     """Areas of the intersections of boxes xyxy whose leading axes broadcast: (..., 4), (..., 4) to (...)."""
     sides = np.minimum(boxes[..., 2:], others[..., 2:]) - np.maximum(boxes[..., :2], others[..., :2])
     return sides.clip(min=0).prod(axis=-1)

@@ -137,6 +137,7 @@ def choose_recipe(
     feature_stride: int | None = None,
     d_model: int | None = None,
     query_proposals: bool = True,
+    decoder_layers: int | None = None,
     new_masks: bool = False,
     freeze_detector: bool = False,
     unmixable: str | None = None,
@@ -159,6 +160,7 @@ def choose_recipe(
         feature_stride: of the checkpoint, or of a new model if it was given, in pixels.
         d_model: of a new model, if it was given; a wide transformer on a pretrained backbone gets the paper's rates.
         query_proposals: of a new model, if it was given; queries that are no proposals get more decoder layers.
+        decoder_layers: of a new model, if it was given; denoising depends on it.
         new_masks: whether a mask head is trained from random weights. The paper's recipes have no values for mask
             heads.
         freeze_detector: whether only the mask head is trained.
@@ -191,7 +193,7 @@ def choose_recipe(
     if start == "checkpoint":
         model = _more_queries(data, num_queries, num_patterns)
     else:
-        model = _model(data, start, image_size, strides, query_proposals)
+        model = _model(data, start, image_size, strides, query_proposals, decoder_layers)
     if new_masks:
         model["mask_attention_gain"] = Choice(256, "masks depend on their query from the first step")
     if new_masks and not freeze_detector:
@@ -229,12 +231,17 @@ def _more_queries(data: DataSummary, num_queries: int | None, num_patterns: int)
 
 
 def _model(
-    data: DataSummary, start: Start, image_size: tuple[int, int], strides: Sequence[int], query_proposals: bool
+    data: DataSummary,
+    start: Start,
+    image_size: tuple[int, int],
+    strides: Sequence[int],
+    query_proposals: bool,
+    decoder_layers: int | None,
 ) -> dict[str, Choice]:
     side = data.object_side * image_size[0]
     stride = choose_stride(side, image_size, strides)
     locations = math.prod(math.ceil(edge / stride) for edge in image_size)
-    one_layer = has_small_transformer(data, start) and query_proposals
+    one_layer = has_small_transformer(data, start) and query_proposals and decoder_layers in (None, 1)
     enough = max(10, min(ENOUGH_QUERIES, locations // 2))
     queries = min(300, max(enough, math.ceil(2.5 * data.max_objects)))
     model = {
@@ -248,7 +255,7 @@ def _model(
         "dense_loss_coefficient": Choice(
             1, "every location of the feature map is supervised, not only matched queries"
         ),
-        "denoising_groups": Choice(0, "with one decoder layer, few images are learned faster without")
+        "denoising_groups": Choice(0, "a model with one decoder layer learns few images faster without")
         if one_layer and data.num_images < FEW_IMAGES
         else Choice(
             max(1, min(3, DENOISING_QUERIES // max(1, data.max_objects))),
@@ -273,7 +280,7 @@ def _model(
             "d_model": Choice(SMALL_WIDTH, "a small transformer trains faster from random weights"),
             "encoder_layers": Choice(2, "a third layer takes more time than it gains"),
             "decoder_layers": Choice(1, "proposals need no further layer, and each one takes time")
-            if one_layer
+            if query_proposals
             else Choice(3, "queries that are no proposals find their object layer by layer"),
             "encoder_ffn_dim": Choice(512, "as d_model"),
             "decoder_ffn_dim": Choice(512, "as d_model"),
