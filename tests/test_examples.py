@@ -176,7 +176,7 @@ def test_trackers_get_every_epoch_or_are_refused(trained, script):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tracked = ["--quick", "--report_to", "tensorboard", "--output_dir", "runs/tracked", "--logging_steps", "1"]
-    tracked += ["--set", "decoder_layers=2", "denoising_groups=1"]
+    tracked += ["--set", "decoder_layers=2"]
     script("finetune.py", *tracked, cwd=cwd)
     events = EventAccumulator(str(cwd / "runs" / "tracked" / "hf_detr")).Reload()
     shown = {"loss", "loss_ce", "loss_giou_0", "loss_bbox_dense", "loss_ce_denoising", "learning_rate", "AP", "AP50"}

@@ -20,7 +20,6 @@ MAX_QUERIES = 1000  # of a checkpoint that gets more; the cost of the decoder gr
 MAX_TOKENS = 1500  # locations of the feature map; the cost of self-attention grows with their square
 STRIDES = (8, 16, 32)  # of most backbones
 SMALL_DATA = 5_000  # images from which a pretrained backbone gets the paper's transformer
-FEW_IMAGES = 1_000  # below which one decoder layer trains without denoising; measured with 120, 200 and 2,000 images
 DENOISING_QUERIES = 100  # of an image, as in DINO (arXiv 2203.03605); a step takes longer the more there are
 ENOUGH_QUERIES = 50  # more locations than objects find something, until scores separate them
 SMALL_WIDTH = 128  # of that transformer otherwise
@@ -137,7 +136,6 @@ def choose_recipe(
     feature_stride: int | None = None,
     d_model: int | None = None,
     query_proposals: bool = True,
-    decoder_layers: int | None = None,
     new_masks: bool = False,
     freeze_detector: bool = False,
     unmixable: str | None = None,
@@ -160,7 +158,6 @@ def choose_recipe(
         feature_stride: of the checkpoint, or of a new model if it was given, in pixels.
         d_model: of a new model, if it was given; a wide transformer on a pretrained backbone gets the paper's rates.
         query_proposals: of a new model, if it was given; queries that are no proposals get more decoder layers.
-        decoder_layers: of a new model, if it was given; denoising depends on it.
         new_masks: whether a mask head is trained from random weights. The paper's recipes have no values for mask
             heads.
         freeze_detector: whether only the mask head is trained.
@@ -193,7 +190,7 @@ def choose_recipe(
     if start == "checkpoint":
         model = _more_queries(data, num_queries, num_patterns)
     else:
-        model = _model(data, start, image_size, strides, query_proposals, decoder_layers)
+        model = _model(data, start, image_size, strides, query_proposals)
     if new_masks:
         model["mask_attention_gain"] = Choice(256, "masks depend on their query from the first step")
     if new_masks and not freeze_detector:
@@ -231,17 +228,12 @@ def _more_queries(data: DataSummary, num_queries: int | None, num_patterns: int)
 
 
 def _model(
-    data: DataSummary,
-    start: Start,
-    image_size: tuple[int, int],
-    strides: Sequence[int],
-    query_proposals: bool,
-    decoder_layers: int | None,
+    data: DataSummary, start: Start, image_size: tuple[int, int], strides: Sequence[int], query_proposals: bool
 ) -> dict[str, Choice]:
     side = data.object_side * image_size[0]
     stride = choose_stride(side, image_size, strides)
     locations = math.prod(math.ceil(edge / stride) for edge in image_size)
-    one_layer = has_small_transformer(data, start) and query_proposals and decoder_layers in (None, 1)
+    denoising_groups = min(3, DENOISING_QUERIES // max(1, data.max_objects))
     enough = max(10, min(ENOUGH_QUERIES, locations // 2))
     queries = min(300, max(enough, math.ceil(2.5 * data.max_objects)))
     model = {
@@ -255,11 +247,11 @@ def _model(
         "dense_loss_coefficient": Choice(
             1, "every location of the feature map is supervised, not only matched queries"
         ),
-        "denoising_groups": Choice(0, "a model with one decoder layer learns few images faster without")
-        if one_layer and data.num_images < FEW_IMAGES
-        else Choice(
-            max(1, min(3, DENOISING_QUERIES // max(1, data.max_objects))),
-            "noised ground-truth boxes train the decoder before the matching is stable",
+        "denoising_groups": Choice(
+            denoising_groups,
+            "noised ground-truth boxes train the decoder before the matching is stable"
+            if denoising_groups
+            else f"noised boxes of up to {data.max_objects} objects per image take more time than they gain",
         ),
         "class_loss": Choice("iou_aware", "scores reflect the quality of the box"),
         "prior_probability": Choice(0.05, "initial scores are low, as most queries have no object"),
