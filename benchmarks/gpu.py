@@ -3,9 +3,9 @@
     python benchmarks/gpu.py
     python benchmarks/gpu.py --rounds 5 --cases "train, bf16" "predict, bf16"
 
-Both in turn in one process, waiting for the GPU after each call. Images are 800 x 1066, all of one size; a training
-step is forward, loss, backward, clipping and AdamW with auxiliary losses. Memory is the peak that PyTorch allocates
-during a call, the model included.
+Both in turn in one process, waiting for the GPU after each call. Images are 800 x 1066, all of one size, or each of
+another size up to that, as in training on photographs; a training step is forward, loss, backward, clipping and AdamW
+with auxiliary losses. Memory is the peak that PyTorch allocates during a call, the model included.
 """
 
 import argparse
@@ -25,6 +25,7 @@ PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
 CASES = {  # name: (job, images, precision)
     "train, float32": ("train", 4, "float32"),
     "train, bf16": ("train", 8, "bf16"),
+    "train many sizes, bf16": ("train many sizes", 8, "bf16"),
     "predict, float32": ("predict", 1, "float32"),
     "predict, bf16": ("predict", 1, "bf16"),
     "predict 16, bf16": ("predict", 16, "bf16"),
@@ -39,13 +40,27 @@ def on_gpu(count: int) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
     return images, (labels * count)[:count]
 
 
-def train_step(model: torch.nn.Module, count: int, dtype: torch.dtype | None) -> Callable[[], None]:
+def random_masks(count: int, generator: torch.Generator) -> torch.Tensor:
+    """(count, H, W), 1 = image: heights of 480 to `HEIGHT` pixels, widths of 640 to `WIDTH`, H and W the largest."""
+    heights = torch.randint(480, HEIGHT + 1, (count, 1, 1), generator=generator)
+    widths = torch.randint(640, WIDTH + 1, (count, 1, 1), generator=generator)
+    rows, columns = torch.arange(int(heights.max())), torch.arange(int(widths.max()))
+    return ((rows[:, None] < heights) & (columns < widths)).long()
+
+
+def train_step(model: torch.nn.Module, count: int, dtype: torch.dtype | None, many_sizes: bool) -> Callable[[], None]:
     images, labels = on_gpu(count)
+    generator = torch.Generator().manual_seed(1)  # the same sizes for both sides
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 1e-5, 1e-4), fused=True)
 
     def step() -> None:
+        batch = {"pixel_values": images}
+        if many_sizes:
+            mask = random_masks(count, generator).to("cuda")
+            height, width = mask.shape[1:]
+            batch = {"pixel_values": images[:, :, :height, :width] * mask[:, None], "pixel_mask": mask}
         with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
-            loss = model(images, labels=labels).loss
+            loss = model(**batch, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
@@ -91,10 +106,13 @@ def main() -> None:
             if side == "theirs":
                 model = to_transformers(model.eval())
                 model.config.auxiliary_loss = True
-            model = model.to("cuda").train(job == "train")
+            model = model.to("cuda").train(job != "predict")
             if side == "ours" and job == "predict":
                 model = prepare_for_inference(model, dtype)
-            functions[side] = (train_step if job == "train" else prediction)(model, count, dtype)
+            if job == "predict":
+                functions[side] = prediction(model, count, dtype)
+            else:
+                functions[side] = train_step(model, count, dtype, job == "train many sizes")
         row = compare(functions["ours"], functions["theirs"], args.rounds)
         memory = {side: peak_memory(function) for side, function in functions.items()}
         mine, other = (f"{row[n]:.1f} ± {row[n + '_spread']:.1f}" for n in ("ours", "theirs"))
