@@ -10,13 +10,14 @@ interrupted series goes on with the same command. `report` prints tables and dra
 
 The clock is the wall time of training, data loading included; evaluations (in float32) do not count, for anybody.
 Learning rates are functions of the share of the time that is over, so a slow variant goes through its whole schedule in
-fewer steps. Run on an idle machine: what others take is missing from both. With `taskset --cpu-list 0` in front, a run
-has one core, and another one can have the next.
+fewer steps. Run on an idle machine: what others take is missing from both. `report` shows how much of a core our loop
+got; where runs differ in that, compare them at equal steps. With `taskset --cpu-list 0` in front, a run has one core,
+and another one can have the next.
 
 Everybody has the same images, augmentation and sizes, the same random backbone for a seed, bf16 where
-`preferred_precision()` says so, channels_last and fused AdamW. Batch sizes: the recipe's for `ours-recipe`,
-`ours-without-*` and `ours-with-*`, 4 for `-imagenet` variants, 32 for our other variants and those of transformers.
-Ours have pre-norm, which transformers' DETR does not. In transformers' favour:
+`preferred_precision()` says so, channels_last and fused AdamW. Batch sizes: the recipe's for `ours-recipe` and
+`ours-without-*`, 4 for `-imagenet` variants, 32 for our other variants and those of transformers. Ours have pre-norm,
+which transformers' DETR does not. In transformers' favour:
 
 - Its batch norms, always frozen there, train: a random backbone cannot learn with frozen ones.
 - Its loss is computed in float32, outside autocast, and attention is the implementation that was the fastest here.
@@ -242,13 +243,13 @@ OURS: dict[str, dict[str, Any]] = {
     "dense": {"dense_loss_coefficient": 1},
 }
 
-# The recipe with one step of the ladder left out. Without proposals it has more decoder layers, and denoising.
-_NO_PROPOSALS = {"query_proposals": False, "decoder_layers": 3, "denoising_groups": 3}
+# The recipe with one step of the ladder left out. Without proposals it has more decoder layers.
+_NO_PROPOSALS = {"query_proposals": False, "decoder_layers": 3}
 WITHOUT: dict[str, dict[str, Any]] = {
     "relative-boxes": {"relative_boxes": False},
     "giou-weight": {"giou_loss_coefficient": 2},
     "proposals": _NO_PROPOSALS,
-    "one-decoder-layer": {"decoder_layers": 3, "denoising_groups": 3},
+    "one-decoder-layer": {"decoder_layers": 3},
     "two-encoder-layers": {"encoder_layers": 3},
     "class-cost": {"class_cost": 1},
     "denoising": {"denoising_groups": 0},
@@ -281,7 +282,6 @@ VARIANTS: dict[str, Recipe] = {
     # with the rates and the batches of the recipe, see `recipe_for`
     "ours-recipe": Recipe("ours", 0.0, 0.0, level),
     **{f"ours-without-{name}": Recipe("ours", 0.0, 0.0, level, fields=fields) for name, fields in WITHOUT.items()},
-    "ours-with-denoising": Recipe("ours", 0.0, 0.0, level, fields={"denoising_groups": 3}),  # for few images, too
     # published: 8e-4 for batches of 128, half of it in the backbone; 0.35 = sqrt(16 / 128) of it, in the backbone too
     "dfine-n": Recipe("dfine", 2.8e-4, 2.8e-4, level, batch_size=16, ema=EMA_DECAY),
     # published: 1e-4, a tenth in the backbone, for 72 epochs of COCO; at 4e-4 the loss fell faster here
@@ -298,7 +298,7 @@ VARIANTS: dict[str, Recipe] = {
 
 def recipe_for(variant: str, data: Data) -> Recipe:
     recipe = VARIANTS[variant]
-    takes_rates = variant == "ours-recipe" or variant.startswith("ours-with")
+    takes_rates = variant == "ours-recipe" or variant.startswith("ours-without-")
     return dataclasses.replace(recipe, **data.training) if takes_rates else recipe
 
 
@@ -364,9 +364,9 @@ def train(data: Data, variant: str, seed: int, minutes: float, evaluations: int)
     compute_loss(copy.deepcopy(model), next(iter(loader)), precision).backward()
 
     torch.manual_seed(seed)
-    elapsed, step, next_evaluation = 0.0, 0, every
+    elapsed, computed, step, next_evaluation = 0.0, 0.0, 0, every
     while elapsed < budget:
-        started = time.perf_counter()
+        started, computed_before = time.perf_counter(), time.process_time()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * recipe.schedule(elapsed / budget)
         loss = compute_loss(model, next(batches), precision)
@@ -377,12 +377,14 @@ def train(data: Data, variant: str, seed: int, minutes: float, evaluations: int)
         if ema is not None:
             ema.update_parameters(model)
         elapsed += time.perf_counter() - started
+        computed += time.process_time() - computed_before
         step += 1
         if elapsed >= min(next_evaluation, budget):
             next_evaluation = elapsed + every
             evaluated = model if ema is None else ema.module
             evaluator = evaluate_detection(evaluated, val_loader, data.val_set, post_processor, progress=False)
-            yield to_line(elapsed / 60, step, loss.item(), evaluator, elapsed >= budget)
+            line = to_line(elapsed / 60, step, loss.item(), evaluator, elapsed >= budget)
+            yield line | {"cores": round(computed / elapsed, 2)}
 
 
 def to_line(minutes: float, step: int, loss: float, evaluator: CocoEvaluator, last: bool) -> Line:
@@ -526,7 +528,9 @@ def print_table(data: str, by_variant: dict[str, list[Run]]) -> None:
     first = next(iter(by_variant.values()))[0].about
     print(f"\n{data}: {first['images']} training images, {first['machine']}, {first['precision']}, {first['date']}\n")
     heads = ["variant", "minutes", "seeds", "AP", "AP50", *(f"AP50 at {mark:g} min" for mark in marks)]
-    print("| " + " | ".join([*heads, "minutes to AP50 0.5", "steps"]) + " |\n" + "|---" * (len(heads) + 2) + "|")
+    print(
+        "| " + " | ".join([*heads, "minutes to AP50 0.5", "steps", "cores"]) + " |\n" + "|---" * (len(heads) + 3) + "|"
+    )
     for variant, runs in by_variant.items():
         minutes = runs[0].about["minutes"]
         ends = [spread([run.curve[-1][name] for run in runs]) for name in ("AP", "AP50")]
@@ -536,7 +540,10 @@ def print_table(data: str, by_variant: dict[str, list[Run]]) -> None:
         needed = statistics.median(run.minutes_to(0.5, "AP50") for run in runs)
         reached = f"{needed:.2f}" if needed < math.inf else f"not in {minutes:g}"
         steps = f"{statistics.mean(run.curve[-1]['step'] for run in runs):.0f}"
-        print("| " + " | ".join([variant, f"{minutes:g}", str(len(runs)), *ends, *at_marks, reached, steps]) + " |")
+        cores = ", ".join(f"{run.curve[-1]['cores']:.2f}" for run in runs if "cores" in run.curve[-1])
+        print(
+            "| " + " | ".join([variant, f"{minutes:g}", str(len(runs)), *ends, *at_marks, reached, steps, cores]) + " |"
+        )
 
 
 def spread(values: list[float]) -> str:
