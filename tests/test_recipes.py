@@ -154,7 +154,13 @@ def test_values_follow_the_data():
 )
 def test_many_objects_get_fewer_denoising_groups(max_objects, groups):
     data = dataclasses.replace(SMALL, max_objects=max_objects)
-    assert choose_recipe("auto", data, "scratch", (96, 96)).values("model", {})["denoising_groups"] == groups
+    chosen = choose_recipe("auto", data, "scratch", (96, 96)).model["denoising_groups"]
+    assert chosen.value == groups
+    assert ("more time than they gain" in chosen.reason) == (groups == 0)
+    several_layers = choose_recipe("auto", data, "scratch", (96, 96), query_proposals=False)
+    of_paper = choose_recipe("auto", dataclasses.replace(LARGE, max_objects=max_objects), "backbone", (96, 96))
+    for recipe in (several_layers, of_paper):
+        assert recipe.model["denoising_groups"].value == max(1, groups), "measured with one layer only"
 
 
 @pytest.mark.parametrize("start", ["checkpoint", "scratch"])
@@ -399,7 +405,10 @@ def test_one_decoder_layer_refines_proposals_and_three_other_queries(drawn):
         assert choose_recipe("auto", SMALL, start, (96, 96)).model["decoder_layers"].value == 1
     assert "decoder_layers" not in choose_recipe("auto", LARGE, "backbone", (800, 1333)).model, "the paper's"
     assert choose_recipe("auto", SMALL, "scratch", (96, 96), query_proposals=False).model["decoder_layers"].value == 3
-    assert resolve(drawn, [])[1].config["decoder_layers"] == 1
+    assert {name: resolve(drawn, [])[1].config[name] for name in ("decoder_layers", "denoising_groups")} == {
+        "decoder_layers": 1,
+        "denoising_groups": 3,
+    }
     assert "layer by layer" in resolve(drawn, ["--set", "query_proposals=false"])[1].description
     assert resolve(drawn, ["--set", "decoder_layers=2"])[1].config["decoder_layers"] == 2
 

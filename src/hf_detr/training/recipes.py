@@ -233,7 +233,8 @@ def _model(
     side = data.object_side * image_size[0]
     stride = choose_stride(side, image_size, strides)
     locations = math.prod(math.ceil(edge / stride) for edge in image_size)
-    denoising_groups = min(3, DENOISING_QUERIES // max(1, data.max_objects))
+    one_layer = has_small_transformer(data, start) and query_proposals  # unless another number of layers was given
+    denoising_groups = max(0 if one_layer else 1, min(3, DENOISING_QUERIES // max(1, data.max_objects)))
     enough = max(10, min(ENOUGH_QUERIES, locations // 2))
     queries = min(300, max(enough, math.ceil(2.5 * data.max_objects)))
     model = {
