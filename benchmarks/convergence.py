@@ -11,8 +11,8 @@ interrupted series goes on with the same command. `report` prints tables and dra
 The clock is the wall time of training, data loading included; evaluations (in float32) do not count, for anybody.
 Learning rates are functions of the share of the time that is over, so a slow variant goes through its whole schedule in
 fewer steps. Run on an idle machine: what others take is missing from both. `report` shows how much of a core our loop
-got; where runs differ in that, compare them at equal steps. With `taskset --cpu-list 0` in front, a run has one core,
-and another one can have the next.
+got, which does not tell a slower clock; where runs differ in that, compare them at equal steps. With
+`taskset --cpu-list 0` in front, a run has one core, and another one can have the next.
 
 Everybody has the same images, augmentation and sizes, the same random backbone for a seed, bf16 where
 `preferred_precision()` says so, channels_last and fused AdamW. Batch sizes: the recipe's for `ours-recipe` and

@@ -3,9 +3,10 @@
     python benchmarks/gpu.py
     python benchmarks/gpu.py --rounds 5 --cases "train, bf16" "predict, bf16"
 
-Both in turn in one process, waiting for the GPU after each call. Images are 800 x 1066, all of one size, or each of
-another size up to that, as in training on photographs; a training step is forward, loss, backward, clipping and AdamW
-with auxiliary losses. Memory is the peak that PyTorch allocates during a call, the model included.
+Both in turn in one process, waiting for the GPU after each call. Images are 800 x 1066, all of one size, or ("many
+sizes") each of another size up to that, as the paper's augmentation makes them (`paper-rounded` makes about 25 sizes).
+A training step is forward, loss, backward, clipping and AdamW with auxiliary losses. Memory is the peak that PyTorch
+allocates during a call, the model included.
 """
 
 import argparse
@@ -41,11 +42,12 @@ def on_gpu(count: int) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
 
 
 def random_masks(count: int, generator: torch.Generator) -> torch.Tensor:
-    """(count, H, W), 1 = image: heights of 480 to `HEIGHT` pixels, widths of 640 to `WIDTH`, H and W the largest."""
+    """(count, H, W) on the GPU, 1 = image: heights of 480 to `HEIGHT` pixels, widths of 640 to `WIDTH`, H and W the
+    largest."""
     heights = torch.randint(480, HEIGHT + 1, (count, 1, 1), generator=generator)
     widths = torch.randint(640, WIDTH + 1, (count, 1, 1), generator=generator)
-    rows, columns = torch.arange(int(heights.max())), torch.arange(int(widths.max()))
-    return ((rows[:, None] < heights) & (columns < widths)).long()
+    rows, columns = (torch.arange(int(sides.max()), device="cuda") for sides in (heights, widths))
+    return ((rows[:, None] < heights.to("cuda")) & (columns < widths.to("cuda"))).long()
 
 
 def train_step(model: torch.nn.Module, count: int, dtype: torch.dtype | None, many_sizes: bool) -> Callable[[], None]:
@@ -56,7 +58,7 @@ def train_step(model: torch.nn.Module, count: int, dtype: torch.dtype | None, ma
     def step() -> None:
         batch = {"pixel_values": images}
         if many_sizes:
-            mask = random_masks(count, generator).to("cuda")
+            mask = random_masks(count, generator)
             height, width = mask.shape[1:]
             batch = {"pixel_values": images[:, :, :height, :width] * mask[:, None], "pixel_mask": mask}
         with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
