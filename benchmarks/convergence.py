@@ -168,13 +168,16 @@ def imagenet_weights(file: Path) -> Path:
 def augmentation(data: Data) -> Augmentation:
     """The same for all variants of a data set but YOLO: what the recipe chooses."""
     turns, color = kind_of(data.name) == "turns", data.variety["color_jitter"]
-    chosen = flip_rotate_augmentation() if turns else paper_augmentation(data.size, rounded=True)
+    rounded = paper_augmentation(data.size, rounded=True, one_size_per_batch=True)
+    chosen = flip_rotate_augmentation() if turns else rounded
     return with_color_jitter(chosen, color) if color else chosen
 
 
 def kind_of(data: str) -> str:
     """The name of the augmentation, for the record of a run."""
-    return "turns" if data == "shapes" else "paper-rounded"
+    if data == "shapes":
+        return "turns"
+    return "paper-one-size" if data == "pasted" else "paper-rounded"  # all others have one size anyway
 
 
 def endless(loader: Any) -> Iterator[Batch]:

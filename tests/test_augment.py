@@ -3,10 +3,12 @@
 import importlib.util
 import random
 import sys
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_model
 from datasets import Dataset
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -19,6 +21,7 @@ from hf_detr.data.augmentation import (
     RandomSizeCrop,
     flip_rotate_augmentation,
     paper_augmentation,
+    with_color_jitter,
 )
 from hf_detr.data.augmented_dataset import AugmentedDataset
 from hf_detr.data.collate import DetectionCollator
@@ -340,6 +343,71 @@ class TestRoundedSides:
             row = augmentation(make_row(width=width, height=height, boxes=[]))
             assert max(row["width"], row["height"]) <= 640
             assert min(row["width"], row["height"]) >= 1
+
+
+class TestOneSizePerBatch:
+    size: ClassVar = {"shortest_edge": 384, "longest_edge": 640}
+
+    def rows(self, count=5, **options):
+        augmentation = paper_augmentation(self.size, rounded=True, **options)
+        seed_torch(3)
+        return [augmentation(make_row(width=90 + 20 * n, height=80, boxes=BOXES[:1])) for n in range(count)]
+
+    def test_images_and_boxes_get_the_size_of_the_one_with_the_median_aspect_ratio(self):
+        rows = self.rows(one_size_per_batch=True)
+        ratios = [row["width"] / row["height"] for row in rows]
+        assert len({row["image"].shape for row in rows}) > 2
+        (middle,) = [row for row, ratio in zip(rows, ratios, strict=True) if ratio == np.median(ratios)]
+        processor = DetrImageProcessor(size=self.size, round_size=True)
+        batch = DetectionCollator(processor)(rows)
+        assert batch["pixel_values"].shape[-2:] == (middle["height"], middle["width"])
+        assert batch["pixel_mask"].all()
+        found = 0
+        for row, label, pixels in zip(rows, batch["labels"], batch["pixel_values"], strict=True):
+            assert label["size"].tolist() == [middle["height"], middle["width"]]
+            for (x, y, w, h), box in zip(row["objects"]["bbox"], label["boxes"].tolist(), strict=True):
+                width, height = row["width"], row["height"]
+                assert box == pytest.approx([(x + w / 2) / width, (y + h / 2) / height, w / width, h / height])
+                cx, cy = box[0] * middle["width"], box[1] * middle["height"]
+                grey = (40 / 255 - 0.485) / 0.229  # the object's own, normalised
+                assert pixels[0, int(cy), int(cx)].item() == pytest.approx(grey, abs=0.02)
+                found += 1
+        assert found > 3
+
+    def test_areas_are_scaled_and_rows_stay_as_they_are(self):
+        rows = self.rows(one_size_per_batch=True)
+        before = [(row["image"].shape, [list(box) for box in row["objects"]["bbox"]]) for row in rows]
+        batch = DetectionCollator(DetrImageProcessor(size=self.size, round_size=True))(rows)
+        assert [(row["image"].shape, row["objects"]["bbox"]) for row in rows] == before
+        for row, label in zip(rows, batch["labels"], strict=True):
+            height, width = label["size"].tolist()
+            growth = height * width / (row["height"] * row["width"])
+            assert label["area"].tolist() == pytest.approx([area * growth for area in row["objects"]["area"]])
+
+    def test_the_backbone_runs_a_batch_once(self):
+        model = tiny_model(backbone="test_resnet").eval()
+        calls = []
+        model.model.backbone.model.register_forward_hook(lambda *args: calls.append(1))
+        processor = DetrImageProcessor(size=self.size, round_size=True)
+        for options, several in (({}, True), ({"one_size_per_batch": True}, False)):
+            calls.clear()
+            batch = DetectionCollator(processor)(self.rows(**options))
+            with torch.no_grad():
+                model(batch["pixel_values"], batch["pixel_mask"])
+            assert (len(calls) > 1) == several
+
+    def test_of_other_colors_too_and_not_where_the_processor_resizes(self):
+        changed = with_color_jitter(paper_augmentation(self.size, rounded=True, one_size_per_batch=True), 0.5)
+        assert changed(make_row())["one_size_per_batch"]
+        fixed = paper_augmentation({"height": 96, "width": 96}, rounded=True, one_size_per_batch=True)
+        assert "one_size_per_batch" not in fixed(make_row())
+        with pytest.raises(ValueError, match="needs `resizes`"):
+            Augmentation(v2.RandomHorizontalFlip(), one_size_per_batch=True)
+
+    def test_rows_of_two_augmentations_are_refused(self):
+        mixed = [*self.rows(2, one_size_per_batch=True), *self.rows(2)]
+        with pytest.raises(ValueError, match="Some rows of this batch are resized"):
+            DetectionCollator(DetrImageProcessor(size=self.size))(mixed)
 
 
 class TestAlbumentations:

@@ -104,7 +104,9 @@ def flip_rotate_augmentation() -> "Augmentation":
     return Augmentation(RandomFlipRotate(), few_sizes=True)
 
 
-def paper_augmentation(size: Mapping[str, int | None] | None = None, *, rounded: bool = False) -> "Augmentation":
+def paper_augmentation(
+    size: Mapping[str, int | None] | None = None, *, rounded: bool = False, one_size_per_batch: bool = False
+) -> "Augmentation":
     """The paper's augmentation (section A.4 and `datasets/coco.py` of its code) for a processor's `size`.
 
     A random-size crop with probability 1/2, a horizontal flip with probability 1/2, then a resize so that the shortest
@@ -118,6 +120,8 @@ def paper_augmentation(size: Mapping[str, int | None] | None = None, *, rounded:
         rounded: after the resize, height and width are rounded to the nearest multiples of 64 pixels (of less below
             256), neither above its limit. The aspect ratio usually changes by a few percent. Images
             then have few different sizes, for each of which oneDNN has to prepare kernels on a CPU.
+        one_size_per_batch: the images of a batch get the size of one of them, see `Augmentation`, which changes aspect
+            ratios more. No effect where the processor resizes.
 
     The crop precedes the flip to flip fewer pixels; the distribution is the same.
     """
@@ -129,7 +133,12 @@ def paper_augmentation(size: Mapping[str, int | None] | None = None, *, rounded:
         scales = [round(scale * shortest / PAPER_SHORTEST_EDGE) for scale in PAPER_SCALES]
         limit = shortest if rounded else None
         steps.append(v2.RandomChoice([_Resize(scale, longest, rounded_up_to=limit) for scale in scales]))
-    return Augmentation(v2.Compose(steps), resizes=bool(shortest), few_sizes=rounded or not shortest)
+    return Augmentation(
+        v2.Compose(steps),
+        resizes=bool(shortest),
+        few_sizes=rounded or not shortest,
+        one_size_per_batch=one_size_per_batch and bool(shortest),
+    )
 
 
 def with_color_jitter(augmentation: "Augmentation", probability: float) -> "Augmentation":
@@ -145,6 +154,7 @@ def with_color_jitter(augmentation: "Augmentation", probability: float) -> "Augm
         resizes=augmentation.resizes,
         min_side=augmentation.min_side,
         few_sizes=augmentation.few_sizes,
+        one_size_per_batch=augmentation.one_size_per_batch,
     )
 
 
@@ -223,6 +233,8 @@ class Augmentation:
         min_side: in pixels of the new image.
         few_sizes: the transform yields few different image sizes. The expected duration of a run then excludes what
             PyTorch prepares once for each.
+        one_size_per_batch: `DetectionCollator` resizes the images of a batch once more, to the size of one of them. The
+            row then has `one_size_per_batch`. Only with `resizes`.
 
     Raises:
         ValueError: an Albumentations transform has no `bbox_params`; a box of the row is invalid or outside its image;
@@ -236,10 +248,14 @@ class Augmentation:
         resizes: bool = False,
         min_side: float = 1.0,
         few_sizes: bool = False,
+        one_size_per_batch: bool = False,
     ) -> None:
+        if one_size_per_batch and not resizes:
+            raise ValueError("`one_size_per_batch` needs `resizes`: all other images are resized by the processor.")
         self.transform = transform
         self.resizes = resizes
         self.few_sizes = few_sizes
+        self.one_size_per_batch = one_size_per_batch
         self.min_side = min_side
         self._albumentations = any(c.__module__.split(".")[0] == "albumentations" for c in type(transform).__mro__)
         if self._albumentations and "bboxes" not in getattr(transform, "processors", {}):
@@ -288,6 +304,8 @@ class Augmentation:
         elif "area" in changed:
             changed["area"] = [a * g for a, g in zip(changed["area"], growth[kept].tolist(), strict=True)]
         new = row | {"image": image, "width": width, "height": height, "objects": changed}
+        if self.one_size_per_batch:
+            new["one_size_per_batch"] = True
         return new | {"resized": True} if self.resizes else new
 
     def _apply_torchvision(

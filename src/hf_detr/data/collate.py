@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
 from ..model.image_processing_hf_detr import DetrImageProcessor
 from .masks import decode_masks, resize_masks
@@ -33,8 +34,9 @@ class DetectionCollator:
     """`collate_fn` of a DataLoader: rows of the schema to `pixel_values`, `pixel_mask` and `labels`.
 
     Rows that an augmentation has already resized to the training resolution (`resized`, see `Augmentation`) keep their
-    size; all others are resized by the processor. Crowd objects are excluded from the labels. The mask is bool, an
-    eighth of the data to transfer from workers.
+    size, or get one size for the whole batch (`one_size_per_batch`, see [`to_one_size`]); all others are resized by the
+    processor. Crowd objects are excluded from the labels. The mask is bool, an eighth of the data to transfer from
+    workers.
 
     Rows with masks, of a data set loaded with them, give labels with `masks` (N, H, W), bool, of the resized image
     without its padding.
@@ -50,17 +52,20 @@ class DetectionCollator:
         self.processor = processor
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        resized = {bool(row.get("resized", False)) for row in rows}
+        resized = {tuple(bool(row.get(name)) for name in ("resized", "one_size_per_batch")) for row in rows}
         if len(resized) > 1:
             raise ValueError(
-                "Some rows of this batch are resized and others are not. Use the same augmentation for all."
+                "Some rows of this batch are resized and others are not, or differently. Use the same augmentation "
+                "for all."
             )
+        ((is_resized, one_size),) = resized
         with_masks = {"mask" in row["objects"] for row in rows}
         if len(with_masks) > 1:
             raise ValueError("Some rows of this batch have masks and others do not. Load all data with masks=True.")
-        options = {"do_resize": False} if resized == {True} else {}
-        images = [row["image"] for row in rows]
-        annotations = [to_coco(row) for row in rows]
+        options = {"do_resize": False} if is_resized else {}
+        resized_rows = to_one_size(rows) if one_size else rows
+        images = [row["image"] for row in resized_rows]
+        annotations = [to_coco(row) for row in resized_rows]
         batch = dict(self.processor(images, annotations=annotations, return_tensors="pt", **options))
         if "pixel_mask" in batch:
             batch["pixel_mask"] = batch["pixel_mask"].bool()
@@ -71,6 +76,24 @@ class DetectionCollator:
                 masks = decode_masks(learned_objects(row["objects"])["mask"], (row["height"], row["width"]))
                 label["masks"] = resize_masks(masks, (height, width))
         return batch
+
+
+def to_one_size(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """All rows in the size of the one with the median aspect ratio; boxes and areas are scaled, masks are not. The
+    backbone then runs the batch at once; of images of several sizes, it runs each size on its own."""
+    middle = sorted(rows, key=lambda row: row["width"] / row["height"])[len(rows) // 2]
+    height, width = middle["height"], middle["width"]
+    return [row if (row["height"], row["width"]) == (height, width) else _resized(row, height, width) for row in rows]
+
+
+def _resized(row: Mapping[str, Any], height: int, width: int) -> Mapping[str, Any]:
+    down, right = height / row["height"], width / row["width"]
+    objects = dict(row["objects"])
+    objects["bbox"] = [[x * right, y * down, w * right, h * down] for x, y, w, h in objects["bbox"]]
+    if "area" in objects:
+        objects["area"] = [area * down * right for area in objects["area"]]
+    image = F.resize(row["image"], [height, width], antialias=True)
+    return {**row, "image": image, "height": height, "width": width, "objects": objects}
 
 
 def to_coco(row: Mapping[str, Any]) -> dict[str, Any]:

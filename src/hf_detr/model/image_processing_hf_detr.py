@@ -106,8 +106,8 @@ class HfDetrImageProcessor(TorchvisionBackend):
     # Labels also have `masks`, as DetrForSegmentation needs them.
     return_segmentation_masks: bool = False
     # Heights and widths are rounded after the resize (`processor_size.rounded_size`), as they were in training with the
-    # augmentation "paper-rounded". At other sizes the last row and column of the feature map lie partly outside the
-    # image. A model that has not seen such images places boxes too far to the right and the bottom.
+    # augmentations "paper-rounded" and "paper-one-size". At other sizes the last row and column of the feature map lie
+    # partly outside the image. A model that has not seen such images places boxes too far to the right and the bottom.
     round_size: bool = False
 
     def __init__(self, **kwargs: Any) -> None:

@@ -12,7 +12,7 @@ from ..data.schema import learned_objects
 
 Start = Literal["checkpoint", "backbone", "scratch"]
 RECIPES = ("auto", "paper", "paper-500", "small-data", "finetune")
-AUGMENTATIONS = ("paper", "paper-rounded", "flip", "turns", "none")
+AUGMENTATIONS = ("paper", "paper-rounded", "paper-one-size", "flip", "turns", "none")
 
 IMAGES_SEEN = {"checkpoint": 30_000, "backbone": 60_000, "scratch": 100_000}
 FAST_DECODERS = {"conditional": "Conditional DETR", "dab": "DAB-DETR"}  # whose checkpoints learn in half of the epochs
@@ -322,11 +322,17 @@ def _training(
         "warmup": Choice(0.03, "fraction of all steps in which the rate rises"),
         "decay": Choice(0.35, "fraction of all steps in which it falls"),
         "ema": Choice(EMA_DECAY, "the average of the weights is better than the last weights while the rate is high"),
-        "augmentation": Choice("paper-rounded", "crops, flips and scales; few sizes, as each costs time on a CPU")
+        "augmentation": _upright_augmentation(start)
         if upright
         else Choice("turns", "the images have no up and no down: all flips and quarter turns"),
         "eval_every": _evaluations(epochs.value),
     }
+
+
+def _upright_augmentation(start: Start) -> Choice:
+    if start == "checkpoint":
+        return Choice("paper-rounded", "crops, flips and scales; few sizes, as each costs time on a CPU")
+    return Choice("paper-one-size", "crops, flips and scales; one of few sizes per batch, as each size costs time")
 
 
 def _variety(data: DataSummary, start: Start, unmixable: str | None, in_color: bool) -> dict[str, Choice]:

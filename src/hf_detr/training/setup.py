@@ -48,6 +48,7 @@ from .training_probe import TrainingProbe
 # that from which a segment counts in PQ; focal loss has low probabilities, too.
 PANOPTIC_THRESHOLD = 0.5
 SHAPES_SIZE = {"height": 96, "width": 96}  # of the drawn images after the resize, in pixels
+ROUNDED = ("paper-rounded", "paper-one-size")  # augmentations
 QUICK_IMAGES = 64
 PROBED_IMAGES = 32  # training images that the probe evaluates after every epoch
 
@@ -196,8 +197,8 @@ def build_processor(args: FinetuneArguments) -> DetrImageProcessor:
 def fit_processor(processor: DetrImageProcessor, model: DetrForDetection, recipe: RunRecipe) -> DetrImageProcessor:
     """The processor with what it has to know of the model and its training: the score from which a query is a panoptic
     segment, unless it has one, and whether sizes are rounded."""
-    if recipe.augmentation in ("paper", "paper-rounded") and keeps_aspect_ratio(processor.size):  # which resize
-        processor.round_size = recipe.augmentation == "paper-rounded"
+    if recipe.augmentation in ("paper", *ROUNDED) and keeps_aspect_ratio(processor.size):  # which resize
+        processor.round_size = recipe.augmentation in ROUNDED
     if model.has_masks and processor.panoptic_threshold is None and model.config.class_loss != "cross_entropy":
         processor.panoptic_threshold = PANOPTIC_THRESHOLD
     return processor
@@ -265,8 +266,9 @@ def compile_for_training(model: DetrForDetection) -> None:
 
 def build_augmentation(kind: str, processor: DetrImageProcessor, color_jitter: float = 0.0) -> Augmentation:
     """One of `AUGMENTATIONS` by name, and random colors with a probability."""
-    if kind in ("paper", "paper-rounded"):
-        augmentation = paper_augmentation(processor.size, rounded=kind == "paper-rounded")
+    if kind in ("paper", *ROUNDED):
+        one_size = kind == "paper-one-size"
+        augmentation = paper_augmentation(processor.size, rounded=kind in ROUNDED, one_size_per_batch=one_size)
     elif kind == "turns":
         augmentation = flip_rotate_augmentation()
     elif kind in ("flip", "none"):
