@@ -404,6 +404,18 @@ class TestOneSizePerBatch:
         with pytest.raises(ValueError, match="needs `resizes`"):
             Augmentation(v2.RandomHorizontalFlip(), one_size_per_batch=True)
 
+    def test_a_panorama_keeps_its_size(self):
+        wide = {"resized": True, "one_size_per_batch": True}
+        sizes = [(64, 96), (96, 96), (64, 128), (64, 192), (64, 224), (128, 64)]  # height, width; the median is 2:1
+        rows = [make_row(width=w, height=h, boxes=[]) | wide for h, w in sizes]
+        batch = DetectionCollator(DetrImageProcessor(size=self.size))(rows)
+        expected = [[64, 128], [64, 128], [64, 128], [64, 128], [64, 128], [128, 64]]
+        assert [label["size"].tolist() for label in batch["labels"]] == expected
+        batch = DetectionCollator(DetrImageProcessor(size=self.size))(
+            [*rows[:3], make_row(width=300, height=64, boxes=[]) | wide]
+        )
+        assert batch["labels"][-1]["size"].tolist() == [64, 300], "it would have been pressed to less than a half"
+
     def test_rows_of_two_augmentations_are_refused(self):
         mixed = [*self.rows(2, one_size_per_batch=True), *self.rows(2)]
         with pytest.raises(ValueError, match="Some rows of this batch are resized"):

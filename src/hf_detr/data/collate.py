@@ -13,6 +13,8 @@ from ..model.image_processing_hf_detr import DetrImageProcessor
 from .masks import decode_masks, resize_masks
 from .schema import learned_objects
 
+MAX_STRETCH = 2.0  # of an image that gets the size of its batch
+
 
 class Label(dict[str, Tensor]):
     """The labels of one image. Workers of a loader send all but the masks by value: by default PyTorch opens a shared
@@ -80,10 +82,21 @@ class DetectionCollator:
 
 def to_one_size(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """All rows in the size of the one with the median aspect ratio; boxes and areas are scaled, masks are not. The
-    backbone then runs the batch at once; of images of several sizes, it runs each size on its own."""
-    middle = sorted(rows, key=lambda row: row["width"] / row["height"])[len(rows) // 2]
+    backbone then runs the batch at once; of images of several sizes, it runs each size on its own. An image whose
+    aspect ratio would change by more than `MAX_STRETCH`, as that of a panorama, keeps its size."""
+
+    def ratio(row: Mapping[str, Any]) -> float:
+        return float(row["width"] / row["height"])
+
+    middle = sorted(rows, key=ratio)[len(rows) // 2]
     height, width = middle["height"], middle["width"]
-    return [row if (row["height"], row["width"]) == (height, width) else _resized(row, height, width) for row in rows]
+    return [
+        row
+        if (row["height"], row["width"]) == (height, width)
+        or not 1 / MAX_STRETCH <= ratio(row) / ratio(middle) <= MAX_STRETCH
+        else _resized(row, height, width)
+        for row in rows
+    ]
 
 
 def _resized(row: Mapping[str, Any], height: int, width: int) -> Mapping[str, Any]:
