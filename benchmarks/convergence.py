@@ -166,7 +166,7 @@ def imagenet_weights(file: Path) -> Path:
 
 
 def augmentation(data: Data) -> Augmentation:
-    """The same for all variants of a data set but YOLO: what the recipe chooses."""
+    """The same for all variants of a data set but YOLO: what the recipe chooses, with images of one size in a batch."""
     turns, color = kind_of(data.name) == "turns", data.variety["color_jitter"]
     rounded = paper_augmentation(data.size, rounded=True, one_size_per_batch=True)
     chosen = flip_rotate_augmentation() if turns else rounded

@@ -25,6 +25,7 @@ from hf_detr.data.augmentation import (
 )
 from hf_detr.data.augmented_dataset import AugmentedDataset
 from hf_detr.data.collate import DetectionCollator
+from hf_detr.data.masks import encode_masks
 from hf_detr.data.schema import detection_info
 from hf_detr.model.processor_size import rounded_side
 
@@ -403,6 +404,40 @@ class TestOneSizePerBatch:
         assert "one_size_per_batch" not in fixed(make_row())
         with pytest.raises(ValueError, match="needs `resizes`"):
             Augmentation(v2.RandomHorizontalFlip(), one_size_per_batch=True)
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+    def test_masks_and_grey_images_follow(self, dtype):
+        rows = []
+        for height, width in ((64, 96), (96, 96), (64, 128)):
+            pixels = torch.zeros(1, height, width, dtype=dtype)
+            mask = np.zeros((height, width), dtype=np.uint8)
+            top, left, bottom, right = height // 4, width // 4, height // 2, width // 2
+            pixels[:, top:bottom, left:right] = 200 if dtype == torch.uint8 else 0.8
+            mask[top:bottom, left:right] = 1
+            box = [float(left), float(top), float(right - left), float(bottom - top)]
+            row = make_row(width=width, height=height, boxes=[box])
+            row["objects"]["mask"] = encode_masks(torch.from_numpy(mask)[None].bool())
+            image = tv_tensors.Image(pixels)
+            rows.append(row | {"image": image, "resized": True, "one_size_per_batch": True})
+        rows.append(rows[0] | {"objects": {name: [] for name in rows[0]["objects"]}})
+        scaled = {} if dtype == torch.uint8 else {"do_rescale": False}
+        processor = DetrImageProcessor(size=self.size, num_channels=1, image_mean=[0.0], image_std=[1.0], **scaled)
+        batch = DetectionCollator(processor)(rows)
+        assert batch["pixel_values"].shape == (4, 1, 64, 96)
+        for label, pixels in zip(batch["labels"][:3], batch["pixel_values"], strict=False):
+            assert label["masks"].shape == (1, 64, 96)
+            assert label["boxes"].tolist() == [pytest.approx([0.375, 0.375, 0.25, 0.25])]
+            inside = torch.zeros(64, 96, dtype=torch.bool)
+            inside[16:32, 24:48] = True
+            assert torch.equal(label["masks"][0], inside)
+            assert pixels[0, 24, 36].item() == pytest.approx(0.8, abs=0.02)
+        assert batch["labels"][3]["masks"].shape == (0, 64, 96)
+
+    def test_a_batch_of_one_image_is_as_it_was(self):
+        (row,) = self.rows(1, one_size_per_batch=True)
+        processor = DetrImageProcessor(size=self.size)
+        alone = DetectionCollator(processor)([row])["pixel_values"]
+        assert torch.equal(alone, DetectionCollator(processor)([row | {"one_size_per_batch": False}])["pixel_values"])
 
     def test_a_panorama_keeps_its_size(self):
         wide = {"resized": True, "one_size_per_batch": True}

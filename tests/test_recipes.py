@@ -502,6 +502,7 @@ def test_a_checkpoint_with_a_fine_feature_map_gets_small_batches(tmp_path, drawn
         (["--image_size", "300"], True),
         (["--recipe", "paper"], False),
         (["--augmentation", "paper-rounded"], True),
+        (["--augmentation", "paper-one-size"], True),
         (["--augmentation", "flip"], False),
         (None, False),
     ],

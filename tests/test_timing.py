@@ -10,7 +10,15 @@ import torch
 from accelerate import Accelerator
 from script_runner import run_script
 
-from hf_detr.data import draw_shapes_dataset, load_detection_dataset
+from hf_detr import DetrImageProcessor
+from hf_detr.data import (
+    AugmentedDataset,
+    DetectionCollator,
+    build_loader,
+    draw_shapes_dataset,
+    load_detection_dataset,
+    paper_augmentation,
+)
 from hf_detr.training import build_processor, parse_finetune_args, resolve_recipe, timing, training_run
 from hf_detr.training.batch_size import typical
 from hf_detr.training.optimization import build_schedule, move_schedule, stretch_schedule
@@ -37,6 +45,21 @@ def recipe(place):
     train_set = load_detection_dataset(place / "data", "train", progress=False)
     chosen = resolve_recipe(args, train_set, build_processor(args))
     return dataclasses.replace(chosen, batch_size=4, gradient_accumulation_steps=2)
+
+
+@pytest.mark.parametrize("one_size", [False, True])
+def test_batches_of_one_size_are_measured_in_several_sizes(place, one_size):
+    processor = DetrImageProcessor(size={"shortest_edge": 320, "longest_edge": 640})
+    augmentation = paper_augmentation(processor.size, rounded=True, one_size_per_batch=one_size)
+    rows = load_detection_dataset(place / "data", "train", progress=False)
+    dataset, collate = AugmentedDataset(rows, augmentation), DetectionCollator(processor)
+    loader = build_loader(dataset, collate, batch_size=4, training=True)
+    shapes = []
+    options = {"processor": processor, "accelerator": Accelerator(), "few_sizes": False}
+    seconds = timing._seconds(loader, 4, lambda batch: shapes.append(batch["pixel_values"].shape), **options)
+    assert seconds > 0
+    assert (len(shapes), len(set(shapes)) > 3) == ((9, True) if one_size else (4, False))
+    assert int(loader.dataset._epoch) == 0
 
 
 def test_seconds_are_those_of_all_steps_and_evaluations(recipe):

@@ -19,7 +19,8 @@ from .streaming import StreamedDataset, StreamedRow
 class AugmentedDataset(Dataset[Row]):
     """Rows of a dataset with a new augmentation each epoch, a function of `(seed, epoch, index)` only.
 
-    The same seed thus gives the same epoch, whatever the number of workers and processes and the order of the batches.
+    The same seed thus gives the same epoch, whatever the number of workers and processes and the order of the batches
+    (but for sizes that depend on the batch, see `Augmentation`).
     The global generators of PyTorch (CPU), NumPy and `random` are seeded for each row and restored afterwards (except
     for a normal number that `np.random` may hold in reserve).
 

@@ -83,7 +83,8 @@ class DetectionCollator:
 def to_one_size(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """All rows in the size of the one with the median aspect ratio; boxes and areas are scaled, masks are not. The
     backbone then runs the batch at once; of images of several sizes, it runs each size on its own. An image whose
-    aspect ratio would change by more than `MAX_STRETCH`, as that of a panorama, keeps its size."""
+    aspect ratio would change by more than `MAX_STRETCH`, as that of a panorama, keeps its size. An object may become
+    smaller than the `min_side` of its augmentation, but stays."""
 
     def ratio(row: Mapping[str, Any]) -> float:
         return float(row["width"] / row["height"])

@@ -24,6 +24,7 @@ from .optimization import parameter_groups
 from .run_recipe import RunRecipe
 
 MEASURED = 3  # of each, after one to warm up
+MEASURED_SIZES = 8  # of batches that have one size each, and so take different time
 EVALUATIONS = 20  # of a run with --minutes, unless --eval_every is given
 MAX_EPOCHS = 10_000
 PLANNED_AGAIN = 0.1  # fraction of --minutes after which epochs are planned by those that are done
@@ -93,6 +94,8 @@ def _seconds(
     Args:
         few_sizes: most batches of the run have sizes that an earlier one had; what PyTorch prepares for a new size is
             not in the seconds then.
+
+    Images of one batch that all get one size (`one_size_per_batch`) are measured in several sizes.
     """
 
     def finish() -> None:
@@ -103,8 +106,11 @@ def _seconds(
     sizes = resized_sizes(image_sizes(loader.dataset), processor.size)
     near = rows.first() if isinstance(rows, StreamedDataset) else range(len(sizes))  # others are searched in shards
     choose = typical([sizes[index] for index in near])
+    one_size = getattr(getattr(loader.dataset, "augmentation", None), "one_size_per_batch", False)
     loading, using = [], []
-    for _ in range(1 + MEASURED):
+    for repetition in range(1 + (MEASURED_SIZES if one_size else MEASURED)):
+        if one_size:
+            loader.dataset.set_epoch(repetition)  # in which the images have other sizes
         start = time.perf_counter()
         batch = loader.collate_fn([loader.dataset[near[index]] for index in choose(batch_size)])
         loaded = time.perf_counter()
@@ -116,7 +122,10 @@ def _seconds(
         finish()
         loading.append(loaded - start)
         using.append(time.perf_counter() - started)
-    load, used = (statistics.median(seconds[1:]) for seconds in (loading, using))
+    if one_size:
+        loader.dataset.set_epoch(0)
+    average = statistics.mean if one_size else statistics.median
+    load, used = (average(seconds[1:]) for seconds in (loading, using))
     return used + load if loader.num_workers == 0 else max(used, load / loader.num_workers)
 
 
