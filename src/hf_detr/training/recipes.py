@@ -115,10 +115,10 @@ class Recipe:
         choices = self.model | self.training
         for name, choice in choices.items():
             if name in overrides and overrides[name] != choice.value:
-                lines.append(f"  {name:24}{overrides[name]!s:13} yours; the recipe has {choice.value}")
+                lines.append(f"  {name:24}{overrides[name]!s:14} yours; the recipe has {choice.value}")
             else:
-                lines.append(f"  {name:24}{choice.value!s:13} {choice.reason}")
-        lines += [f"  {name:24}{value!s:13} yours" for name, value in overrides.items() if name not in choices]
+                lines.append(f"  {name:24}{choice.value!s:14} {choice.reason}")
+        lines += [f"  {name:24}{value!s:14} yours" for name, value in overrides.items() if name not in choices]
         return "\n".join(lines)
 
 
