@@ -18,6 +18,7 @@ from hf_detr.training import (
     fit_processor,
     parse_finetune_args,
     resolve_recipe,
+    run_recipe,
     summarize,
 )
 from hf_detr.training.recipes import DataSummary, choose_stride
@@ -159,7 +160,9 @@ def test_many_objects_get_fewer_denoising_groups(max_objects, groups):
     assert ("more time than they gain" in chosen.reason) == (groups == 0)
     several_layers = choose_recipe("auto", data, "scratch", (96, 96), query_proposals=False)
     of_paper = choose_recipe("auto", dataclasses.replace(LARGE, max_objects=max_objects), "backbone", (96, 96))
-    for recipe in (several_layers, of_paper):
+    given = [choose_recipe("auto", data, "scratch", (96, 96), decoder_layers=layers) for layers in (1, 3)]
+    assert given[0].model["denoising_groups"].value == groups
+    for recipe in (several_layers, of_paper, given[1]):
         assert recipe.model["denoising_groups"].value == max(1, groups), "measured with one layer only"
 
 
@@ -410,6 +413,11 @@ def test_one_decoder_layer_refines_proposals_and_three_other_queries(drawn):
         "decoder_layers": 1,
         "denoising_groups": 3,
     }
+    many = dataclasses.replace(SMALL, max_objects=500)
+    for options, groups in (([], 0), (["--set", "decoder_layers=3"], 1)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run_recipe, "summarize", lambda dataset: many)
+            assert resolve(drawn, options)[1].config["denoising_groups"] == groups
     assert "layer by layer" in resolve(drawn, ["--set", "query_proposals=false"])[1].description
     assert resolve(drawn, ["--set", "decoder_layers=2"])[1].config["decoder_layers"] == 2
 

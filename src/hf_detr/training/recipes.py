@@ -136,6 +136,7 @@ def choose_recipe(
     feature_stride: int | None = None,
     d_model: int | None = None,
     query_proposals: bool = True,
+    decoder_layers: int | None = None,
     new_masks: bool = False,
     freeze_detector: bool = False,
     unmixable: str | None = None,
@@ -158,6 +159,7 @@ def choose_recipe(
         feature_stride: of the checkpoint, or of a new model if it was given, in pixels.
         d_model: of a new model, if it was given; a wide transformer on a pretrained backbone gets the paper's rates.
         query_proposals: of a new model, if it was given; queries that are no proposals get more decoder layers.
+        decoder_layers: of a new model, if it was given; several layers always have denoising.
         new_masks: whether a mask head is trained from random weights. The paper's recipes have no values for mask
             heads.
         freeze_detector: whether only the mask head is trained.
@@ -190,7 +192,7 @@ def choose_recipe(
     if start == "checkpoint":
         model = _more_queries(data, num_queries, num_patterns)
     else:
-        model = _model(data, start, image_size, strides, query_proposals)
+        model = _model(data, start, image_size, strides, query_proposals, decoder_layers)
     if new_masks:
         model["mask_attention_gain"] = Choice(256, "masks depend on their query from the first step")
     if new_masks and not freeze_detector:
@@ -228,12 +230,17 @@ def _more_queries(data: DataSummary, num_queries: int | None, num_patterns: int)
 
 
 def _model(
-    data: DataSummary, start: Start, image_size: tuple[int, int], strides: Sequence[int], query_proposals: bool
+    data: DataSummary,
+    start: Start,
+    image_size: tuple[int, int],
+    strides: Sequence[int],
+    query_proposals: bool,
+    decoder_layers: int | None,
 ) -> dict[str, Choice]:
     side = data.object_side * image_size[0]
     stride = choose_stride(side, image_size, strides)
     locations = math.prod(math.ceil(edge / stride) for edge in image_size)
-    one_layer = has_small_transformer(data, start) and query_proposals  # unless another number of layers was given
+    one_layer = has_small_transformer(data, start) and query_proposals and decoder_layers in (None, 1)
     denoising_groups = max(0 if one_layer else 1, min(3, DENOISING_QUERIES // max(1, data.max_objects)))
     enough = max(10, min(ENOUGH_QUERIES, locations // 2))
     queries = min(300, max(enough, math.ceil(2.5 * data.max_objects)))

@@ -104,6 +104,7 @@ def resolve_recipe(args: FinetuneArguments, train_set: Any, processor: DetrImage
             freeze_detector=args.model.freeze_detector,
             d_model=config.get("d_model"),
             query_proposals=config.get("query_proposals", True),
+            decoder_layers=config.get("decoder_layers"),
             unmixable=args.data.unmixable,
             in_color=_in_color(processor),
             feature_stride=config.get("feature_stride") or _stride_of(args.model.model),
