@@ -531,9 +531,8 @@ def print_table(data: str, by_variant: dict[str, list[Run]]) -> None:
     first = next(iter(by_variant.values()))[0].about
     print(f"\n{data}: {first['images']} training images, {first['machine']}, {first['precision']}, {first['date']}\n")
     heads = ["variant", "minutes", "seeds", "AP", "AP50", *(f"AP50 at {mark:g} min" for mark in marks)]
-    print(
-        "| " + " | ".join([*heads, "minutes to AP50 0.5", "steps", "cores"]) + " |\n" + "|---" * (len(heads) + 3) + "|"
-    )
+    heads += ["minutes to AP50 0.5", "steps", "cores"]
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for variant, runs in by_variant.items():
         minutes = runs[0].about["minutes"]
         ends = [spread([run.curve[-1][name] for run in runs]) for name in ("AP", "AP50")]
@@ -544,9 +543,8 @@ def print_table(data: str, by_variant: dict[str, list[Run]]) -> None:
         reached = f"{needed:.2f}" if needed < math.inf else f"not in {minutes:g}"
         steps = f"{statistics.mean(run.curve[-1]['step'] for run in runs):.0f}"
         cores = ", ".join(f"{run.curve[-1]['cores']:.2f}" for run in runs if "cores" in run.curve[-1])
-        print(
-            "| " + " | ".join([variant, f"{minutes:g}", str(len(runs)), *ends, *at_marks, reached, steps, cores]) + " |"
-        )
+        cells = [variant, f"{minutes:g}", str(len(runs)), *ends, *at_marks, reached, steps, cores]
+        print("| " + " | ".join(cells) + " |")
 
 
 def spread(values: list[float]) -> str:

@@ -4,9 +4,9 @@
     python benchmarks/gpu.py --rounds 5 --cases "train, bf16" "predict, bf16"
 
 Both in turn in one process, waiting for the GPU after each call. Images are 800 x 1066, all of one size, or ("many
-sizes") each of another size up to that, as the paper's augmentation makes them (that of the recipes: about 25).
-A training step is forward, loss, backward, clipping and AdamW with auxiliary losses. Memory is the peak that PyTorch
-allocates during a call, the model included.
+sizes") each of another size up to that, as the paper's augmentation makes them. A training step is forward, loss,
+backward, clipping and AdamW with auxiliary losses. Memory is the peak that PyTorch allocates during a call, the model
+included.
 """
 
 import argparse

@@ -55,7 +55,7 @@ def test_batches_of_one_size_are_measured_in_several_sizes(place, one_size):
     dataset, collate = AugmentedDataset(rows, augmentation), DetectionCollator(processor)
     loader = build_loader(dataset, collate, batch_size=4, training=True)
     shapes = []
-    options = {"processor": processor, "accelerator": Accelerator(), "few_sizes": False}
+    options = {"processor": processor, "accelerator": Accelerator(), "few_sizes": False, "one_size": one_size}
     seconds = timing._seconds(loader, 4, lambda batch: shapes.append(batch["pixel_values"].shape), **options)
     assert seconds > 0
     assert (len(shapes), len(set(shapes)) > 3) == ((9, True) if one_size else (4, False))

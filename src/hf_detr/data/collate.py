@@ -89,18 +89,16 @@ def to_one_size(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     def ratio(row: Mapping[str, Any]) -> float:
         return float(row["width"] / row["height"])
 
+    def fits(row: Mapping[str, Any]) -> bool:
+        return 1 / MAX_STRETCH <= ratio(row) / ratio(middle) <= MAX_STRETCH
+
     middle = sorted(rows, key=ratio)[len(rows) // 2]
-    height, width = middle["height"], middle["width"]
-    return [
-        row
-        if (row["height"], row["width"]) == (height, width)
-        or not 1 / MAX_STRETCH <= ratio(row) / ratio(middle) <= MAX_STRETCH
-        else _resized(row, height, width)
-        for row in rows
-    ]
+    return [_resized(row, middle["height"], middle["width"]) if fits(row) else row for row in rows]
 
 
 def _resized(row: Mapping[str, Any], height: int, width: int) -> Mapping[str, Any]:
+    if (row["height"], row["width"]) == (height, width):
+        return row
     down, right = height / row["height"], width / row["width"]
     objects = dict(row["objects"])
     objects["bbox"] = [[x * right, y * down, w * right, h * down] for x, y, w, h in objects["bbox"]]

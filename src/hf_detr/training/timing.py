@@ -72,8 +72,11 @@ def measure_pace(
             with accelerator.autocast():
                 evaluation.run(copy, [batch], processor, progress=False)
 
-        few_sizes = getattr(getattr(train_loader.dataset, "augmentation", None), "few_sizes", False)
-        step = _seconds(train_loader, recipe.batch_size, train, processor, accelerator, few_sizes=few_sizes)
+        augmentation = getattr(train_loader.dataset, "augmentation", None)
+        few_sizes, one_size = (getattr(augmentation, name, False) for name in ("few_sizes", "one_size_per_batch"))
+        step = _seconds(
+            train_loader, recipe.batch_size, train, processor, accelerator, few_sizes=few_sizes, one_size=one_size
+        )
         evaluated = _seconds(val_loader, recipe.batch_size, evaluate, processor, accelerator, few_sizes=True)
     slowest = accelerator.gather(torch.tensor([[step, evaluated]], device=accelerator.device)).amax(0)
     step, evaluated = slowest.tolist()
@@ -88,14 +91,15 @@ def _seconds(
     accelerator: Accelerator,
     *,
     few_sizes: bool,
+    one_size: bool = False,
 ) -> float:
     """Seconds per batch of typical images: loading plus use, or the longer of the two if worker processes load.
 
     Args:
         few_sizes: most batches of the run have sizes that an earlier one had; what PyTorch prepares for a new size is
             not in the seconds then.
-
-    Images of one batch that all get one size (`one_size_per_batch`) are measured in several sizes.
+        one_size: the images of a batch have one size, so that a single batch is not typical; batches of several epochs
+            are measured.
     """
 
     def finish() -> None:
@@ -106,11 +110,10 @@ def _seconds(
     sizes = resized_sizes(image_sizes(loader.dataset), processor.size)
     near = rows.first() if isinstance(rows, StreamedDataset) else range(len(sizes))  # others are searched in shards
     choose = typical([sizes[index] for index in near])
-    one_size = getattr(getattr(loader.dataset, "augmentation", None), "one_size_per_batch", False)
     loading, using = [], []
     for repetition in range(1 + (MEASURED_SIZES if one_size else MEASURED)):
         if one_size:
-            loader.dataset.set_epoch(repetition)  # in which the images have other sizes
+            loader.dataset.set_epoch(repetition)
         start = time.perf_counter()
         batch = loader.collate_fn([loader.dataset[near[index]] for index in choose(batch_size)])
         loaded = time.perf_counter()
